@@ -1,14 +1,15 @@
 """The records that flow through a training step, one way: conditioning -> trajectory -> rewards -> batch.
 
-Dimensions: B samples, P prompts, G group members, T steps, K kept steps, *S latent shape, L tokens, C channels.
+Dimensions: B samples, P prompts, G group, T steps, K kept steps, *S latent shape, L tokens, C channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Protocol, TypeAlias
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Conditioning:
     pooled_prompt_embeds: Tensor | None = None  # [P, C']
     negative_prompt_embeds: Tensor | None = None  # [P, L, C]
     negative_pooled_prompt_embeds: Tensor | None = None  # [P, C']
-    extra: dict[str, Tensor] = field(default_factory=dict)  # name -> [P, ...]: source image, mask, ...
+    extra: dict[str, Tensor] = field(default_factory=dict)  # name -> [P, ...]: image, mask, ...
 
     def rows(self, index: Tensor) -> Conditioning:
         """Rows `index [B]` (int64) of every field; used to repeat prompts over their group."""
@@ -41,6 +42,16 @@ class Conditioning:
 
 
 @dataclass(frozen=True, slots=True)
+class Draws:
+    """What a rollout starts from. Group members are adjacent rows and live on one rank."""
+
+    prompt_index: Tensor  # [P] int64, which prompts of the set
+    group_id: Tensor  # [B] int64, 0..P-1
+    seed: Tensor  # [B] int64, noise of the stochastic steps
+    start_seed: Tensor  # [B] int64, start noise; equal within a group that shares it
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """One rollout. Kept steps are the stochastic ones: they carry a log-prob and can be replayed."""
 
@@ -50,8 +61,7 @@ class Trajectory:
     latents: Tensor  # [B, K, *S] before each kept step, storage dtype
     next_latents: Tensor  # [B, K, *S] after it, as stored
     log_prob: Tensor  # [B, K] fp32, mean over latent elements
-    seed: Tensor  # [B] int64
-    group_id: Tensor  # [B] int64, 0..P-1
+    draws: Draws
     x0: Tensor  # [B, *S] the finished samples
     policy_version: int = 0  # training step whose weights made it
 
@@ -76,11 +86,24 @@ class TrainBatch:
     step_position: Tensor  # [B, N] int64: which of the K kept steps each sample trains on, in order
 
 
-def batch_size(trajectory: Trajectory) -> int:
-    """B of a trajectory."""
-    return int(trajectory.x0.shape[0])
+class FlowModel(Protocol):
+    """One family of generators: three methods and the module that is trained."""
+
+    latent_shape: tuple[int, ...]  # *S of one sample
+    module: nn.Module  # what is trained and checkpointed
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """One conditioning row per prompt, on the module's device."""
+        ...
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """d latents / d sigma `[B, *S]` of latents `[B, *S]` at sigma `[B]` fp32 (1 = noise)."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` fp32 in [0, 1]."""
+        ...
 
 
-def device_of(trajectory: Trajectory) -> torch.device:
-    """Where a trajectory lives."""
-    return trajectory.x0.device
+# A reward: images [B, C, H, W] fp32 in [0, 1] and their B prompts -> [B] fp32.
+RewardFunction: TypeAlias = Callable[[Tensor, list[str]], Tensor]
