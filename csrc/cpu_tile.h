@@ -1,0 +1,187 @@
+// Tiles: 256 elements in the dtype of the arithmetic, small enough for the first-level cache. A kernel walks a chunk tile
+// by tile in short loops over fixed arrays, which the compiler turns into vector code for any instruction set.
+//
+// Included by the sources that are compiled once per instruction set: no standard library templates here, all static.
+#pragma once
+
+#include "flow_step.h"
+
+#ifndef FLOWGRPO_ISA
+#error "FLOWGRPO_ISA names the instruction set this file is compiled for"
+#endif
+
+namespace flowgrpo_fast::FLOWGRPO_ISA {
+
+constexpr int kTile = 256;
+constexpr int kBlocks = kTile / kWordsPerBlock;
+constexpr int kLanes = 64;  // partial sums a tile is folded into
+constexpr int kFold = 8;
+static_assert(kChunk % kTile == 0 && kTile % kLanes == 0 && kLanes % kFold == 0, "tiles must fill chunks");
+
+// Where a tile lies: its first element counted from the sample's start, from the array's start, and how many are real.
+struct Span {
+  int64_t element;
+  int64_t offset;
+  int count;
+};
+
+struct ChunkRange {
+  int64_t sample, first, last;
+};
+
+static inline ChunkRange chunk_range(int64_t index, int64_t elements) {
+  const int64_t chunks = num_chunks(elements);
+  const int64_t sample = index / chunks, first = (index % chunks) * kChunk;
+  return {sample, first, first + kChunk < elements ? first + kChunk : elements};
+}
+
+static inline Span span_of(const ChunkRange& range, int64_t element, int64_t elements) {
+  const int64_t left = range.last - element;
+  return {element, range.sample * elements + element, static_cast<int>(left < kTile ? left : kTile)};
+}
+
+template <typename Real>
+static inline void widen(const Real* source, Real* values, int count) {
+  for (int i = 0; i < count; ++i) values[i] = source[i];
+}
+
+static inline void widen_bfloat16(const uint16_t* source, float* values, int count) {
+  for (int i = 0; i < count; ++i) values[i] = bfloat16_to_float(source[i]);
+}
+
+static inline void widen_float16(const uint16_t* source, float* values, int count) {
+  for (int i = 0; i < count; ++i) values[i] = float16_to_float(source[i]);
+}
+
+// The tile's values in the arithmetic dtype: the array itself where it already is that, else `scratch`, zero-padded.
+static inline const float* load_tile(const Buffer& buffer, const Span& span, float* scratch) {
+  if (buffer.dtype == DType::kFloat32) {
+    const float* source = static_cast<const float*>(buffer.data) + span.offset;
+    if (span.count == kTile) return source;
+    widen(source, scratch, span.count);
+  } else {
+    const uint16_t* source = static_cast<const uint16_t*>(buffer.data) + span.offset;
+    if (buffer.dtype == DType::kBFloat16) {
+      span.count == kTile ? widen_bfloat16(source, scratch, kTile) : widen_bfloat16(source, scratch, span.count);
+    } else {
+      span.count == kTile ? widen_float16(source, scratch, kTile) : widen_float16(source, scratch, span.count);
+    }
+  }
+  for (int i = span.count; i < kTile; ++i) scratch[i] = 0.0f;
+  return scratch;
+}
+
+static inline const double* load_tile(const Buffer& buffer, const Span& span, double* scratch) {
+  const double* source = static_cast<const double*>(buffer.data) + span.offset;
+  if (span.count == kTile) return source;
+  widen(source, scratch, span.count);
+  for (int i = span.count; i < kTile; ++i) scratch[i] = 0.0;
+  return scratch;
+}
+
+// Rounds a tile to the storage dtype, stores it, and leaves in `values` what was stored.
+static inline void store_tile(const Buffer& buffer, const Span& span, float* values) {
+  if (buffer.dtype == DType::kFloat32) {
+    widen(values, static_cast<float*>(buffer.data) + span.offset, span.count);
+    return;
+  }
+  uint16_t stored[kTile];
+  if (buffer.dtype == DType::kBFloat16) {
+    for (int i = 0; i < kTile; ++i) stored[i] = float_to_bfloat16(values[i]);
+    for (int i = 0; i < kTile; ++i) values[i] = bfloat16_to_float(stored[i]);
+  } else {
+    for (int i = 0; i < kTile; ++i) stored[i] = float_to_float16(values[i]);
+    for (int i = 0; i < kTile; ++i) values[i] = float16_to_float(stored[i]);
+  }
+  uint16_t* target = static_cast<uint16_t*>(buffer.data) + span.offset;
+  for (int i = 0; i < span.count; ++i) target[i] = stored[i];
+}
+
+static inline void store_tile(const Buffer& buffer, const Span& span, double* values) {
+  widen(values, static_cast<double*>(buffer.data) + span.offset, span.count);
+}
+
+// The Philox words of a tile, word k of all its blocks side by side.
+static inline void philox_tile(PhiloxKey key, PhiloxWords counter, uint32_t (*words)[kBlocks]) {
+  for (int i = 0; i < kBlocks; ++i) {
+    // A tile starts at a multiple of 64 blocks, so the low counter word cannot carry inside it.
+    const PhiloxWords block = {{counter.word[0] + i, counter.word[1], counter.word[2], counter.word[3]}};
+    const PhiloxWords random = philox4x32_10(block, key);
+    words[0][i] = random.word[0];
+    words[1][i] = random.word[1];
+    words[2][i] = random.word[2];
+    words[3][i] = random.word[3];
+  }
+}
+
+template <typename Real>
+static inline void normal_tile(PhiloxKey key, PhiloxWords counter, Real* normal) {
+  uint32_t words[kWordsPerBlock][kBlocks];
+  float part[kWordsPerBlock][kBlocks];
+  philox_tile(key, counter, words);
+  for (int i = 0; i < kBlocks; ++i) {
+    const NormalPair low = box_muller(words[0][i], words[1][i]);
+    const NormalPair high = box_muller(words[2][i], words[3][i]);
+    part[0][i] = low.first;
+    part[1][i] = low.second;
+    part[2][i] = high.first;
+    part[3][i] = high.second;
+  }
+  for (int i = 0; i < kBlocks; ++i) {
+    for (int k = 0; k < kWordsPerBlock; ++k) normal[kWordsPerBlock * i + k] = part[k][i];
+  }
+}
+
+// What all ops share: the mean of the next latents, and the tile arrays it came from.
+template <typename Real>
+struct MeanTile {
+  const Real* latents;
+  const Real* velocity;  // guided
+  Real mean[kTile];
+  Real scratch[3][kTile];
+};
+
+template <typename Real>
+static inline void mean_tile(const Transition& transition, const Row<Real>& row, const Span& span, MeanTile<Real>* tile) {
+  const Real* latents = load_tile(transition.latents, span, tile->scratch[0]);
+  const Real* velocity = load_tile(transition.velocity, span, tile->scratch[1]);
+  if (transition.negative_velocity.data) {
+    const Real* negative = load_tile(transition.negative_velocity, span, tile->scratch[2]);
+    const Real scale = static_cast<Real>(transition.guidance_scale);
+    Real* mixed = tile->scratch[1];
+    for (int i = 0; i < kTile; ++i) mixed[i] = guided(velocity[i], negative[i], scale);
+    velocity = mixed;
+  }
+  Real* mean = tile->mean;
+  for (int i = 0; i < kTile; ++i) mean[i] = mean_of(row, latents[i], velocity[i]);
+  if (transition.x0_prev) {
+    const Real* x0_prev = static_cast<const Real*>(transition.x0_prev) + span.offset;
+    for (int i = 0; i < span.count; ++i) mean[i] += row.d * x0_prev[i];
+  }
+  tile->latents = latents;
+  tile->velocity = velocity;
+}
+
+// Adds the squared distances of a tile to the lanes. Callers make both arrays equal behind the sample's end.
+template <typename Real>
+static inline void add_squares(const Real* next, const Real* mean, Real* lanes) {
+  for (int start = 0; start < kTile; start += kLanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      const Real distance = next[start + i] - mean[start + i];
+      lanes[i] += distance * distance;
+    }
+  }
+}
+
+template <typename Real>
+static inline double sum_lanes(const Real* lanes) {
+  double folded[kFold] = {};
+  for (int start = 0; start < kLanes; start += kFold) {
+    for (int i = 0; i < kFold; ++i) folded[i] += static_cast<double>(lanes[start + i]);
+  }
+  double sum = 0.0;
+  for (int i = 0; i < kFold; ++i) sum += folded[i];
+  return sum;
+}
+
+}  // namespace flowgrpo_fast::FLOWGRPO_ISA

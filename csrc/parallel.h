@@ -1,0 +1,149 @@
+// parallel_for over a persistent pool of host threads.
+//
+// Work items are claimed one at a time, so a late or slow thread delays nobody; results must not depend on who does what.
+// The pool belongs to one caller at a time: a second caller, and a call from inside a work item, run on their own thread.
+// A fork leaves the threads behind, so the child forgets the pool and starts its own when it first needs one.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace flowgrpo_fast {
+
+// Rounds to nearest and keeps subnormals while a work item runs, whatever the calling thread was set to.
+class DefaultFloatMode {
+ public:
+#if defined(__x86_64__)
+  DefaultFloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  DefaultFloatMode() {}
+#endif
+};
+
+inline void relax_cpu() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class ThreadPool {
+ public:
+  using Body = void (*)(const void* context, int64_t index);
+
+  // Never destroyed: its threads sleep until the process ends.
+  static ThreadPool& instance() {
+    static std::once_flag once;
+    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { current().store(nullptr); }); });
+    ThreadPool* pool = current().load();
+    while (!pool) {
+      ThreadPool* fresh = new ThreadPool;
+      if (current().compare_exchange_strong(pool, fresh)) return *fresh;
+      delete fresh;
+    }
+    return *pool;
+  }
+
+  void run(int64_t count, int num_threads, Body body, const void* context) {
+    const int helpers = static_cast<int>(count < num_threads ? count : num_threads) - 1;
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    Job job{body, context, count, {0}, helpers, 0};
+    if (helpers > 0 && turn.owns_lock()) {
+      publish(&job, helpers);
+      work(job);
+      retire(&job);
+    } else {
+      work(job);
+    }
+  }
+
+ private:
+  struct Job {
+    Body body;
+    const void* context;
+    int64_t count;
+    std::atomic<int64_t> next;
+    int open;    // helpers that may still join, under mutex_
+    int active;  // helpers at work, under mutex_
+  };
+
+  static constexpr int kSpins = 2000;
+  static constexpr int kMaxThreads = 256;
+
+  static std::atomic<ThreadPool*>& current() {
+    static std::atomic<ThreadPool*> pool{nullptr};
+    return pool;
+  }
+
+  static void work(Job& job) {
+    DefaultFloatMode mode;
+    for (int64_t index = job.next++; index < job.count; index = job.next++) job.body(job.context, index);
+  }
+
+  void publish(Job* job, int helpers) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (; num_threads_ < helpers && num_threads_ < kMaxThreads; ++num_threads_) {
+        std::thread([this] { serve(); }).detach();
+      }
+      job_ = job;
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+  }
+
+  void retire(Job* job) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    job_ = nullptr;
+    done_.wait(lock, [job] { return job->active == 0; });
+  }
+
+  void serve() {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spin) relax_cpu();
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+      seen = generation_.load(std::memory_order_relaxed);
+      Job* job = job_;
+      if (!job || job->open == 0) continue;
+      --job->open;
+      ++job->active;
+      lock.unlock();
+      work(*job);
+      lock.lock();
+      if (--job->active == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex turn_;   // held by the caller the pool works for
+  std::mutex mutex_;  // guards job_, num_threads_ and the counts of a job
+  std::condition_variable wake_, done_;
+  std::atomic<uint64_t> generation_{0};
+  Job* job_ = nullptr;
+  int num_threads_ = 0;
+};
+
+// Calls body(index) for every index in [0, count), on at most `num_threads` threads including the caller's.
+template <typename Function>
+void parallel_for(int64_t count, int num_threads, const Function& body) {
+  ThreadPool::instance().run(
+      count, num_threads, [](const void* context, int64_t index) { (*static_cast<const Function*>(context))(index); },
+      &body);
+}
+
+}  // namespace flowgrpo_fast

@@ -1,0 +1,25 @@
+from typing import Any
+
+from torch import Tensor
+
+def flow_step(
+    transition: tuple[Any, ...],
+    seed: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    num_threads: int,
+) -> None: ...
+def flow_log_prob(
+    transition: tuple[Any, ...],
+    next_latents: Tensor,
+    outputs: tuple[Tensor, Tensor | None, Tensor | None],
+    num_threads: int,
+) -> None: ...
+def flow_log_prob_backward(
+    transition: tuple[Any, ...],
+    next_latents: Tensor,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    num_threads: int,
+) -> None: ...
+def philox(seed: Tensor, step: int | Tensor, stream: int, out: Tensor, num_threads: int) -> None: ...
+def philox4x32(counter: list[int], key: list[int]) -> list[int]: ...
+def build_info() -> dict[str, Any]: ...

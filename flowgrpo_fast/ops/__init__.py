@@ -1,0 +1,30 @@
+"""The fused transition of flow samplers and its noise, on the CPU and on CUDA; usable alone.
+
+Every dynamics is a table ``coeffs [T, 8]`` of rows ``(sigma, a, b, c, d, inv_var, log_norm, 0)``; see `flow_step`.
+`flowgrpo_fast.ops.reference` holds the same mathematics in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flowgrpo_fast import _C
+from flowgrpo_fast.ops._binding import Guidance
+from flowgrpo_fast.ops.flow_log_prob import flow_log_prob
+from flowgrpo_fast.ops.flow_step import FlowStepOutput, flow_step
+from flowgrpo_fast.ops.philox import philox_normal, philox_uint32
+
+__all__ = [
+    "FlowStepOutput",
+    "Guidance",
+    "build_info",
+    "flow_log_prob",
+    "flow_step",
+    "philox_normal",
+    "philox_uint32",
+]
+
+
+def build_info() -> dict[str, Any]:
+    """What was built and what runs: version, compiler, nvcc, cuda_archs, isas, isa, dlpack, chunk."""
+    return _C.build_info()

@@ -1,0 +1,144 @@
+"""One op from one forward/backward pair, for eager calls and for tracing.
+
+Eager calls go straight to ``_C`` (through an ``autograd.Function`` where a gradient is needed). Under ``torch.compile``, for
+tensor subclasses and under a dispatch mode, the same functions run behind a ``torch.library`` op of the namespace
+``flowgrpo_fast``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Forward = Callable[..., Any]
+
+_library = torch.library.Library("flowgrpo_fast", "FRAGMENT")
+_plain_types = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance fused into an op: ``v = negative + scale * (velocity - negative)``."""
+
+    negative_velocity: Tensor
+    scale: float
+
+
+class Transition(NamedTuple):
+    """What every op on a transition takes, in the order the kernels read it."""
+
+    latents: Tensor  # [B, *S]
+    velocity: Tensor  # [B, *S]
+    coeffs: Tensor  # [T, 8]
+    step: int  # row for all samples, unless step_index is given
+    step_index: Tensor | None  # 0-d or [B] int64
+    negative_velocity: Tensor | None  # [B, *S]
+    guidance_scale: float
+    x0_prev: Tensor | None  # [B, *S]
+
+
+TRANSITION_SCHEMA = (
+    "Tensor latents, Tensor velocity, Tensor coeffs, SymInt step, Tensor? step_index, "
+    "Tensor? negative_velocity, float guidance_scale, Tensor? x0_prev"
+)
+_NUM_FIELDS = len(Transition._fields)
+
+
+def split_flat(flat: tuple[Any, ...]) -> tuple[Transition, tuple[Any, ...]]:
+    """The transition and the rest of an op's flat arguments."""
+    return Transition(*flat[:_NUM_FIELDS]), flat[_NUM_FIELDS:]
+
+
+def require_tensor(op: str, argument: str, value: object) -> None:
+    """Raises ``ValueError`` if `value` is no tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be a torch.Tensor")
+
+
+def split_step(op: str, argument: str, step: int | Tensor) -> tuple[int, Tensor | None]:
+    """A step given as an integer or as a tensor, as the pair (integer, tensor or None) of the op schemas."""
+    if isinstance(step, Tensor):
+        return 0, step
+    if isinstance(step, float) or not hasattr(step, "__index__"):
+        raise ValueError(f"{op}: {argument} is a {type(step).__name__}, must be an int or an int64 tensor")
+    return (step if torch.compiler.is_compiling() else step.__index__()), None
+
+
+def split_guidance(op: str, guidance: Guidance | None) -> tuple[Tensor | None, float]:
+    """Guidance as the pair (negative velocity or None, scale) of the op schemas."""
+    if guidance is None:
+        return None, 1.0
+    if not isinstance(guidance, tuple) or len(guidance) != 2:
+        raise ValueError(
+            f"{op}: guidance is a {type(guidance).__name__}, must be Guidance(negative_velocity, scale)"
+        )
+    negative_velocity, scale = guidance
+    require_tensor(op, "guidance.negative_velocity", negative_velocity)
+    return negative_velocity, float(scale)
+
+
+def real_dtype(latents: Tensor) -> torch.dtype:
+    """Dtype of the arithmetic and of everything that is not stored as latents."""
+    return torch.float64 if latents.dtype is torch.float64 else torch.float32
+
+
+def workspace(latents: Tensor, chunk: int) -> Tensor | None:
+    """Partial sums of the CUDA kernels; the CPU keeps its own."""
+    if not latents.is_cuda:
+        return None
+    elements = latents.numel() // max(latents.shape[0], 1)
+    return latents.new_empty((latents.shape[0], max(-(-elements // chunk), 1)), dtype=torch.float64)
+
+
+def _is_traced(flat: tuple[Any, ...]) -> bool:
+    if torch.compiler.is_compiling() or _dispatch_modes():
+        return True
+    return any(isinstance(value, Tensor) and type(value) not in _plain_types for value in flat)
+
+
+def _needs_grad(flat: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in flat
+    )
+
+
+def bind(
+    name: str,
+    schema: str,
+    forward: Forward,
+    fake: Forward,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Forward:
+    """Builds the callable of an op whose flat arguments follow `schema`.
+
+    `forward` calls ``_C``; `fake` makes outputs of the same shapes and dtypes without data. With `setup_context` and
+    `backward` (as ``torch.library.register_autograd`` takes them) the op is differentiable, once.
+    """
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, forward, key)
+    torch.library.register_fake(f"flowgrpo_fast::{name}", fake, lib=_library)
+    traced = getattr(torch.ops.flowgrpo_fast, name)
+    if setup_context is None or backward is None:
+        return lambda *flat: traced(*flat) if _is_traced(flat) else forward(*flat)
+
+    torch.library.register_autograd(
+        f"flowgrpo_fast::{name}", backward, setup_context=setup_context, lib=_library
+    )
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
+    }
+    function: Any = type(name, (torch.autograd.Function,), members)
+
+    def call(*flat: Any) -> Any:
+        if _is_traced(flat):
+            return traced(*flat)
+        return function.apply(*flat) if _needs_grad(flat) else forward(*flat)
+
+    return call

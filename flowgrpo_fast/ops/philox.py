@@ -1,0 +1,64 @@
+"""Counter-based noise: a pure function of (seed, step, stream, element), the same on every device and in every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowgrpo_fast import _C
+from flowgrpo_fast.ops._binding import bind, require_tensor, split_step
+
+_SCHEMA = "(Tensor seed, SymInt[] shape, SymInt step, Tensor? step_index, SymInt stream, ScalarType dtype) -> Tensor"
+
+
+def _allocate(*flat: Any) -> Tensor:
+    seed, shape, _, _, _, dtype = flat
+    return seed.new_empty((*seed.shape[:1], *shape), dtype=dtype)
+
+
+def _forward(*flat: Any) -> Tensor:
+    seed, _, step, step_index, stream, _ = flat
+    out = _allocate(*flat)
+    _C.philox(seed, step if step_index is None else step_index, stream, out, torch.get_num_threads())
+    return out
+
+
+_op = bind("philox", _SCHEMA, _forward, _allocate)
+
+
+def philox_normal(
+    seed: Tensor,
+    shape: Sequence[int],
+    step: int | Tensor = 0,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise ``[B, *shape]``.
+
+    Philox4x32-10 (Salmon et al., SC 2011) with key ``(seed low, seed high)`` and counter
+    ``(block low, block high, step, stream)``, ``block = element // 4``; the two word pairs of a block give its four
+    normals by Box-Muller. Stream 0 is the noise of steps (`flow_step` draws it itself), stream 1 that of the start.
+
+    Args:
+        seed: ``[B]`` int64, one a sample.
+        shape: shape of one sample.
+        step: an int in [0, 2^32), or an int64 tensor, 0-d or ``[B]``.
+        stream: in [0, 2^32).
+        dtype: float32, bfloat16, float16 (both rounded from float32) or float64 (the float32 values).
+
+    Raises:
+        ValueError: wrong shape, dtype, device or range.
+    """
+    require_tensor("philox_normal", "seed", seed)
+    if not dtype.is_floating_point:
+        raise ValueError(f"philox_normal: dtype is {dtype}, must be float32, bfloat16, float16 or float64")
+    return _op(seed, tuple(shape), *split_step("philox_normal", "step", step), stream, dtype)
+
+
+def philox_uint32(seed: Tensor, shape: Sequence[int], step: int | Tensor = 0, stream: int = 0) -> Tensor:
+    """The 32-bit words behind `philox_normal`, ``[B, *shape]`` as int64 in [0, 2^32); element i is word ``i % 4`` of block ``i // 4``."""
+    require_tensor("philox_uint32", "seed", seed)
+    return _op(seed, tuple(shape), *split_step("philox_uint32", "step", step), stream, torch.int64)

@@ -1,0 +1,227 @@
+"""Builds ``flowgrpo_fast._C`` from ``csrc/`` with ninja. Needs a C++17 compiler; neither torch nor a GPU.
+
+Environment:
+    CXX                    the C++ compiler (default: the first of c++, g++, clang++)
+    FLOWGRPO_FAST_CUDA     1 or 0: build the CUDA code or not (default: 1 where nvcc is found)
+    FLOWGRPO_FAST_ARCHS    GPU architectures, e.g. "80;90a" (default: "80;90a;100a;120"); PTX of the last is added
+    FLOWGRPO_FAST_BUILD    folder of build.ninja and the objects (default: build/flowgrpo_fast next to this file)
+
+Objects stay in the build folder, with header dependencies and one log a compilation (warnings, and what ptxas says of
+registers and spills), so a second build does only what a change asks for.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "80;90a;100a;120"
+
+# Contraction off: a multiply and an add round separately everywhere, so every instruction set gives the same bits.
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math"
+)
+NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra --threads 2"
+ISA_FLAGS = {
+    "baseline": "",
+    "avx2": "-mavx2",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
+}
+KERNELS = ("flow_step", "flow_log_prob", "philox")  # compiled once per instruction set, and by nvcc
+
+RULES = """
+rule cxx
+  command = {cxx} {cxx_flags} $flags -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || {{ cat $out.log >&2; exit 1; }}
+  depfile = $out.d
+  deps = gcc
+  description = c++ $out
+rule nvcc
+  command = {nvcc} {nvcc_flags} $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || {{ cat $out.log >&2; exit 1; }}
+  depfile = $out.d
+  deps = gcc
+  description = nvcc $out
+rule link
+  command = {linker} -o $out $in {link_flags}
+  description = link $out
+"""
+
+
+def fail(message: str) -> None:
+    """Ends the build with one line."""
+    raise SystemExit(f"flowgrpo_fast build: {message}")
+
+
+def find_cxx() -> str:
+    """The C++ compiler as a shell command."""
+    chosen = os.environ.get("CXX", "").strip()
+    if chosen:
+        if shutil.which(shlex.split(chosen)[0]) is None:
+            fail(f"CXX is '{chosen}', which is not a program on PATH")
+        return chosen
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
+        fail("no C++ compiler found (looked for c++, g++, clang++); install one or set CXX")
+    return str(found)
+
+
+def find_nvcc() -> str | None:
+    """nvcc's path if the CUDA code is to be built."""
+    wanted = os.environ.get("FLOWGRPO_FAST_CUDA", "").strip()
+    if wanted not in ("", "0", "1"):
+        fail(f"FLOWGRPO_FAST_CUDA is '{wanted}', must be 0 or 1")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))
+    if nvcc is None and wanted == "1":
+        fail("FLOWGRPO_FAST_CUDA is 1 but nvcc was not found on PATH or under CUDA_HOME")
+    return nvcc if (ROOT / "csrc" / "flow_step.cu").exists() else None  # until the CUDA files land
+
+
+def cuda_archs() -> list[str]:
+    """GPU architectures to compile for."""
+    text = os.environ.get("FLOWGRPO_FAST_ARCHS", "").strip() or DEFAULT_ARCHS
+    archs = [arch.strip() for arch in text.split(";")]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            fail(f"FLOWGRPO_FAST_ARCHS has '{arch}', must be numbers like 80;90a;120 separated by ';'")
+    return archs
+
+
+def find_ninja() -> str:
+    """ninja, from its Python package or from PATH."""
+    try:
+        import ninja
+    except ImportError:
+        found = shutil.which("ninja")
+    else:
+        found = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+    if found is None:
+        fail("ninja not found; pip install ninja")
+    return str(found)
+
+
+def pybind11_include() -> str:
+    """Folder of pybind11's headers."""
+    try:
+        import pybind11
+    except ImportError:
+        fail("pybind11 not found; pip install pybind11")
+    return str(pybind11.get_include())
+
+
+def isas() -> dict[str, str]:
+    """Instruction sets of the target and the compiler flags of each."""
+    is_x86_64 = platform.machine().lower() in ("x86_64", "amd64")
+    return ISA_FLAGS if is_x86_64 else {"baseline": ""}
+
+
+def quoted(text: object) -> str:
+    """A shell word inside a ninja variable."""
+    return shlex.quote(str(text)).replace("$", "$$")
+
+
+def escaped(path: object) -> str:
+    """A path inside a ninja build line."""
+    return re.sub(r"([$: ])", r"$\1", str(path))
+
+
+@dataclass
+class NinjaFile:
+    """Collects the edges of build.ninja."""
+
+    folder: Path
+    lines: list[str]
+    objects: list[str]
+
+    def compile(self, rule: str, source: str, flags: str = "", tag: str = "") -> None:
+        """Adds one object; `tag` tells apart the objects of one source."""
+        name = f"{Path(source).name}.{tag}.o" if tag else f"{Path(source).name}.o"
+        self.lines += [f"build {name}: {rule} {escaped(ROOT / 'csrc' / source)}", f"  flags = {flags}"]
+        self.objects.append(name)
+
+    def write(self) -> None:
+        """Writes the file if it differs, so that an unchanged build stays untouched."""
+        text = "\n".join([*self.lines, f"build _C.so: link {' '.join(self.objects)}", "default _C.so", ""])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "build.ninja"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+def write_ninja(folder: Path, version: str) -> None:
+    """Writes build.ninja for this machine and environment."""
+    cxx, nvcc = find_cxx(), find_nvcc()
+    archs = cuda_archs() if nvcc else []
+    gencode = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    link_flags = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-pthread"
+    linker = f"{cxx} -shared"
+    if nvcc:
+        gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+        # Static cudart: the module then imports on a machine without a driver.
+        linker, link_flags = f"{quoted(nvcc)} -shared --cudart static", "-Xcompiler -pthread"
+    host = f"-ccbin {quoted(shlex.split(cxx)[-1])}" if os.environ.get("CXX") else ""
+    rules = RULES.format(
+        cxx=cxx.replace("$", "$$"),
+        cxx_flags=CXX_FLAGS,
+        nvcc=quoted(nvcc or "nvcc"),
+        nvcc_flags=f"{NVCC_FLAGS} {host} {gencode}",
+        linker=f"{linker} {host}" if nvcc else linker,
+        link_flags=link_flags,
+    )
+    ninja = NinjaFile(folder, ["# Written by setup.py", rules], [])
+    compiler = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True).stdout
+    ninja.compile("cxx", "bindings.cpp", flags=bindings_flags(version, compiler.split("\n")[0], nvcc, archs))
+    ninja.compile("cxx", "cpu_ops.cpp")
+    for kernel in KERNELS:
+        for isa, flags in isas().items():
+            ninja.compile("cxx", f"{kernel}.cpp", flags=f"-DFLOWGRPO_ISA={isa} {flags}", tag=isa)
+        if nvcc:
+            ninja.compile("nvcc", f"{kernel}.cu")
+    ninja.write()
+
+
+def bindings_flags(version: str, compiler: str, nvcc: str | None, archs: list[str]) -> str:
+    """Flags of the one source that knows Python: include folders and what build_info() tells."""
+    definitions = {
+        "FLOWGRPO_VERSION": version,
+        "FLOWGRPO_COMPILER": compiler,
+        "FLOWGRPO_CUDA_ARCHS": " ".join(archs),
+        "FLOWGRPO_NVCC": nvcc or "",
+    }
+    flags = [f"-D{name}=" + quoted('"' + value.replace('"', "'") + '"') for name, value in definitions.items()]
+    flags += [f"-isystem {quoted(path)}" for path in (sysconfig.get_path("include"), pybind11_include())]
+    return " ".join(flags + ["-DFLOWGRPO_WITH_CUDA"] if nvcc else flags)
+
+
+class NinjaBuild(build_ext):
+    """`build_ext` that hands the compilation to ninja and copies the module to where setuptools wants it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        folder = Path(os.environ.get("FLOWGRPO_FAST_BUILD") or ROOT / "build" / "flowgrpo_fast")
+        write_ninja(folder, self.distribution.get_version())
+        command = [find_ninja(), "-C", str(folder), *(["-v"] if self.verbose > 1 else [])]
+        if subprocess.run(command).returncode:
+            fail("compilation failed; the compiler's messages are above")
+        target = Path(self.get_ext_fullpath(ext.name))
+        built = folder / "_C.so"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.stat().st_mtime < built.stat().st_mtime:
+            replacement = target.with_name(target.name + ".new")
+            shutil.copy2(built, replacement)  # never written in place: a running process may have it mapped
+            replacement.replace(target)
+
+
+setup(ext_modules=[Extension("flowgrpo_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
