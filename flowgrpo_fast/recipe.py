@@ -248,12 +248,14 @@ class Optimizer:
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
-    num_updates: int = 1  # optimiser steps per rollout, each on its own share of the prompts
+    num_updates: int = 1  # optimiser steps per rollout, each on its own share of the samples
     ema_decay: float = 0.0  # 0 = off; else evaluation and the final weights use the moving average
+    ema_every: int = 1  # optimiser steps between two averages
 
     def __post_init__(self) -> None:
         """Rates are positive, the average's decay below 1."""
-        _positive(self, lr=self.lr, max_grad_norm=self.max_grad_norm, num_updates=self.num_updates)
+        _positive(self, lr=self.lr, max_grad_norm=self.max_grad_norm)
+        _positive(self, num_updates=self.num_updates, ema_every=self.ema_every)
         _require(0 <= self.ema_decay < 1, f"Optimizer.ema_decay is {self.ema_decay}; it must be in [0, 1)")
 
 
@@ -276,7 +278,7 @@ class Task:
     prompts: str = ""  # a text file, one prompt a line; empty = the model's own
     rewards: tuple[RewardTerm, ...] = (
         RewardTerm(function="flowgrpo_fast.rewards.rules:digit_log_prob"),
-        RewardTerm(function="flowgrpo_fast.rewards.rules:clean_background", weight=0.2),
+        RewardTerm(function="flowgrpo_fast.rewards.rules:ink_contrast", weight=0.2),
     )
     judge: str = "flowgrpo_fast.rewards.judges:DigitJudge"  # empty = none
     num_eval_samples: int = 500
@@ -314,7 +316,7 @@ class Recipe:
     precision: Literal["fp32", "bf16"] = "fp32"  # of the network's matrix products
     rows_per_forward: int = 0  # samples per forward in rollout and replay; 0 = all of one update's
     replay_rows: int = 0  # samples per forward of the replay; 0 = as in the rollout: first ratio exactly 1
-    max_ratio_error: float = 1e-5  # of the self-test before the first update; above it the run stops
+    max_ratio_error: float = 0.0  # of the self-test before the first update; 0 = the loss's clip_range
     num_steps: int = 300
     seed: int = 0
     task: Task = field(default_factory=Task)
@@ -327,9 +329,9 @@ class Recipe:
         )
         _positive(self, num_prompts=self.num_prompts, num_steps=self.num_steps)
         _require(
-            self.num_prompts % self.optimizer.num_updates == 0,
-            f"Recipe.num_prompts is {self.num_prompts}; it must be divisible by "
-            f"optimizer.num_updates = {self.optimizer.num_updates}",
+            self.num_prompts * self.group_size % self.optimizer.num_updates == 0,
+            f"Optimizer.num_updates is {self.optimizer.num_updates}; it must divide "
+            f"num_prompts * group_size = {self.num_prompts * self.group_size}",
         )
         _require(
             self.precision in ("fp32", "bf16"),

@@ -24,9 +24,10 @@ class Conditioning:
 
     def rows(self, index: Tensor) -> Conditioning:
         """Rows `index [B]` (int64) of every field; used to repeat prompts over their group."""
-        picked = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
-        return Conditioning(
-            **{k: None if v is None else v.index_select(0, index) for k, v in picked.items()},
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        return replace(
+            self,
+            **{k: v.index_select(0, index) for k, v in tensors.items() if v is not None},
             extra={k: v.index_select(0, index) for k, v in self.extra.items()},
         )
 

@@ -32,7 +32,10 @@ class LossTerms:
 def clipped_ratio(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, part: ClippedRatio, kl: Tensor | None = None
 ) -> LossTerms:
-    """The loss of R replayed transitions. All inputs `[R]` fp32; gradient flows through `log_prob` and `kl`."""
+    """The loss of R replayed transitions.
+
+    All inputs are `[R]` fp32; gradient flows through `log_prob` and `kl`.
+    """
     ratio = torch.exp(log_prob - old_log_prob)
     plain = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - part.clip_range, 1 + part.clip_range)

@@ -4,7 +4,7 @@
     next_latents = mean + c * noise
     log_prob     = -1/2 * inv_var * mean((next_latents - mean)^2) + log_norm
 
-A row is `(sigma, a, b, c, d, inv_var, log_norm, 0)`. Rows are computed in fp64 on the host, once per schedule.
+A row is `(sigma, a, b, c, d, inv_var, log_norm, 0)`, computed in fp64 on the host, once per schedule.
 `s` is the step's sigma, `t` the next one, `dt = t - s < 0`.
 """
 
@@ -78,7 +78,7 @@ def _gaussian(std: float) -> tuple[float, float, float, float]:
 
 
 def _renoise_row(c: float, s: float, t: float) -> Row:
-    """x0 and noise predictions recombined so that the total noise is t: CPS keeps the coefficients of the path."""
+    """x0 and noise predictions recombined so that the total noise is t: the path's coefficients are kept."""
     q = math.sqrt(max(t * t - c * c, 0.0))
     inv_var = 2.0 if c > 0 else 0.0  # its score drops the variance: -mean(residual^2)
     return (s, (1 - t) + q, -s * (1 - t) + (1 - s) * q, c, 0.0, inv_var, 0.0, 0.0)
@@ -87,17 +87,15 @@ def _renoise_row(c: float, s: float, t: float) -> Row:
 def _second_order_row(rule: DPMSolver2M, previous: float | None, s: float, t: float) -> Row:
     """DPM-Solver++ 2M in lambda = log((1 - sigma) / sigma), alpha = 1 - sigma.
 
-    First order (= Euler here) without history, at the last step (lambda = inf) and from s = 1 (lambda = -inf).
+    First order (= Euler here) without history, at the last step (lambda = inf), from s = 1 (lambda = -inf).
     """
     if previous is None or t == 0 or s == 1 or previous == 1:
         return (s, 1.0, t - s, 0.0, 0.0, 0.0, 0.0, 0.0)
     h = _log_snr(t) - _log_snr(s)
     ratio = (_log_snr(s) - _log_snr(previous)) / h
     first = -(1 - t) * math.expm1(-h)  # weight of the x0 prediction
-    if rule.variant == "midpoint":
-        difference = 0.5 * first / ratio  # weight of (x0_pred - x0_prev)
-    else:
-        difference = (1 - t) * (math.expm1(-h) / h + 1) / ratio
+    second = 0.5 * first if rule.variant == "midpoint" else (1 - t) * (math.expm1(-h) / h + 1)
+    difference = second / ratio  # weight of (x0_pred - x0_prev)
     x0_weight = first + difference
     return (s, t / s + x0_weight, -s * x0_weight, 0.0, -difference, 0.0, 0.0, 0.0)
 

@@ -1,4 +1,4 @@
-"""Walks a model along a schedule, and scores stored transitions again: one op each way, on the same values."""
+"""Walks a model along a schedule, and scores stored transitions again, on the same values."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ def _walk(
 def predict(
     model: FlowModel, latents: Tensor, sigma: Tensor, conditioning: Conditioning, recipe: Recipe
 ) -> tuple[Tensor, Guidance | None]:
-    """Velocity `[B, *S]`, and the unconditional half where the recipe guides (without gradient: it is a constant).
+    """Velocity `[B, *S]`, and the unconditional half where the recipe guides; `sigma` is `[]` or `[B]` fp32.
 
-    `sigma` is `[]` or `[B]` fp32.
+    The unconditional half carries no gradient: published trainers detach it, so its backward is waste.
     """
     sigma = sigma.expand(latents.shape[0])
     with _precision(recipe, latents.device):

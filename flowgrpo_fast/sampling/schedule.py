@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.recipe import DPMSolver2M, DynamicShift, Dynamics, Euler, Recipe, Sigmas, Solver
+from flowgrpo_fast.recipe import DPMSolver2M, Dynamics, DynamicShift, Euler, Recipe, Sigmas, Solver
 from flowgrpo_fast.sampling.dynamics import coefficients
 from flowgrpo_fast.sampling.sigmas import dynamic_shift, make_sigmas, respaced_tail
 from flowgrpo_fast.sampling.windows import window_steps

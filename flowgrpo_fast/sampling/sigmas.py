@@ -15,12 +15,12 @@ _NUM_TRAIN_TIMESTEPS = 1000  # diffusers' sigma_min is 1 / 1000 before any shift
 
 
 def shift_sigmas(sigmas: Array, shift: float) -> Array:
-    """Moves a schedule towards noise: `shift * sigma / (1 + (shift - 1) * sigma)` (SD3, arXiv 2403.03206 eq. 23)."""
+    """Moves a schedule towards noise: `shift * s / (1 + (shift - 1) * s)`. arXiv 2403.03206 eq. 23."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def dynamic_shift(shift: DynamicShift, seq_len: int) -> float:
-    """The shift `exp(mu)` for `seq_len` image tokens, `mu` linear through the two configured lengths (FLUX)."""
+    """FLUX's shift `exp(mu)` for `seq_len` image tokens, `mu` linear through the two given lengths."""
     slope = (shift.max_shift - shift.base_shift) / (shift.max_seq_len - shift.base_seq_len)
     return math.exp(shift.base_shift + slope * (seq_len - shift.base_seq_len))
 

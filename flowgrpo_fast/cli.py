@@ -1,0 +1,223 @@
+"""The command line: train | sample | bench | env | recipes | report | pretrain-digits."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from flowgrpo_fast.launch import Run
+from flowgrpo_fast.monitor.cost import cpu_name
+from flowgrpo_fast.monitor.metrics import TrackerName
+from flowgrpo_fast.monitor.report import write_figures, write_report
+from flowgrpo_fast.ops import build_info
+from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.recipe_io import load_recipe, nearest, override
+from flowgrpo_fast.recipes import RECIPES, digits
+
+_VERSIONS = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scikit-learn", "pybind11")
+
+
+def train(
+    recipe: tyro.conf.Positional[str] = "mix_grpo",
+    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
+    *,
+    from_: Annotated[str, tyro.conf.arg(name="from")] = "",
+    resume: str = "",
+    out: str = "",
+    device: str = "auto",
+    tracker: TrackerName = "none",
+    checkpoint_every: int = 50,
+) -> None:
+    """Trains a model with a recipe; without arguments, MixGRPO on handwritten digits.
+
+    Args:
+        recipe: its name; `flowgrpo-fast recipes` lists them.
+        overrides: field=value, e.g. group_size=12 window.size=2 dynamics=CPS optimizer.lr=1e-4.
+        from_: start from the recipe of an earlier run folder instead of a named one.
+        resume: go on with an interrupted run, from its last checkpoint.
+        out: the run folder; default runs/<recipe>-<date>-<time>.
+        device: auto, cpu, cuda or cuda:N.
+        tracker: also log to this tracker.
+        checkpoint_every: steps between two checkpoints.
+    """
+    if resume and from_:
+        raise ValueError(f"--from {from_!r} and --resume {resume!r} exclude each other; give one")
+    if resume or from_:
+        # The name is left out then, so the first positional is an override too.
+        overrides = (recipe, *overrides) if "=" in recipe else overrides
+        resolved = override(load_recipe(Path(resume or from_)), overrides)
+    else:
+        if "=" in recipe:
+            recipe, overrides = "mix_grpo", (recipe, *overrides)
+        resolved = override(digits(named_recipe(recipe)), overrides)
+    folder = Path(resume or out or f"runs/{resolved.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    report = Run(
+        recipe=resolved,
+        folder=folder,
+        device=pick_device(device),
+        resume=bool(resume),
+        checkpoint_every=checkpoint_every,
+        tracker=tracker,
+    ).start()
+    Console().print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def named_recipe(name: str) -> Recipe:
+    """The paper's recipe of that name.
+
+    Raises:
+        ValueError: no such recipe; names the nearest.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
+    return RECIPES[name].make()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to run on; `auto` prefers CUDA.
+
+    Raises:
+        ValueError: not a device, or not one of this machine or build.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not one; give auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported; give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not here; this machine has {torch.cuda.device_count()} GPU(s)")
+    if device.type == "cuda" and not build_info()["cuda_archs"]:
+        raise ValueError("the extension was built without CUDA; rebuild it where nvcc is found")
+    return device
+
+
+def recipes() -> None:
+    """Lists the recipes with their paper and idea."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("recipe", "paper", "idea"):
+        table.add_column(column, style="bold" if column == "recipe" else "")
+    for name, entry in RECIPES.items():
+        table.add_row(name, entry.paper, (entry.make.__doc__ or "").splitlines()[0])
+    Console().print(table, highlight=False)
+
+
+def env() -> None:
+    """Prints versions, what was built, instruction sets and devices."""
+    rows = {"flowgrpo-fast": version("flowgrpo-fast"), "python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            rows[name] = version(name)
+        except PackageNotFoundError:
+            rows[name] = "not installed"
+    rows["platform"] = platform.platform()
+    rows["cpu"] = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    rows |= {f"build {key}": str(value) for key, value in build_info().items()}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows["gpus"] = ", ".join(gpus) or "none"
+    for key, value in rows.items():
+        print(f"{key:24} {value}")
+
+
+def report(run: tyro.conf.Positional[str], /, *, figures: str = "") -> None:
+    """Writes a run's report again; with --figures DIR also the pictures the docs show.
+
+    Args:
+        run: a run folder.
+        figures: where to put before_after.png and curves.png.
+    """
+    print(write_report(Path(run)))
+    for path in write_figures(Path(run), Path(figures)) if figures else ():
+        print(path)
+
+
+def sample(
+    run: tyro.conf.Positional[str] = "", /, *, out: str = "samples.png", num_samples: int = 120
+) -> None:
+    """Samples with a run's final weights, or with the pretrained start, and saves a grid.
+
+    Args:
+        run: a run folder; empty samples the pretrained digits.
+        out: the PNG to write.
+        num_samples: how many.
+    """
+    from flowgrpo_fast.monitor.figures import sample_grid
+    from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint
+    from flowgrpo_fast.training.engine import build_engine
+    from flowgrpo_fast.training.loop import evaluate
+
+    recipe = load_recipe(Path(run)) if run else digits(named_recipe("mix_grpo"))
+    recipe = replace(recipe, task=replace(recipe.task, num_eval_samples=num_samples))
+    engine = build_engine(recipe, pick_device("auto"))
+    if run:
+        checkpoint = latest_checkpoint(Path(run))
+        if checkpoint is None:
+            raise ValueError(f"{run!r} holds no checkpoint; give a folder that `train` made")
+        load_checkpoint(engine, checkpoint)
+    result = evaluate(engine)
+    sample_grid(result.images, result.prompts, result.correct).save(out)
+    print("  ".join([out, *(f"{name.removeprefix('eval/')} {v:.4f}" for name, v in result.metrics.items())]))
+
+
+def bench(level: tyro.conf.Positional[Literal["ops"]] = "ops", /) -> None:
+    """Times the ops against unfused PyTorch with pytest-benchmark, from a source checkout.
+
+    Args:
+        level: which suite.
+    """
+    suite = Path(__file__).parents[1] / "benchmarks" / f"bench_{level}.py"
+    if not suite.exists():
+        raise ValueError(f"no benchmark suite at {str(suite)!r}; run this in a source checkout")
+    command = [sys.executable, "-m", "pytest", str(suite), "--benchmark-group-by=group", "-q"]
+    raise SystemExit(subprocess.call(command))
+
+
+def pretrain_digits(*, out: str = "digits.safetensors", seed: int = 0) -> None:
+    """Makes the pretrained start of the digits model.
+
+    Args:
+        out: the safetensors file to write.
+        seed: of initialisation and training.
+    """
+    from flowgrpo_fast.models.pretrain_digits import pretrain
+
+    pretrain(Path(out), seed=seed)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; a user's mistake is one line on stderr and exit code 2."""
+    commands: dict[str, Callable[..., None]] = {
+        "train": train,
+        "sample": sample,
+        "bench": bench,
+        "env": env,
+        "recipes": recipes,
+        "report": report,
+        "pretrain-digits": pretrain_digits,
+    }
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="flowgrpo-fast", args=arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

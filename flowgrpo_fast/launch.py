@@ -1,0 +1,173 @@
+"""A whole run: folder, evaluation, checkpoints, signals, report. The mathematics is in `training.loop`."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from flowgrpo_fast.monitor.cost import CostMeter, device_name
+from flowgrpo_fast.monitor.figures import sample_grid
+from flowgrpo_fast.monitor.metrics import MetricsLog, TrackerName, make_tracker, read_metrics
+from flowgrpo_fast.monitor.progress import TrainingProgress
+from flowgrpo_fast.monitor.report import write_report
+from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.recipe_io import save_recipe, to_dict
+from flowgrpo_fast.sampling.windows import window_steps
+from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowgrpo_fast.training.engine import Engine, build_engine
+from flowgrpo_fast.training.loop import StepReport, evaluate, train
+
+
+@dataclass(slots=True)
+class Run:
+    """Where a run goes and how it is watched."""
+
+    recipe: Recipe
+    folder: Path
+    device: torch.device
+    resume: bool = False
+    checkpoint_every: int = 50
+    tracker: TrackerName = "none"
+    console: Console = field(default_factory=Console)
+
+    def start(self) -> Path:
+        """Trains to the end, or to Ctrl-C; returns the report's path.
+
+        Raises:
+            ValueError: a user's mistake or a failed run, in one line. What was finished is saved.
+        """
+        window_steps(self.recipe.window, self.recipe.sigmas.num_inference_steps, 0)  # refuse early
+        engine = build_engine(self.recipe, self.device)
+        self._prepare_folder(engine)
+        earlier = sum(r.get("seconds_step", 0.0) for r in read_metrics(self.folder))
+        tracker = make_tracker(self.tracker, self.folder, to_dict(self.recipe))
+        log = MetricsLog(self.folder, engine.step, tracker)
+        cost = CostMeter(self.device, earlier)
+        self._announce(engine)
+        stop = StopSignal(self.console)
+        try:
+            with stop, TrainingProgress(self.console, self.recipe.num_steps, engine.step) as progress:
+                if engine.step == 0:
+                    log.write({"step": 0, **self._evaluate(engine)})
+
+                def on_step(report: StepReport) -> None:
+                    record = self._record(engine, report, last=stop.requested)
+                    log.write(record)
+                    progress.show(record)
+                    if engine.step % self.checkpoint_every == 0 and engine.step < self.recipe.num_steps:
+                        save_checkpoint(engine, self.folder)
+
+                train(engine, on_step, lambda: stop.requested)
+            save_checkpoint(engine, self.folder)
+        finally:
+            log.close()
+            report = self._conclude(cost)
+        if stop.requested:
+            self.console.print(
+                f"stopped after step {engine.step}; continue with: flowgrpo-fast train --resume {self.folder}"
+            )
+        return report
+
+    def _prepare_folder(self, engine: Engine) -> None:
+        if self.resume:
+            checkpoint = latest_checkpoint(self.folder)
+            if checkpoint is None:
+                raise ValueError(f"{str(self.folder)!r} holds no checkpoint to resume from")
+            load_checkpoint(engine, checkpoint)
+        elif (self.folder / "metrics.jsonl").exists():
+            raise ValueError(
+                f"{str(self.folder)!r} already holds a run; choose another --out, or --resume it"
+            )
+        try:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            save_recipe(self.recipe, self.folder / "recipe.json")
+        except OSError as error:
+            raise ValueError(f"cannot write to {str(self.folder)!r}: {error.strerror}") from None
+
+    def _announce(self, engine: Engine) -> None:
+        recipe = self.recipe
+        parameters = sum(p.numel() for p in engine.model.module.parameters() if p.requires_grad)
+        self.console.print(
+            f"[bold]{recipe.name}[/] on {recipe.task.model}: {parameters:,} trained parameters, "
+            f"{recipe.num_prompts} prompts x {recipe.group_size} samples a step, {recipe.precision}\n"
+            f"{device_name(self.device)}\n{self.folder}",
+            highlight=False,
+        )
+
+    def _record(self, engine: Engine, report: StepReport, last: bool) -> dict[str, float]:
+        """One line of metrics; every `eval_every` steps and at the end with an evaluation."""
+        evaluation: dict[str, float] = {}
+        if report.step % self.recipe.task.eval_every == 0 or last or report.step == self.recipe.num_steps:
+            with report.phase("evaluation"):
+                evaluation = self._evaluate(engine)
+        return {
+            "step": report.step,
+            **report.metrics,
+            **evaluation,
+            **{f"seconds/{name}": round(value, 4) for name, value in report.seconds.items()},
+            "seconds_step": round(sum(report.seconds.values()), 4),
+        }
+
+    def _evaluate(self, engine: Engine) -> dict[str, float]:
+        result = evaluate(engine)
+        grid = sample_grid(result.images, result.prompts, result.correct)
+        grid.save(self.folder / "samples" / f"step_{engine.step:06d}.png")
+        return result.metrics
+
+    def _conclude(self, cost: CostMeter) -> Path:
+        """Summary and report from whatever was recorded."""
+        records = read_metrics(self.folder)
+        steps = [r for r in records if "reward" in r]
+        looks = [r for r in records if "eval/reward" in r]
+        if not looks:
+            return self.folder / "report.html"
+        summary: dict[str, Any] = {
+            "recipe": self.recipe.name,
+            "model": self.recipe.task.model,
+            "seed": self.recipe.seed,
+            "steps": records[-1]["step"],
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "device": device_name(self.device),
+            "versions": {name: version(name) for name in ("flowgrpo-fast", "torch", "diffusers")},
+            "reward_before": looks[0]["eval/reward"],
+            "reward_after": looks[-1]["eval/reward"],
+            "judge_before": looks[0].get("eval/judge"),
+            "judge_after": looks[-1].get("eval/judge"),
+            "ratio_self_test": next((r["ratio_self_test"] for r in steps if "ratio_self_test" in r), None),
+            "cost": cost.read(),
+        }
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return write_report(self.folder)
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second one interrupts at once."""
+
+    def __init__(self, console: Console) -> None:
+        self.requested = False
+        self._console = console
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._console.print("stopping after this step; once more to interrupt it")

@@ -1,0 +1,1 @@
+"""Monitoring: metrics as JSON lines, cost, progress bar, trackers, figures and the HTML report."""

@@ -1,0 +1,63 @@
+"""The progress bar: reward, judge, ratio, seconds per step."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from flowgrpo_fast.monitor.metrics import Record
+
+
+class TrainingProgress:
+    """A context manager around the loop; `show` after each step.
+
+    Where the output is no terminal, a plain line every `plain_every` steps takes the bar's place.
+    """
+
+    def __init__(self, console: Console, num_steps: int, done: int = 0, plain_every: int = 10) -> None:
+        self._console, self._num_steps, self._plain_every = console, num_steps, plain_every
+        self._judge: float | None = None
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=num_steps, completed=done, numbers="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, record: Record) -> None:
+        """Updates the bar with one step's record."""
+        self._judge = record.get("eval/judge", self._judge)
+        numbers = f"reward {record['reward']:+.3f}"
+        if self._judge is not None:
+            numbers += f"  judge {100 * self._judge:.1f} %"
+        # Ratio on the step's own rollout, before its first update: exactly 1 is the promise.
+        if "first_ratio_error" in record:
+            numbers += f"  |ratio-1| {record['first_ratio_error']:.1e}"
+        numbers += f"  {record['seconds_step']:.2f} s/step"
+        self._progress.update(self._task, completed=record["step"], numbers=numbers)
+        last = record["step"] == self._num_steps
+        if not self._console.is_terminal and (record["step"] % self._plain_every == 0 or last):
+            self._console.print(f"step {record['step']:4d}/{self._num_steps}  {numbers}", highlight=False)

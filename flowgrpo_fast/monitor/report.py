@@ -1,0 +1,149 @@
+"""The report of a run: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from flowgrpo_fast.monitor import figures
+from flowgrpo_fast.monitor.metrics import Record, read_metrics
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 860px; margin: 2.5rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem }
+.sub { color: #616e7c; margin-top: 0 } svg { width: 100%; height: auto } img { image-rendering: pixelated }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; margin: 1.4rem 0 }
+.tile { border: 1px solid #e4e7eb; border-radius: 8px; padding: .7rem .9rem }
+.tile b { display: block; font-size: 1.25rem; white-space: nowrap } .tile span { color: #616e7c; font-size: .82rem }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem } .pair img { width: 100% }
+figure { margin: 0 } figcaption { color: #616e7c; font-size: .85rem }
+table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .9rem .2rem 0; text-align: left }
+pre { background: #f5f7fa; padding: 1rem; border-radius: 8px; overflow-x: auto; font-size: .8rem }
+"""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes `report.html` from `recipe.json`, `metrics.jsonl`, `summary.json` and `samples/`.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    records = read_metrics(run_dir)
+    if not records or not (run_dir / "summary.json").exists():
+        raise ValueError(f"{str(run_dir)!r} holds no run; give a folder that `flowgrpo-fast train` made")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    recipe = (run_dir / "recipe.json").read_text()
+    body = "\n".join(
+        (
+            _head(summary),
+            _tiles(summary),
+            _samples(run_dir, summary),
+            "<h2>Reward and judge</h2>",
+            "<p class=sub>The judge is another kind of classifier that training never sees.</p>",
+            figures.svg(figures.curves_figure(records)),
+            "<h2>Each reward, on the evaluation samples</h2>",
+            figures.svg(figures.objectives_figure(records)),
+            _ratio(records, summary),
+            _time(records, summary),
+            f"<h2>Recipe</h2><details><summary>recipe.json</summary><pre>{html.escape(recipe)}</pre></details>",
+        )
+    )
+    path = run_dir / "report.html"
+    title = html.escape(f"{summary['recipe']} on {summary['model']}")
+    path.write_text(
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
+        f"<style>{_STYLE}</style><body>{body}</body></html>\n"
+    )
+    return path
+
+
+def write_figures(run_dir: Path, out: Path) -> list[Path]:
+    """`before_after.png` and `curves.png` of a run, as the docs show them."""
+    records = read_metrics(run_dir)
+    grids = sorted((run_dir / "samples").glob("step_*.png"))
+    if not records or len(grids) < 2:
+        raise ValueError(f"{str(run_dir)!r} holds no finished run; give a folder that `train` made")
+    out.mkdir(parents=True, exist_ok=True)
+    titles = (_title(records, grids[0]), _title(records, grids[-1]))
+    pictures = {
+        "before_after.png": figures.before_after_figure(grids[0], grids[-1], titles),
+        "curves.png": figures.curves_figure(records),
+    }
+    for name, figure in pictures.items():
+        figure.savefig(out / name, dpi=110)
+    return [out / name for name in pictures]
+
+
+def _title(records: list[Record], grid: Path) -> str:
+    step = int(grid.stem.removeprefix("step_"))
+    judge = next((r["eval/judge"] for r in records if r["step"] == step and "eval/judge" in r), None)
+    when = "before" if step == 0 else f"after {step} steps"
+    return when if judge is None else f"{when}: the judge reads {100 * judge:.1f} % right"
+
+
+def _head(summary: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    lines = f"{summary['date']} &middot; {html.escape(summary['device'])} &middot; {html.escape(versions)}"
+    title = html.escape(f"{summary['recipe']} on {summary['model']}")
+    return f"<h1>{title}</h1><p class=sub>{lines}<br>seed {summary['seed']}, {summary['steps']} steps</p>"
+
+
+def _tiles(summary: dict[str, Any]) -> str:
+    tiles = []
+    if summary.get("judge_after") is not None:
+        before, after = 100 * summary["judge_before"], 100 * summary["judge_after"]
+        tiles.append((f"{before:.1f} &rarr; {after:.1f} %", "judge: samples read right"))
+    tiles.append((f"{summary['reward_before']:+.3f} &rarr; {summary['reward_after']:+.3f}", "reward"))
+    if summary.get("ratio_self_test") is not None:
+        tiles.append((f"{summary['ratio_self_test']:.2g}", "max |ratio &minus; 1| before the first update"))
+    tiles.append((f"{summary['cost']['seconds']:.0f} s", "wall time"))
+    unit = "gpu_hours" if "gpu_hours" in summary["cost"] else "cpu_core_hours"
+    tiles.append((f"{summary['cost'][unit]:.3f}", unit.replace("_", " ").replace("pu", "PU")))
+    cells = "".join(f"<div class=tile><b>{value}</b><span>{label}</span></div>" for value, label in tiles)
+    return f"<div class=tiles>{cells}</div>"
+
+
+def _samples(run_dir: Path, summary: dict[str, Any]) -> str:
+    grids = sorted((run_dir / "samples").glob("step_*.png"))
+    if not grids:
+        return ""
+    cells = "".join(
+        f"<figure><img src='{_data_uri(path)}' alt='samples'><figcaption>step "
+        f"{int(path.stem.removeprefix('step_'))}</figcaption></figure>"
+        for path in (grids[0], grids[-1])
+    )
+    note = "Same prompts, same start noise."
+    if summary.get("judge_after") is not None:
+        note += " Red frame: the judge reads another digit."
+    return f"<h2>Before and after</h2><p class=sub>{note}</p><div class=pair>{cells}</div>"
+
+
+def _ratio(records: list[Record], summary: dict[str, Any]) -> str:
+    value = summary.get("ratio_self_test")
+    text = "not measured" if value is None else f"{value:.3g}"
+    return (
+        f"<h2>Importance ratio</h2><p class=sub>Self-test before the first update, on the real model and batch: "
+        f"max |ratio &minus; 1| = {text}.</p>{figures.svg(figures.ratio_figure(records))}"
+    )
+
+
+def _time(records: list[Record], summary: dict[str, Any]) -> str:
+    seconds: dict[str, float] = {}
+    for record in records:
+        for name, value in record.items():
+            if name.startswith("seconds/"):
+                phase = name.removeprefix("seconds/")
+                seconds[phase] = seconds.get(phase, 0.0) + value
+    cost = "".join(
+        f"<tr><td>{name.replace('_', ' ')}</td><td>{value:.4g}</td></tr>"
+        for name, value in summary["cost"].items()
+    )
+    chart = figures.svg(figures.time_figure(seconds)) if seconds else ""
+    return f"<h2>Time and cost</h2>{chart}<table>{cost}</table>"
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,1 @@
+"""Training: the loop, the update, the self-test, checkpoints."""

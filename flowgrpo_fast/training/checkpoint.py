@@ -1,0 +1,94 @@
+"""Checkpoints: a folder per step, written beside its final name and moved there whole.
+
+    checkpoints/step_000120/model.safetensors     the trained module
+                            average.safetensors   its moving average, where the recipe has one
+                            optimizer.pt          AdamW's state
+                            state.json            counters
+
+Noise is a function of (seed, step), so there is no random state to save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from flowgrpo_fast.training.engine import Engine
+
+_KEEP = 2  # finished checkpoints; the older one survives whatever happens to the newer
+
+
+def save_checkpoint(engine: Engine, run_dir: Path) -> Path:
+    """Writes the engine's state; an earlier checkpoint is removed only after this one is complete.
+
+    Raises:
+        ValueError: the disk is full or not writable; earlier checkpoints are intact.
+    """
+    root = run_dir / "checkpoints"
+    final = root / f"step_{engine.step:06d}"
+    partial = root / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(engine, partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        last = latest_checkpoint(run_dir)
+        raise ValueError(
+            f"cannot save {str(final)!r}: {error}. "
+            + (
+                f"The last complete checkpoint is {str(last)!r}. "
+                if last
+                else "No earlier checkpoint exists. "
+            )
+            + "Free some space, then continue with --resume"
+        ) from error
+    for old in finished_checkpoints(run_dir)[:-_KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write(engine: Engine, folder: Path) -> None:
+    save_model(engine.model.module, str(folder / "model.safetensors"))
+    if engine.averaged is not None:
+        save_model(engine.averaged.module, str(folder / "average.safetensors"))
+    torch.save(engine.optimizer.state_dict(), folder / "optimizer.pt")
+    (folder / "state.json").write_text(json.dumps({"step": engine.step, "num_updates": engine.num_updates}))
+    for file in folder.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def finished_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if (path / "state.json").exists())
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint, if any."""
+    return next(iter(reversed(finished_checkpoints(run_dir))), None)
+
+
+def load_checkpoint(engine: Engine, folder: Path) -> None:
+    """Restores what `save_checkpoint` wrote; the run goes on as if it had not stopped, to the bit.
+
+    Raises:
+        ValueError: the folder is not a checkpoint of this model.
+    """
+    try:
+        load_model(engine.model.module, str(folder / "model.safetensors"))
+        if engine.averaged is not None:
+            load_model(engine.averaged.module, str(folder / "average.safetensors"))
+        state = torch.load(folder / "optimizer.pt", map_location=engine.device, weights_only=True)
+        engine.optimizer.load_state_dict(state)
+        counters = json.loads((folder / "state.json").read_text())
+        engine.step, engine.num_updates = int(counters["step"]), int(counters["num_updates"])
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"{str(folder)!r} is not a checkpoint of this recipe: {error}") from error

@@ -1,0 +1,169 @@
+"""The loop. Nothing else decides the order of a training step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowgrpo_fast.credit.advantages import assign_credit
+from flowgrpo_fast.sampling.sampler import rollout
+from flowgrpo_fast.sampling.schedule import Schedule, ode_schedule, resolve_schedule
+from flowgrpo_fast.training.draws import draw, draw_eval, draw_step_positions
+from flowgrpo_fast.training.engine import Engine
+from flowgrpo_fast.training.self_test import ratio_self_test
+from flowgrpo_fast.training.update import update
+from flowgrpo_fast.types import Conditioning, Draws, RewardOutput, TrainBatch, Trajectory
+
+_MAX_IDLE_STEPS = 20  # consecutive steps in which no group teaches anything
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one step measured."""
+
+    step: int  # number of finished steps
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `seconds[name]`; each phase ends by reading numbers from the device."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def train_step(engine: Engine) -> StepReport:
+    """Rollout, rewards, credit, update: one iteration of the recipe."""
+    recipe, report = engine.recipe, StepReport(step=engine.step + 1)
+    with report.phase("rollout"):
+        draws = draw(recipe, len(engine.prompts), engine.step, engine.device)
+        schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
+        conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
+        trajectory = rollout(engine.model, conditioning, draws, schedule, recipe)
+    with report.phase("reward"):
+        rewards = score(engine, trajectory)
+        report.metrics |= reward_metrics(rewards, draws)
+    with report.phase("credit"):
+        batch = make_batch(engine, trajectory, conditioning, rewards, schedule)
+        report.metrics["idle_groups"] = 1 - float(batch.weight.mean())
+    if engine.step == 0:
+        with report.phase("self_test"):
+            report.metrics["ratio_self_test"] = ratio_self_test(engine, batch)
+    with report.phase("update"):
+        report.metrics |= update(engine, batch)
+    report.metrics["window_start"] = float(schedule.kept[0])
+    engine.step += 1
+    return report
+
+
+def train(engine: Engine, on_step: Callable[[StepReport], None], stop: Callable[[], bool]) -> None:
+    """Steps until the recipe's number is reached or `stop()` holds; `on_step` sees each report.
+
+    Raises:
+        ValueError: rewards have no variance within any group, at the first step or for many in a row.
+    """
+    idle = 0
+    while engine.step < engine.recipe.num_steps and not stop():
+        report = train_step(engine)
+        idle = idle + 1 if report.metrics["idle_groups"] == 1 else 0
+        if idle and (engine.step == 1 or idle >= _MAX_IDLE_STEPS):
+            raise ValueError(
+                f"every group's rewards have had zero variance for {idle} step(s); the mean reward is "
+                f"{report.metrics['reward']:.6g}: check the reward functions, or raise noise_level"
+            )
+        on_step(report)
+
+
+def score(engine: Engine, trajectory: Trajectory) -> RewardOutput:
+    """Decodes the samples and runs every reward.
+
+    Raises:
+        ValueError: a reward has the wrong shape, or is not finite.
+    """
+    draws = trajectory.draws
+    with torch.no_grad():
+        images = engine.model.decode(trajectory.x0)
+    prompts = [engine.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
+    return score_images(engine, images, prompts)
+
+
+def score_images(engine: Engine, images: Tensor, prompts: list[str]) -> RewardOutput:
+    """Every reward of some images, and their weighted sum."""
+    objectives: dict[str, Tensor] = {}
+    total = torch.zeros(len(prompts), device=engine.device)
+    for term, function in zip(engine.recipe.task.rewards, engine.rewards, strict=True):
+        values = function(images, prompts).to(engine.device, torch.float32)
+        if values.shape != total.shape:
+            raise ValueError(
+                f"reward {term.function!r} returned shape {tuple(values.shape)} for {len(prompts)} images; "
+                f"it must return {tuple(total.shape)}"
+            )
+        if not torch.isfinite(values).all():
+            sample = int((~torch.isfinite(values)).nonzero()[0])
+            raise ValueError(f"reward {term.function!r} of sample {sample} is {float(values[sample])}")
+        objectives[term.function.rpartition(":")[2]] = values
+        total = total + term.weight * values
+    return RewardOutput(total=total, objectives=objectives)
+
+
+def make_batch(
+    engine: Engine,
+    trajectory: Trajectory,
+    conditioning: Conditioning,
+    rewards: RewardOutput,
+    schedule: Schedule,
+) -> TrainBatch:
+    """Joins a trajectory with its credit and with the steps each sample trains on."""
+    recipe = engine.recipe
+    advantages, weight = assign_credit(rewards, trajectory.draws.group_id, recipe.credit, recipe.task.rewards)
+    position = draw_step_positions(recipe, len(schedule.kept), schedule.num_trained, engine.step)
+    return TrainBatch(
+        trajectory=trajectory,
+        conditioning=conditioning,
+        advantages=advantages,
+        weight=weight,
+        step_position=position.to(engine.device),
+    )
+
+
+def reward_metrics(rewards: RewardOutput, draws: Draws) -> dict[str, float]:
+    """Mean total and per-objective rewards, and the mean spread within a group."""
+    groups = rewards.total.view(len(draws.prompt_index), -1)
+    values = {"reward": rewards.total.mean(), "reward_group_std": groups.std(1, correction=0).mean()}
+    values |= {f"reward/{name}": reward.mean() for name, reward in rewards.objectives.items()}
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A deterministic look at the model: always the same prompts and start noise."""
+
+    images: Tensor  # [N, C, H, W]
+    prompts: list[str]
+    correct: Tensor | None  # [N] bool, the judge's reading
+    metrics: dict[str, float]
+
+
+def evaluate(engine: Engine) -> Evaluation:
+    """Samples with the Euler ODE and lets the rewards and the judge read the result."""
+    recipe = engine.recipe
+    draws = draw_eval(len(engine.prompts), recipe.task.num_eval_samples, engine.device)
+    conditioning = engine.conditioning.rows(draws.prompt_index)
+    schedule = ode_schedule(recipe.sigmas, engine.seq_len)
+    trajectory = rollout(engine.evaluated, conditioning, draws, schedule, recipe)
+    with torch.no_grad():
+        images = engine.model.decode(trajectory.x0)
+    prompts = [engine.prompts[i] for i in draws.prompt_index.tolist()]
+    rewards = score_images(engine, images, prompts)
+    metrics = {"eval/reward": float(rewards.total.mean())}
+    metrics |= {f"eval/{name}": float(value.mean()) for name, value in rewards.objectives.items()}
+    correct = None if engine.judge is None else engine.judge.correct(images, prompts)
+    if correct is not None:
+        metrics["eval/judge"] = float(correct.float().mean())
+    return Evaluation(images=images, prompts=prompts, correct=correct, metrics=metrics)
