@@ -87,7 +87,7 @@ def find_nvcc() -> str | None:
     nvcc = shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))
     if nvcc is None and wanted == "1":
         fail("FLOWGRPO_FAST_CUDA is 1 but nvcc was not found on PATH or under CUDA_HOME")
-    return nvcc if (ROOT / "csrc" / "flow_step.cu").exists() else None  # until the CUDA files land
+    return nvcc
 
 
 def cuda_archs() -> list[str]:

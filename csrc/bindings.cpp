@@ -19,7 +19,6 @@ enum Field { kLatents, kVelocity, kCoeffs, kStep, kStepIndex, kNegative, kScale,
 
 Tensor tensor_at(const py::tuple& fields, size_t index) { return Tensor(PyTuple_GET_ITEM(fields.ptr(), index)); }
 
-
 // Checks the tensors of a transition and fills the kernel's view of them.
 class TransitionParser {
  public:
@@ -84,7 +83,8 @@ class TransitionParser {
  private:
   void parse_states(const py::tuple& fields) {
     check.dense("latents", latents);
-    if (latents.ndim() < 2) check.fail("latents", "has " + std::to_string(latents.ndim()) + " dimension(s)", "be [batch, ...]");
+    if (latents.ndim() < 2)
+      check.fail("latents", "has " + std::to_string(latents.ndim()) + " dimension(s)", "be [batch, ...]");
     const auto [type, id] = latents.device();
     if (type != dlpack::kCpu && type != dlpack::kCuda) {
       check.fail("latents", "is on " + attribute_text(latents, "device"), "be on a CPU or a CUDA device");
@@ -191,7 +191,8 @@ void flow_log_prob(const py::tuple& fields, const Tensor& next_latents, const py
   run(parsed.latents, args, num_threads, cpu::flow_log_prob, FLOWGRPO_ON_CUDA(flow_log_prob));
 }
 
-// gradients = (grad_log_prob or None, grad_mean or None, grad_velocity or None, grad_negative or None); the last two are out
+// gradients = (grad_log_prob or None, grad_mean or None, grad_velocity or None, grad_negative or None); the last two
+// are out
 void flow_log_prob_backward(const py::tuple& fields, const Tensor& next_latents, const py::tuple& gradients,
                             int num_threads) {
   const TransitionParser parsed("flow_log_prob_backward", fields);
@@ -232,7 +233,8 @@ void philox(const Tensor& seed, const py::object& step, int64_t stream, const Te
     args.step_stride = index.ndim() == 0 ? 0 : 1;
   } else {
     args.step = step.cast<int64_t>();
-    if (args.step < 0 || args.step > 0xffffffffLL) check.fail("step", "is " + step.cast<std::string>(), "be in [0, 2^32)");
+    if (args.step < 0 || args.step > 0xffffffffLL)
+      check.fail("step", "is " + step.cast<std::string>(), "be in [0, 2^32)");
   }
   if (out.is_int64()) {
     args.words = out.data<int64_t>();

@@ -1,8 +1,12 @@
-// Tiles: 256 elements in the dtype of the arithmetic, small enough for the first-level cache. A kernel walks a chunk tile
-// by tile in short loops over fixed arrays, which the compiler turns into vector code for any instruction set.
+// Tiles: 256 elements in the dtype of the arithmetic, small enough for the first-level cache. A kernel walks a chunk
+// tile by tile in short loops over fixed arrays, which the compiler turns into vector code for any instruction set.
 //
 // Included by the sources that are compiled once per instruction set: no standard library templates here, all static.
 #pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "flow_step.h"
 
@@ -101,18 +105,70 @@ static inline void store_tile(const Buffer& buffer, const Span& span, double* va
   widen(values, static_cast<double*>(buffer.data) + span.offset, span.count);
 }
 
+#if defined(__x86_64__)
+// Philox on 64-bit lanes that hold one 32-bit word each: the 32 x 32 -> 64 bit multiplication is then one instruction,
+// and what is left above a word harms nothing, because multiplications and the final packing read the lower half only.
+#if defined(__AVX512F__)
+typedef uint64_t Lanes64 __attribute__((vector_size(64)));
+static inline Lanes64 multiply_low(Lanes64 a, Lanes64 b) { return (Lanes64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+typedef uint64_t Lanes64 __attribute__((vector_size(32)));
+static inline Lanes64 multiply_low(Lanes64 a, Lanes64 b) { return (Lanes64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+#else
+typedef uint64_t Lanes64 __attribute__((vector_size(16)));
+static inline Lanes64 multiply_low(Lanes64 a, Lanes64 b) { return (Lanes64)_mm_mul_epu32((__m128i)a, (__m128i)b); }
+#endif
+
+struct WordLanes {
+  Lanes64 word[kWordsPerBlock];
+};
+
+static inline void philox_round(WordLanes* state, uint64_t key_low, uint64_t key_high) {
+  const Lanes64 zero = {};
+  const Lanes64 product0 = multiply_low(zero + kMultiplier0, state->word[0]);
+  const Lanes64 product1 = multiply_low(zero + kMultiplier1, state->word[2]);
+  state->word[0] = (product1 >> 32) ^ state->word[1] ^ (zero + key_low);
+  state->word[1] = product1;
+  state->word[2] = (product0 >> 32) ^ state->word[3] ^ (zero + key_high);
+  state->word[3] = product0;
+}
+
+// The Philox words of a tile, word k of all its blocks side by side.
+static inline void philox_tile(PhiloxKey key, PhiloxWords counter, uint32_t (*words)[kBlocks]) {
+  constexpr int kWidth = sizeof(Lanes64) / sizeof(uint64_t);
+  Lanes64 lane = {};
+  for (int i = 0; i < kWidth; ++i) lane[i] = 2 * i;
+  for (int start = 0; start < kBlocks; start += 2 * kWidth) {
+    // Even and odd blocks apart, so that packing them is one shift. A tile starts at a multiple of 64 blocks: the low
+    // counter word cannot carry inside it.
+    WordLanes even, odd;
+    for (int k = 0; k < kWordsPerBlock; ++k) even.word[k] = odd.word[k] = Lanes64{} + counter.word[k];
+    even.word[0] += lane + start;
+    odd.word[0] += lane + (start + 1);
+    uint32_t low = key.low, high = key.high;
+    FLOWGRPO_UNROLL_ROUNDS
+    for (int round = 0; round < kRounds; ++round) {
+      philox_round(&even, low, high);
+      philox_round(&odd, low, high);
+      low += kWeyl0;
+      high += kWeyl1;
+    }
+    for (int k = 0; k < kWordsPerBlock; ++k) {
+      const Lanes64 packed = (even.word[k] & 0xffffffffu) | (odd.word[k] << 32);
+      memcpy(&words[k][start], &packed, sizeof packed);
+    }
+  }
+}
+#else
 // The Philox words of a tile, word k of all its blocks side by side.
 static inline void philox_tile(PhiloxKey key, PhiloxWords counter, uint32_t (*words)[kBlocks]) {
   for (int i = 0; i < kBlocks; ++i) {
-    // A tile starts at a multiple of 64 blocks, so the low counter word cannot carry inside it.
     const PhiloxWords block = {{counter.word[0] + i, counter.word[1], counter.word[2], counter.word[3]}};
     const PhiloxWords random = philox4x32_10(block, key);
-    words[0][i] = random.word[0];
-    words[1][i] = random.word[1];
-    words[2][i] = random.word[2];
-    words[3][i] = random.word[3];
+    for (int k = 0; k < kWordsPerBlock; ++k) words[k][i] = random.word[k];
   }
 }
+#endif
 
 template <typename Real>
 static inline void normal_tile(PhiloxKey key, PhiloxWords counter, Real* normal) {
@@ -142,7 +198,8 @@ struct MeanTile {
 };
 
 template <typename Real>
-static inline void mean_tile(const Transition& transition, const Row<Real>& row, const Span& span, MeanTile<Real>* tile) {
+static inline void mean_tile(const Transition& transition, const Row<Real>& row, const Span& span,
+                             MeanTile<Real>* tile) {
   const Real* latents = load_tile(transition.latents, span, tile->scratch[0]);
   const Real* velocity = load_tile(transition.velocity, span, tile->scratch[1]);
   if (transition.negative_velocity.data) {

@@ -1,5 +1,6 @@
-// The ops on a GPU: each launches on `stream` and returns at once. Nothing is allocated and nothing waits, so a call can be
-// captured in a CUDA graph. Every pointer in the arguments is a device pointer; `partials` is workspace of the caller.
+// The ops on a GPU: each launches on `stream` and returns at once. Nothing is allocated and nothing waits, so a call
+// can be captured in a CUDA graph. Every pointer in the arguments is a device pointer; `partials` is workspace of the
+// caller.
 #pragma once
 
 #include "flow_step.h"

@@ -6,8 +6,9 @@
 //   log_prob     = -1/2 * inv_var * mean_over_elements((next_latents - mean)^2) + log_norm
 //   x0_pred      = latents - sigma * v
 //
-// The log-probability is taken of the stored value. Reductions run over chunks counted from the start of a sample and the
-// partial sums of the chunks are added in order, so nothing depends on the batch around a sample or on the thread count.
+// The log-probability is taken of the stored value. Reductions run over chunks counted from the start of a sample and
+// the partial sums of the chunks are added in order, so nothing depends on the batch around a sample or on the thread
+// count.
 #pragma once
 
 #include "philox.h"
@@ -84,19 +85,14 @@ struct Row {
 // A step outside the table (only possible for indices on a GPU, which nobody has read) gives a row of NaN.
 template <typename Real>
 FLOWGRPO_HD Row<Real> row_of(const Transition& transition, int64_t sample) {
-  const int64_t step =
-      transition.step_index ? transition.step_index[sample * transition.step_stride] : transition.step;
+  const int64_t step = transition.step_index ? transition.step_index[sample * transition.step_stride] : transition.step;
   const bool inside = step >= 0 && step < transition.num_steps;
   const float* row = transition.coeffs + (inside ? step : 0) * kRowWidth;
   const float poison = inside ? 0.0f : float_of(0x7fc00000u);
-  return {static_cast<Real>(row[0] + poison),
-          static_cast<Real>(row[1] + poison),
-          static_cast<Real>(row[2] + poison),
-          static_cast<Real>(row[3] + poison),
-          static_cast<Real>(row[4] + poison),
-          static_cast<double>(row[5] + poison),
-          static_cast<double>(row[6] + poison),
-          step};
+  return {static_cast<Real>(row[0] + poison),   static_cast<Real>(row[1] + poison),
+          static_cast<Real>(row[2] + poison),   static_cast<Real>(row[3] + poison),
+          static_cast<Real>(row[4] + poison),   static_cast<double>(row[5] + poison),
+          static_cast<double>(row[6] + poison), step};
 }
 
 template <typename Real>

@@ -1,8 +1,8 @@
 // parallel_for over a persistent pool of host threads.
 //
-// Work items are claimed one at a time, so a late or slow thread delays nobody; results must not depend on who does what.
-// The pool belongs to one caller at a time: a second caller, and a call from inside a work item, run on their own thread.
-// A fork leaves the threads behind, so the child forgets the pool and starts its own when it first needs one.
+// Work items are claimed one at a time, so a late or slow thread delays nobody; results must not depend on who does
+// what. The pool belongs to one caller at a time: a second caller, and a call from inside a work item, run on their own
+// thread. A fork leaves the threads behind, so the child forgets the pool and starts its own when it first needs one.
 #pragma once
 
 #include <pthread.h>

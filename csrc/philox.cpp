@@ -19,8 +19,8 @@ void philox_chunk(const PhiloxArgs& args, int64_t index) {
   const PhiloxKey key = philox_key(args.seed[range.sample]);
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, args.elements);
-    const PhiloxWords counter = philox_counter(element / kWordsPerBlock, static_cast<uint32_t>(step),
-                                               static_cast<uint32_t>(args.stream));
+    const PhiloxWords counter =
+        philox_counter(element / kWordsPerBlock, static_cast<uint32_t>(step), static_cast<uint32_t>(args.stream));
     if (args.words) {
       store_words(args, span, key, counter);
     } else if (args.normal.dtype == DType::kFloat64) {

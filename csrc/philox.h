@@ -1,5 +1,5 @@
-// Counter-based standard normal noise: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)
-// followed by the Box-Muller transform with polynomials of our own, so that no libm decides a bit.
+// Counter-based standard normal noise: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// 2011) followed by the Box-Muller transform with polynomials of our own, so that no libm decides a bit.
 //
 //   key     = (low, high) 32 bits of the sample's seed
 //   counter = (low, high) 32 bits of element / 4, step, stream
@@ -7,6 +7,12 @@
 #pragma once
 
 #include "numeric.h"
+
+#ifdef __CUDACC__
+#define FLOWGRPO_UNROLL_ROUNDS _Pragma("unroll")
+#else
+#define FLOWGRPO_UNROLL_ROUNDS _Pragma("GCC unroll 10")
+#endif
 
 #ifdef __CUDA_ARCH__
 #define FLOWGRPO_SQRT(x) __fsqrt_rn(x)
@@ -17,8 +23,11 @@
 namespace flowgrpo_fast {
 
 constexpr int kWordsPerBlock = 4;
-constexpr uint32_t kStepStream = 0;   // noise of a stochastic step
-constexpr uint32_t kStartStream = 1;  // noise a trajectory starts from
+constexpr int kRounds = 10;
+constexpr uint32_t kMultiplier0 = 0xd2511f53u, kMultiplier1 = 0xcd9e8d57u;
+constexpr uint32_t kWeyl0 = 0x9e3779b9u, kWeyl1 = 0xbb67ae85u;  // golden ratio and sqrt(3) - 1: the keys' increments
+constexpr uint32_t kStepStream = 0;                             // noise of a stochastic step
+constexpr uint32_t kStartStream = 1;                            // noise a trajectory starts from
 
 struct PhiloxWords {
   uint32_t word[kWordsPerBlock];
@@ -38,12 +47,10 @@ FLOWGRPO_HD PhiloxKey philox_key(int64_t seed) {
 }
 
 FLOWGRPO_HD PhiloxWords philox4x32_10(PhiloxWords counter, PhiloxKey key) {
-  constexpr uint32_t kMultiplier0 = 0xd2511f53u, kMultiplier1 = 0xcd9e8d57u;
-  constexpr uint32_t kWeyl0 = 0x9e3779b9u, kWeyl1 = 0xbb67ae85u;  // golden ratio and sqrt(3) - 1
   uint32_t w0 = counter.word[0], w1 = counter.word[1], w2 = counter.word[2], w3 = counter.word[3];
   uint32_t k0 = key.low, k1 = key.high;
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
+  FLOWGRPO_UNROLL_ROUNDS
+  for (int round = 0; round < kRounds; ++round) {
     const uint64_t product0 = static_cast<uint64_t>(kMultiplier0) * w0;
     const uint64_t product1 = static_cast<uint64_t>(kMultiplier1) * w2;
     w0 = static_cast<uint32_t>(product1 >> 32) ^ w1 ^ k0;

@@ -1,7 +1,8 @@
 // A tensor borrowed from torch through the DLPack C exchange API, and the checks on it.
 //
-// A tensor type offers the API as a capsule in its attribute `__dlpack_c_exchange_api__`; the structs below are the parts of
-// that C interface (DLPack 1.x) this module uses. Nothing is copied or owned: a Tensor is valid for the call it came with.
+// A tensor type offers the API as a capsule in its attribute `__dlpack_c_exchange_api__`; the structs below are the
+// parts of that C interface (DLPack 1.x) this module uses. Nothing is copied or owned: a Tensor is valid for the call
+// it came with.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -204,10 +205,14 @@ class Checker {
 
   static const char* name_of(DType dtype) {
     switch (dtype) {
-      case DType::kFloat32: return "torch.float32";
-      case DType::kBFloat16: return "torch.bfloat16";
-      case DType::kFloat16: return "torch.float16";
-      default: return "torch.float64";
+      case DType::kFloat32:
+        return "torch.float32";
+      case DType::kBFloat16:
+        return "torch.bfloat16";
+      case DType::kFloat16:
+        return "torch.float16";
+      default:
+        return "torch.float64";
     }
   }
 
