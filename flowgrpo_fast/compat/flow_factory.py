@@ -15,6 +15,7 @@ from flowgrpo_fast.compat.tables import (
     Kind,
     StepRows,
     as_timesteps,
+    as_vector,
     find_steps,
     make_table,
     per_sample,
@@ -32,7 +33,15 @@ from flowgrpo_fast.sampling.scheduler import (
 )
 
 _KINDS: dict[str, Kind] = {"Flow-SDE": FlowSDE, "Dance-SDE": DanceSDE, "CPS": CPS, "ODE": Euler}
-_FIELDS = ("next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred")
+_FIELDS = ("next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred")  # of the record
+_TUPLE = (
+    "next_latents",
+    "next_latents_mean",
+    "noise_pred",
+    "log_prob",
+    "std_dev_t",
+    "dt",
+)  # without return_dict
 
 
 @dataclass
@@ -263,17 +272,9 @@ class FlowMatchEulerDiscreteSDEScheduler(  # type: ignore[misc]
             next_latents, log_prob = sampled(latents.detach(), noise_pred.detach(), rows, seed)
         if wants_mean or (compute_log_prob and (log_prob is None or torch.is_grad_enabled())):
             log_prob, mean = scored(latents, noise_pred, next_latents, rows)
-        values = {
-            "next_latents": next_latents,
-            "next_latents_mean": mean,
-            "noise_pred": noise_pred.float(),
-            "log_prob": log_prob if compute_log_prob else None,
-            "std_dev_t": per_sample(rows.std, latents),
-            "dt": per_sample(rows.dt, latents),
-        }
-        if not return_dict:
-            return tuple(values.values())
-        return _select(values, return_kwargs)
+        std, dt = per_sample(rows.std, latents), per_sample(rows.dt, latents)
+        values = (next_latents, mean, noise_pred.float(), log_prob if compute_log_prob else None, std, dt)
+        return _select(values, return_kwargs) if return_dict else values
 
     def _resolve_dynamics(self, dynamics_type: str | None) -> str:
         name = self.dynamics_type if dynamics_type is None else dynamics_type
@@ -315,7 +316,11 @@ class FlowMatchEulerDiscreteSDEScheduler(  # type: ignore[misc]
             )
         level = 0.0 if step.noise_level is None else step.noise_level
         begins, ends = self._ends(step, num_samples)
-        levels = as_timesteps("noise_level", level, num_samples).tolist()
+        levels = (
+            as_vector("noise_level", level, num_samples).tolist()
+            if isinstance(level, Tensor)
+            else [float(level)]
+        )
         num_rows = max(len(begins), len(ends), len(levels))
         begins, ends, levels = (v * num_rows if len(v) == 1 else v for v in (begins, ends, levels))
         for value in levels:
@@ -341,7 +346,7 @@ class FlowMatchEulerDiscreteSDEScheduler(  # type: ignore[misc]
 
     def _checked_index(self, timestep: float | Tensor, num_samples: int) -> Tensor:
         """Integers as step indices `[N]` int64, on the host."""
-        index = as_timesteps("timestep", timestep, num_samples).long().cpu()
+        index = as_vector("timestep", timestep, num_samples).long().cpu()
         last = len(self.timesteps) - 1
         if int(index.min()) < 0 or int(index.max()) > last:
             raise ValueError(
@@ -350,10 +355,11 @@ class FlowMatchEulerDiscreteSDEScheduler(  # type: ignore[misc]
         return index
 
 
-def _select(values: dict[str, Tensor | None], names: Sequence[str]) -> SDESchedulerOutput:
+def _select(values: Sequence[Tensor | None], names: Sequence[str]) -> SDESchedulerOutput:
     for name in names:
-        check_choice("return_kwargs entry", name, _FIELDS)
-    return SDESchedulerOutput.from_dict({name: values[name] for name in names})
+        check_choice("return_kwargs entry", name, _TUPLE)
+    by_name = dict(zip(_TUPLE, values, strict=True))
+    return SDESchedulerOutput.from_dict({name: by_name[name] for name in names})
 
 
 def _is_index(timestep: float | Tensor) -> bool:

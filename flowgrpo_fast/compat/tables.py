@@ -208,18 +208,23 @@ def _make(
     )
 
 
-def as_timesteps(name: str, timestep: float | Tensor | Sequence[float], num_samples: int) -> Tensor:
-    """A timestep as fp32 `[N]`, N = 1 or B, where it lies.
+def as_timesteps(name: str, timestep: float | Tensor, num_samples: int) -> Tensor:
+    """Timesteps as fp32 `[N]`, N = 1 or B, where they lie.
 
     Raises:
         ValueError: another shape.
     """
-    values = torch.as_tensor(timestep).detach()
+    return as_vector(name, timestep, num_samples).float()
+
+
+def as_vector(name: str, value: float | Tensor, num_samples: int) -> Tensor:
+    """A number or one per sample as `[N]`, N = 1 or B; see `as_timesteps`."""
+    values = torch.as_tensor(value).detach()
     if values.dim() > 1 or values.numel() not in (1, num_samples):
         raise ValueError(
             f"{name} is {list(values.shape)}; pass [1] for one that all samples share, or [{num_samples}]"
         )
-    return values.reshape(-1).float()
+    return values.reshape(-1)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
