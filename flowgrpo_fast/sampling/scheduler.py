@@ -264,8 +264,8 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
         if per_token_timesteps is not None:
             raise ValueError("per_token_timesteps is given; all elements of a sample must share one timestep")
         if self._step_index is None or self._walk is None:
-            self._step_index = self._first_index(timestep)
-            self._walk = self._begin_walk(sample, generator)
+            first = self._first_index(timestep)
+            self._walk, self._step_index = self._begin_walk(first, sample, generator), first
         walk, index = self._walk, self._step_index
         if index >= len(walk.history):
             raise ValueError(f"step {index} of {len(walk.history)}; call set_timesteps before another walk")
@@ -308,9 +308,9 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
             raise ValueError("the scheduler has no schedule yet; call set_timesteps first")
         return self._host_timesteps
 
-    def _begin_walk(self, sample: Tensor, generator: Generators) -> _Walk:
+    def _begin_walk(self, first: int, sample: Tensor, generator: Generators) -> _Walk:
         """Resolves table and seeds, all on the host but for the copies to the device."""
-        num_steps, first = len(self._schedule()), self._step_index or 0
+        num_steps = len(self._schedule())
         stochastic = self._resolve_steps(num_steps)
         table = coefficients(self.sigmas.double().cpu().numpy(), self._rules(stochastic, num_steps, first))
         seed = self._given_seeds
