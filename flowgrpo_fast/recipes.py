@@ -91,7 +91,7 @@ def mix_grpo() -> Recipe:
         group_size=12,
         num_prompts=32,
         loss=ClippedRatio(clip_range=1e-4),
-        optimizer=Optimizer(lr=1e-5, num_updates=3),
+        optimizer=Optimizer(lr=1e-5, num_updates=4),
     )
 
 

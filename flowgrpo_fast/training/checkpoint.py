@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from flowgrpo_fast.training.engine import Engine
@@ -38,7 +39,7 @@ def save_checkpoint(engine: Engine, run_dir: Path) -> Path:
         _write(engine, partial)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as each of them reports it
         shutil.rmtree(partial, ignore_errors=True)
         last = latest_checkpoint(run_dir)
         raise ValueError(
@@ -90,5 +91,5 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
         engine.optimizer.load_state_dict(state)
         counters = json.loads((folder / "state.json").read_text())
         engine.step, engine.num_updates = int(counters["step"]), int(counters["num_updates"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"{str(folder)!r} is not a checkpoint of this recipe: {error}") from error

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowgrpo_fast.recipe import (
+    ClippedRatio,
+    FlowSDE,
+    FrozenWindow,
+    Optimizer,
+    Recipe,
+    RewardTerm,
+    Sigmas,
+    Task,
+)
+from flowgrpo_fast.types import Conditioning
+
+torch.set_num_threads(1)  # toy sizes: threads only wait for each other
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here: GPU code not run"))
+
+
+@pytest.fixture(params=sorted(path.name for path in GOLDEN.glob("*.npz")))
+def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / request.param) as data:
+        return dict(data)
+
+
+class ToyModel:
+    """A two-layer network on 6 latents; prompts are "low" (wants -1) and "high" (wants +1)."""
+
+    latent_shape: tuple[int, ...] = (6,)
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.module = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 6))
+        for parameter in self.module.parameters():
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        embeds = torch.tensor([[[-1.0 if p == "low" else 1.0]] for p in prompts])
+        return Conditioning(embeds, embeds[:, 0], torch.zeros_like(embeds), torch.zeros_like(embeds[:, 0]))
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        inputs = torch.cat([latents, sigma[:, None], conditioning.prompt_embeds[:, 0]], dim=1)
+        return self.module(inputs) + latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.sigmoid(latents.float()).view(-1, 1, 2, 3)
+
+
+def load(device: torch.device) -> ToyModel:
+    return ToyModel()
+
+
+def prompts() -> list[str]:
+    return ["low", "high"]
+
+
+def brightness(images: Tensor, prompts: list[str]) -> Tensor:
+    sign = torch.tensor([-1.0 if p == "low" else 1.0 for p in prompts])
+    return sign * (images.flatten(1).mean(1) - 0.5)
+
+
+def constant(images: Tensor, prompts: list[str]) -> Tensor:
+    return torch.full((len(images),), 0.25)
+
+
+class ToyJudge:
+    def correct(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return brightness(images, prompts) > 0
+
+
+@pytest.fixture
+def toy_module(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The toy job under an importable name."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "toy_job", sys.modules[ToyModel.__module__])
+    return "toy_job"
+
+
+@pytest.fixture
+def toy_recipe(toy_module: str) -> Callable[..., Recipe]:
+    """Makes small recipes for the toy job; keywords replace fields."""
+    task = Task(
+        model=f"{toy_module}:load",
+        rewards=(RewardTerm(function=f"{toy_module}:brightness"),),
+        judge=f"{toy_module}:ToyJudge",
+        num_eval_samples=16,
+        eval_every=2,
+    )
+    recipe = Recipe(
+        name="toy",
+        sigmas=Sigmas(num_inference_steps=6, shift=1.0),
+        dynamics=FlowSDE(noise_level=0.7),
+        window=FrozenWindow(size=3, start=1),
+        group_size=8,
+        num_prompts=4,
+        loss=ClippedRatio(clip_range=0.05),
+        optimizer=Optimizer(lr=3e-3),
+        num_steps=4,
+        task=task,
+    )
+    return lambda **changes: replace(recipe, **changes)

@@ -1,0 +1,186 @@
+"""The commands as a user types them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flowgrpo_fast.cli import main, pick_device
+
+SMALL = ["num_steps=3", "group_size=4", "task.num_eval_samples=20", "task.eval_every=2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "flowgrpo_fast.cli", *arguments]
+
+
+def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    main(["train", *SMALL, "--out", str(folder), "--device", "cpu"])
+    return folder
+
+
+def test_a_run_folder_is_complete(finished: Path) -> None:
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    checkpoint = {f"checkpoints/step_000003/{n}" for n in ("model.safetensors", "optimizer.pt", "state.json")}
+    samples = {f"samples/step_00000{step}.png" for step in (0, 2, 3)}
+    assert names == {"recipe.json", "metrics.jsonl", "summary.json", "report.html"} | checkpoint | samples
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [("eval/judge" in line) for line in lines] == [True, False, True, True]
+    assert lines[1]["ratio_self_test"] == 0.0
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["recipe"] == "mix_grpo"
+    assert summary["judge_before"] == lines[0]["eval/judge"]
+    assert summary["judge_after"] == lines[-1]["eval/judge"]
+    assert summary["cost"]["seconds"] > 0
+
+
+def test_the_report_is_one_self_contained_file(finished: Path) -> None:
+    text = (finished / "report.html").read_text()
+    for part in ("Before and after", "Reward and judge", "Importance ratio", "Time and cost", "recipe.json"):
+        assert part in text
+    assert text.count("data:image/png;base64,") == 2
+    assert text.count("<svg") == 4
+    for outside in ("src='http", 'src="http', "<link", "<script", "@import"):
+        assert outside not in text
+
+
+def test_from_an_earlier_run_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:
+    main(["train", "--from", str(finished), "--out", str(tmp_path / "again"), "--device", "cpu"])
+    assert (tmp_path / "again/recipe.json").read_text() == (finished / "recipe.json").read_text()
+    first, again = (
+        [
+            {k: v for k, v in json.loads(line).items() if not k.startswith("seconds")}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (finished, tmp_path / "again")
+    )
+    assert first == again
+
+
+def test_from_with_an_override(finished: Path, tmp_path: Path) -> None:
+    main(
+        ["train", "num_steps=1", "--from", str(finished), "--out", str(tmp_path / "short"), "--device", "cpu"]
+    )
+    assert json.loads((tmp_path / "short/recipe.json").read_text())["num_steps"] == 1
+    assert json.loads((tmp_path / "short/recipe.json").read_text())["group_size"] == 4
+
+
+def test_ctrl_c_saves_everything_and_the_run_resumes(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    small = [*SMALL[1:], "num_steps=400"]
+    process = subprocess.Popen(
+        command("train", *small, "--out", str(folder)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("\n") < 4):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "continue with" in output
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    last = lines[-1]["step"]
+    assert 3 <= last < 400
+    assert "eval/judge" in lines[-1]
+    assert (folder / "checkpoints" / f"step_{last:06d}" / "state.json").exists()
+    assert (folder / "report.html").exists()
+    main(["train", f"num_steps={last + 2}", "--resume", str(folder), "--device", "cpu"])
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(last + 3))
+
+
+def test_sample_and_report(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["sample", str(finished), "--out", str(tmp_path / "s.png"), "--num-samples", "20"])
+    assert "judge" in capsys.readouterr().out
+    assert Image.open(tmp_path / "s.png").size[0] > 100
+    (finished / "report.html").unlink()
+    main(["report", str(finished), "--figures", str(tmp_path / "figures")])
+    assert (finished / "report.html").exists()
+    for name in ("before_after.png", "curves.png"):
+        assert min(Image.open(tmp_path / "figures" / name).size) > 200
+
+
+def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    listed = capsys.readouterr().out
+    for text in ("flow_grpo", "mix_grpo_flash", "2507.21802", "sliding window"):
+        assert text in listed
+    main(["env"])
+    shown = capsys.readouterr().out
+    for text in ("torch", "diffusers", "build isa", "gpus", "cpu "):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "mix_gpro"], "unknown recipe 'mix_gpro'; did you mean 'mix_grpo'?"),
+        (["train", "mix_grpo", "group_sise=4"], "did you mean 'group_size'?"),
+        (["train", "group_size=1"], "needs at least 2 samples per prompt"),
+        (["train", "sigmas.num_inference_steps=1"], "must be at least 2"),
+        (["train", "window.size=20"], "outside the schedule"),
+        (["train", "--from", "nowhere"], "no recipe at 'nowhere'"),
+        (["train", "--resume", "nowhere"], "no recipe at"),
+        (["train", "--resume", "a", "--from", "b"], "exclude each other"),
+        (["train", "--device", "cuda:7"], "device 'cuda:7' is not here"),
+        (["train", "--device", "gpu"], "device 'gpu' is not one"),
+        (["train", "task.model=digit"], "there is no module 'flowgrpo_fast.models.digit'"),
+        (["train", "task.prompts=none.txt"], "cannot read prompts from 'none.txt'"),
+        (["sample", "nowhere"], "no recipe at"),
+        (["report", "nowhere"], "holds no run"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in failing(capsys, *arguments)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_run_folder_is_not_overwritten(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    assert "already holds a run" in failing(capsys, "train", *SMALL, "--out", str(finished))
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_a_full_disk_ends_the_run_with_one_line(finished: Path, tmp_path, monkeypatch, capsys) -> None:
+    import errno
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("flowgrpo_fast.training.checkpoint.save_model", full)
+    message = failing(capsys, "train", *SMALL, "--out", str(tmp_path / "run"), "--device", "cpu")
+    assert "No space left on device" in message
+    assert (tmp_path / "run/report.html").exists()  # what was measured is still told
+
+
+def test_pick_device() -> None:
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cpu", "cuda")
