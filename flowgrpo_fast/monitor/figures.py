@@ -43,8 +43,8 @@ def curves_figure(records: Sequence[Record]) -> Figure:
 
 
 def objectives_figure(records: Sequence[Record]) -> Figure:
-    """Each reward by itself, on the fixed evaluation samples."""
-    names = sorted({k for r in records for k in r if k.startswith("eval/") and k != "eval/judge"})
+    """Each reward by itself and the samples' diversity, on the fixed evaluation samples."""
+    names = sorted({k for r in records for k in r if k.startswith("eval/")} - {"eval/judge", "eval/reward"})
     figure = Figure(figsize=(7.2, 2.6), layout="constrained")
     for index, name in enumerate(names):
         axes = _axes(figure, "training step", name.removeprefix("eval/"), (1, len(names), index + 1))
@@ -56,17 +56,19 @@ def ratio_figure(records: Sequence[Record]) -> Figure:
     """max |ratio - 1| before each step's first update, and the share of clipped ratios."""
     figure = Figure(figsize=(7.2, 2.6), layout="constrained")
     left = _axes(figure, "training step", "max |ratio - 1| on policy", (1, 2, 1))
-    left.plot(*series(records, "first_ratio_error"), color=BLUE, linewidth=1.6)
-    left.set_ylim(bottom=min(0, left.get_ylim()[0]))
+    steps, errors = series(records, "first_ratio_error")
+    left.plot(steps, errors, color=BLUE, linewidth=1.6)
+    left.set_ylim(0, max([1e-6, *(1.1 * error for error in errors)]))
     right = _axes(figure, "training step", "clipped ratios, %", (1, 2, 2))
     steps, values = series(records, "clip_fraction")
     right.plot(steps, [100 * v for v in values], color=GREY, linewidth=1.6)
+    right.set_ylim(0, max([1.0, *(110 * v for v in values)]))
     return figure
 
 
 def time_figure(seconds: dict[str, float]) -> Figure:
     """One bar: where the wall time went."""
-    figure = Figure(figsize=(7.2, 1.3), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.5), layout="constrained")
     axes = figure.add_subplot()
     total, left = sum(seconds.values()), 0.0
     colours = (BLUE, GREEN, GREY, ORANGE, "#7c3aed", "#0e7490", "#be185d")
@@ -79,7 +81,7 @@ def time_figure(seconds: dict[str, float]) -> Figure:
     axes.set_yticks([])
     axes.set_xlabel("seconds")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(ncols=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
+    axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
     return figure
 
 

@@ -15,7 +15,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 860px; margin: 2.5rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem }
 .sub { color: #616e7c; margin-top: 0 } svg { width: 100%; height: auto } img { image-rendering: pixelated }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; margin: 1.4rem 0 }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: .8rem; margin: 1.4rem 0 }
 .tile { border: 1px solid #e4e7eb; border-radius: 8px; padding: .7rem .9rem }
 .tile b { display: block; font-size: 1.25rem; white-space: nowrap } .tile span { color: #616e7c; font-size: .82rem }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem } .pair img { width: 100% }
@@ -44,7 +44,9 @@ def write_report(run_dir: Path) -> Path:
             "<h2>Reward and judge</h2>",
             "<p class=sub>The judge is another kind of classifier that training never sees.</p>",
             figures.svg(figures.curves_figure(records)),
-            "<h2>Each reward, on the evaluation samples</h2>",
+            "<h2>Each reward, and the diversity of the samples</h2>",
+            "<p class=sub>On the evaluation samples. Diversity: standard deviation over the samples of one "
+            "prompt, mean over pixels and prompts; a fall shows a collapse that rewards do not see.</p>",
             figures.svg(figures.objectives_figure(records)),
             _ratio(records, summary),
             _time(records, summary),
@@ -100,8 +102,10 @@ def _tiles(summary: dict[str, Any]) -> str:
     if summary.get("ratio_self_test") is not None:
         tiles.append((f"{summary['ratio_self_test']:.2g}", "max |ratio &minus; 1| before the first update"))
     tiles.append((f"{summary['cost']['seconds']:.0f} s", "wall time"))
-    unit = "gpu_hours" if "gpu_hours" in summary["cost"] else "cpu_core_hours"
-    tiles.append((f"{summary['cost'][unit]:.3f}", unit.replace("_", " ").replace("pu", "PU")))
+    if "gpu_hours" in summary["cost"]:
+        tiles.append((f"{summary['cost']['gpu_hours']:.3f}", "GPU-hours"))
+    else:
+        tiles.append((f"{summary['cost']['cpu_core_hours']:.3f}", "CPU core-hours"))
     cells = "".join(f"<div class=tile><b>{value}</b><span>{label}</span></div>" for value, label in tiles)
     return f"<div class=tiles>{cells}</div>"
 
@@ -126,7 +130,7 @@ def _ratio(records: list[Record], summary: dict[str, Any]) -> str:
     text = "not measured" if value is None else f"{value:.3g}"
     return (
         f"<h2>Importance ratio</h2><p class=sub>Self-test before the first update, on the real model and batch: "
-        f"max |ratio &minus; 1| = {text}.</p>{figures.svg(figures.ratio_figure(records))}"
+        f"max |ratio &minus; 1| = {text}. Below, the same before each step's first update.</p>{figures.svg(figures.ratio_figure(records))}"
     )
 
 

@@ -140,6 +140,19 @@ def reward_metrics(rewards: RewardOutput, draws: Draws) -> dict[str, float]:
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 
+def diversity(images: Tensor, prompt_index: Tensor) -> float:
+    """Standard deviation over the samples of one prompt, averaged over pixels and prompts.
+
+    `images [N, C, H, W]`, `prompt_index [N]`. Prompts with one sample are left out; 0 if all have one.
+    """
+    spreads = [
+        images[prompt_index == prompt].std(0, correction=0).mean()
+        for prompt, count in zip(*prompt_index.unique(return_counts=True), strict=True)
+        if count > 1
+    ]
+    return float(torch.stack(spreads).mean()) if spreads else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """A deterministic look at the model: always the same prompts and start noise."""
@@ -163,6 +176,7 @@ def evaluate(engine: Engine) -> Evaluation:
     rewards = score_images(engine, images, prompts)
     metrics = {"eval/reward": float(rewards.total.mean())}
     metrics |= {f"eval/{name}": float(value.mean()) for name, value in rewards.objectives.items()}
+    metrics["eval/diversity"] = diversity(images, draws.prompt_index)
     correct = None if engine.judge is None else engine.judge.correct(images, prompts)
     if correct is not None:
         metrics["eval/judge"] = float(correct.float().mean())

@@ -21,7 +21,7 @@ from flowgrpo_fast.recipe import (
 from flowgrpo_fast.recipes import RECIPES, digits
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import build_engine, resolve
-from flowgrpo_fast.training.loop import evaluate, train, train_step
+from flowgrpo_fast.training.loop import diversity, evaluate, train, train_step
 
 CPU = torch.device("cpu")
 
@@ -225,3 +225,9 @@ def test_prompts_from_a_file(toy_recipe, tmp_path) -> None:
 
 def test_digits_prompts_cover_the_ten_digits() -> None:
     assert len(prompts()) % 10 == 0
+
+
+def test_diversity_is_the_spread_within_a_prompt() -> None:
+    images = torch.tensor([0.0, 1.0, 0.5, 0.5, 0.9]).view(5, 1, 1, 1).expand(5, 1, 2, 2)
+    assert diversity(images, torch.tensor([0, 0, 1, 1, 2])) == pytest.approx((0.5 + 0.0) / 2)
+    assert diversity(images, torch.arange(5)) == 0.0
