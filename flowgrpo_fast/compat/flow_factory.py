@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -31,6 +32,9 @@ from flowgrpo_fast.sampling.scheduler import (
     check_same,
     draw_seeds,
 )
+
+# SchedulerMixin too: a saved pipeline is loaded by looking for diffusers' base class in the module of each part.
+__all__ = ["FlowMatchEulerDiscreteSDEScheduler", "SDESchedulerMixin", "SDESchedulerOutput", "SchedulerMixin"]
 
 _KINDS: dict[str, Kind] = {"Flow-SDE": FlowSDE, "Dance-SDE": DanceSDE, "CPS": CPS, "ODE": Euler}
 _FIELDS = ("next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred")  # of the record

@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchEulerDiscreteSchedulerOutput,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from flowgrpo_fast.ops import FlowStepOutput, flow_log_prob, flow_step
@@ -379,4 +380,5 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
         record.log_prob.append(out.log_prob)
 
 
-__all__ = ["FlowMatchTransitionScheduler", "TransitionOutput", "WalkRecord", "draw_seeds"]
+# SchedulerMixin too: a saved pipeline is loaded by looking for diffusers' base class in the module of each part.
+__all__ = ["FlowMatchTransitionScheduler", "SchedulerMixin", "TransitionOutput", "WalkRecord", "draw_seeds"]

@@ -152,3 +152,14 @@ def spy_on_velocities(scheduler: FlowMatchTransitionScheduler) -> list[Tensor]:
 
     scheduler.step = spy
     return seen
+
+
+def test_a_saved_pipeline_loads_with_its_scheduler(tmp_path) -> None:
+    pipe, _ = sd3()
+    pipe.scheduler = FlowMatchTransitionScheduler.from_config(pipe.scheduler.config, stochastic_steps=[1])
+    absent = {name: None for name, part in pipe.components.items() if part is None}
+    pipe.save_pretrained(tmp_path)
+    for options in ({}, {"scheduler": pipe.scheduler}):
+        loaded = StableDiffusion3Pipeline.from_pretrained(tmp_path, **absent, **options)
+        assert isinstance(loaded.scheduler, FlowMatchTransitionScheduler)
+        assert loaded.scheduler.config.stochastic_steps == [1]
