@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -44,7 +45,7 @@ class DigitsNetwork(nn.Module):
         self.config = config
         width = config.num_attention_heads * config.attention_head_dim
         self.words = nn.Embedding(len(VOCABULARY), config.word_dim)
-        self.transformer: nn.Module = SD3Transformer2DModel(
+        self.transformer: Any = SD3Transformer2DModel(
             sample_size=IMAGE_SIZE,
             patch_size=config.patch_size,
             in_channels=1,

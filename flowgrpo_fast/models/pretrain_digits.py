@@ -3,8 +3,8 @@
     loss = mean || v(x_sigma, sigma, prompt) - (noise - x0) ||^2,  x_sigma = (1 - sigma) x0 + sigma noise
 
 (Lipman et al., arXiv 2210.02747; logit-normal sigma as Esser et al., arXiv 2403.03206). A share of the captions is
-wrong, as captions scraped from the web are, and training stops early: the start that ships draws digits, but often
-another one than asked, and reinforcement learning has something left to do.
+wrong, as captions scraped from the web are: the start that ships draws digits, but often another one than asked,
+and reinforcement learning has something left to do.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from flowgrpo_fast.models.digits import DigitsConfig, DigitsNetwork, save_pretra
 from flowgrpo_fast.models.digits_data import digit_images
 from flowgrpo_fast.models.digits_text import NUM_TOKENS, PHRASINGS, all_prompts, tokenize
 
-NUM_STEPS = 700
+NUM_STEPS = 2000
 BATCH_SIZE = 128
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 PROMPT_DROPOUT = 0.1  # share of empty prompts, for classifier-free guidance
-CAPTION_NOISE = 0.2  # share of captions that name a random digit
+CAPTION_NOISE = 0.28  # share of captions that name a random digit
 
 
 def pretrain(

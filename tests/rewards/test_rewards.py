@@ -78,7 +78,7 @@ def test_real_digits_have_contrast_and_noisy_ones_less():
     images = digit_images("training").images
     prompts = [""] * len(images)
     noisy = (0.5 * images + 0.5 * torch.rand_like(images)).clamp(0, 1)
-    assert ink_contrast(images, prompts).mean() > 0.9
+    assert ink_contrast(images, prompts).mean() > 0.88
     assert ink_contrast(noisy, prompts).mean() < 0.75
 
 
