@@ -31,9 +31,12 @@ DEFAULT_ARCHS = "80;90a;100a;120"
 
 # Contraction off: a multiply and an add round separately everywhere, so every instruction set gives the same bits.
 CXX_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math"
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
+    "-ffp-contract=off -fno-math-errno -fno-trapping-math"
 )
-NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra --threads 2"
+NVCC_FLAGS = (
+    "-std=c++17 -O3 -fmad=false -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra --threads 2"
+)
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2",
@@ -201,9 +204,11 @@ def bindings_flags(version: str, compiler: str, nvcc: str | None, archs: list[st
         "FLOWGRPO_CUDA_ARCHS": " ".join(archs),
         "FLOWGRPO_NVCC": nvcc or "",
     }
-    flags = [f"-D{name}=" + quoted('"' + value.replace('"', "'") + '"') for name, value in definitions.items()]
+    flags = [
+        f"-D{name}=" + quoted('"' + value.replace('"', "'") + '"') for name, value in definitions.items()
+    ]
     flags += [f"-isystem {quoted(path)}" for path in (sysconfig.get_path("include"), pybind11_include())]
-    return " ".join(flags + ["-DFLOWGRPO_WITH_CUDA"] if nvcc else flags)
+    return " ".join([*flags, "-DFLOWGRPO_WITH_CUDA"] if nvcc else flags)
 
 
 class NinjaBuild(build_ext):

@@ -214,7 +214,7 @@ void philox(const Tensor& seed, const py::object& step, int64_t stream, const Te
   const Checker check("philox");
   check.dense("seed", seed);
   check.int64("seed", seed);
-  if (seed.ndim() != 1) check.fail("seed", "has " + std::to_string(seed.ndim()) + " dimensions", "be [batch]");
+  if (seed.ndim() != 1) check.fail("seed", "has " + std::to_string(seed.ndim()) + " dimension(s)", "be [batch]");
   check.dense("out", out);
   check.same_device("out", out, "seed", seed);
   if (stream < 0 || stream > 0xffffffffLL) check.fail("stream", "is " + std::to_string(stream), "be in [0, 2^32)");
@@ -234,7 +234,7 @@ void philox(const Tensor& seed, const py::object& step, int64_t stream, const Te
   } else {
     args.step = step.cast<int64_t>();
     if (args.step < 0 || args.step > 0xffffffffLL)
-      check.fail("step", "is " + step.cast<std::string>(), "be in [0, 2^32)");
+      check.fail("step", "is " + std::string(py::str(step)), "be in [0, 2^32)");
   }
   if (out.is_int64()) {
     args.words = out.data<int64_t>();
@@ -248,6 +248,12 @@ void philox(const Tensor& seed, const py::object& step, int64_t stream, const Te
 std::array<uint32_t, 4> philox4x32(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
   const PhiloxWords words = philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, {key[0], key[1]});
   return {words.word[0], words.word[1], words.word[2], words.word[3]};
+}
+
+// The pair of normals two words give, for accuracy tests.
+std::array<float, 2> normal_pair(uint32_t radius_word, uint32_t angle_word) {
+  const NormalPair pair = box_muller(radius_word, angle_word);
+  return {pair.first, pair.second};
 }
 
 py::dict build_info() {
@@ -275,6 +281,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("flow_log_prob_backward", &flow_log_prob_backward);
   module.def("philox", &philox);
   module.def("philox4x32", &philox4x32);
+  module.def("normal_pair", &normal_pair);
   module.def("build_info", &build_info);
 }
 

@@ -5,6 +5,9 @@
 #pragma once
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns inside its own AVX-512 header
+#endif
 #include <immintrin.h>
 #endif
 

@@ -73,11 +73,15 @@ class Tensor {
   Tensor() = default;
   explicit Tensor(PyObject* object) : object_(object) {
     api_ = object == Py_None ? nullptr : dlpack::api_of(object);
-    if (api_ && api_->view_of_object(object, &view_) != 0) throw pybind11::error_already_set();
+    if (api_ && api_->view_of_object(object, &view_) != 0) {
+      PyErr_Clear();
+      readable_ = false;
+    }
   }
 
   bool is_none() const { return object_ == Py_None; }
   bool is_tensor() const { return api_ != nullptr; }
+  bool is_readable() const { return readable_; }  // false for meta, sparse and the like
   PyObject* object() const { return object_; }
   int ndim() const { return view_.ndim; }
   int64_t size(int axis) const { return view_.shape[axis]; }
@@ -128,6 +132,7 @@ class Tensor {
  private:
   PyObject* object_ = Py_None;
   const dlpack::ExchangeApi* api_ = nullptr;
+  bool readable_ = true;
   dlpack::TensorView view_{};
 };
 
@@ -155,9 +160,15 @@ class Checker {
     if (!tensor.is_tensor()) {
       fail(argument, std::string("is a ") + Py_TYPE(tensor.object())->tp_name, "be a torch.Tensor");
     }
+    if (!tensor.is_readable()) {
+      fail(argument, "is on " + attribute_text(tensor, "device") + " with layout " + attribute_text(tensor, "layout"),
+           "be a dense tensor on a CPU or a CUDA device");
+    }
     if (tensor.numel() == 0) fail(argument, "is empty: shape " + shape_of(tensor), "have at least one element");
     if (!tensor.is_contiguous()) {
-      fail(argument, "is not contiguous: shape " + shape_of(tensor) + ", strides " + attribute_text(tensor, "stride()"),
+      fail(argument,
+           "is not contiguous: shape " + shape_of(tensor) + ", strides " +
+               std::string(pybind11::str(pybind11::handle(tensor.object()).attr("stride")())),
            "be contiguous (call .contiguous())");
     }
   }

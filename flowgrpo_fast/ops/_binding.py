@@ -1,12 +1,13 @@
 """One op from one forward/backward pair, for eager calls and for tracing.
 
-Eager calls go straight to ``_C`` (through an ``autograd.Function`` where a gradient is needed). Under ``torch.compile``, for
-tensor subclasses and under a dispatch mode, the same functions run behind a ``torch.library`` op of the namespace
-``flowgrpo_fast``.
+Eager calls go straight to ``_C`` (through an ``autograd.Function`` where a gradient is needed). Under
+``torch.compile``, for tensor subclasses and under a dispatch mode, the same functions run behind a ``torch.library``
+op of the namespace ``flowgrpo_fast``.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,9 +63,14 @@ def split_step(op: str, argument: str, step: int | Tensor) -> tuple[int, Tensor 
     """A step given as an integer or as a tensor, as the pair (integer, tensor or None) of the op schemas."""
     if isinstance(step, Tensor):
         return 0, step
-    if isinstance(step, float) or not hasattr(step, "__index__"):
-        raise ValueError(f"{op}: {argument} is a {type(step).__name__}, must be an int or an int64 tensor")
-    return (step if torch.compiler.is_compiling() else step.__index__()), None
+    if torch.compiler.is_compiling():  # may be symbolic
+        return step, None
+    try:
+        return operator.index(step), None
+    except TypeError:
+        raise ValueError(
+            f"{op}: {argument} is a {type(step).__name__}, must be an int or an int64 tensor"
+        ) from None
 
 
 def split_guidance(op: str, guidance: Guidance | None) -> tuple[Tensor | None, float]:

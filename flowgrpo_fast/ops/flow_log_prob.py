@@ -176,7 +176,8 @@ def flow_log_prob(
         ``log_prob`` ``[B]`` float32 (float64 for float64 latents), or ``(log_prob, mean)`` with ``mean`` ``[B, *S]``.
 
     Raises:
-        ValueError: wrong shape, dtype, device, layout or step. A step outside the table that only a GPU has seen gives NaN.
+        ValueError: wrong shape, dtype, device, layout or step. (A step outside the table in a CUDA tensor, which
+            nobody on the host reads, gives NaN instead.)
     """
     require_tensor("flow_log_prob", "latents", latents)
     transition = Transition(

@@ -89,9 +89,9 @@ def flow_step(
 
     If any element of a sample's mean is NaN or infinite, its log-probability is not finite, whatever the row.
 
-    The row covers Flow-SDE (Flow-GRPO, arXiv:2505.05470), Dance-SDE (DanceGRPO, arXiv:2505.07818), coefficient-preserving
-    sampling (arXiv:2509.05952), Euler and DPM-Solver++ 2M (arXiv:2211.01095). Not differentiable: no gradient flows
-    from any output; replay with `flow_log_prob` for gradients.
+    The row covers Flow-SDE (Flow-GRPO, arXiv:2505.05470), Dance-SDE (DanceGRPO, arXiv:2505.07818),
+    coefficient-preserving sampling (arXiv:2509.05952), Euler and DPM-Solver++ 2M (arXiv:2211.01095). Not
+    differentiable: no gradient flows from any output; replay with `flow_log_prob` for gradients.
 
     Args:
         latents: ``[B, *S]``, contiguous; float32, bfloat16, float16 or float64.
@@ -104,10 +104,12 @@ def flow_step(
         return_x0_pred: whether to compute `x0_pred`.
 
     Returns:
-        ``next_latents`` in the dtype of `latents`; ``log_prob`` ``[B]`` and ``x0_pred`` ``[B, *S]`` (or None) in float32.
+        ``next_latents`` in the dtype of `latents`; ``log_prob`` ``[B]`` and ``x0_pred`` ``[B, *S]`` (or None) in
+        float32 (float64 for float64 latents).
 
     Raises:
-        ValueError: wrong shape, dtype, device, layout or step. A step outside the table that only a GPU has seen gives NaN.
+        ValueError: wrong shape, dtype, device, layout or step. (A step outside the table in a CUDA tensor, which
+            nobody on the host reads, gives NaN instead.)
     """
     require_tensor("flow_step", "latents", latents)
     transition = Transition(

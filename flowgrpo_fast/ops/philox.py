@@ -1,4 +1,4 @@
-"""Counter-based noise: a pure function of (seed, step, stream, element), the same on every device and in every batch."""
+"""Counter-based noise: a pure function of (seed, step, stream, element), whatever the device and the batch."""
 
 from __future__ import annotations
 
@@ -59,6 +59,9 @@ def philox_normal(
 
 
 def philox_uint32(seed: Tensor, shape: Sequence[int], step: int | Tensor = 0, stream: int = 0) -> Tensor:
-    """The 32-bit words behind `philox_normal`, ``[B, *shape]`` as int64 in [0, 2^32); element i is word ``i % 4`` of block ``i // 4``."""
+    """The 32-bit words behind `philox_normal`, ``[B, *shape]`` int64 in [0, 2^32).
+
+    Element i is word ``i % 4`` of block ``i // 4``; arguments and errors as there.
+    """
     require_tensor("philox_uint32", "seed", seed)
     return _op(seed, tuple(shape), *split_step("philox_uint32", "step", step), stream, torch.int64)
