@@ -31,6 +31,7 @@ from flowgrpo_fast.sampling.scheduler import (
     check_choice,
     check_same,
     draw_seeds,
+    to_device,
 )
 
 # SchedulerMixin too: a saved pipeline is loaded by looking for diffusers' base class in the module of each part.
@@ -167,7 +168,7 @@ class SDESchedulerMixin:
         if given.device.type == "cpu" and not bool(found.all()):
             missing = given.reshape(-1)[~found][0].item()
             raise ValueError(f"{name} {missing:g} is not in the schedule; pass entries of scheduler.{name}s")
-        levels = torch.tensor(self._noise_levels()).to(given.device).index_select(0, index)
+        levels = to_device(torch.tensor(self._noise_levels()), given.device).index_select(0, index)
         levels = torch.where(found, levels, torch.nan).to(given.dtype).reshape(given.shape)
         return levels if isinstance(value, Tensor) and value.dim() else float(levels)
 
@@ -332,7 +333,7 @@ class FlowMatchEulerDiscreteSDEScheduler(  # type: ignore[misc]
         sigma_max = step.sigma_max or float(self.sigmas[1])
         coeffs, std = make_table(list(zip(begins, ends, strict=True)), sigma_max, step.kind, levels)
         dt = torch.tensor(ends) - torch.tensor(begins)
-        return StepRows(*(v.to(latents.device) for v in (coeffs, torch.arange(num_rows), std, dt)))
+        return StepRows(*(to_device(v, latents.device) for v in (coeffs, torch.arange(num_rows), std, dt)))
 
     def _ends(self, step: _Step, num_samples: int) -> tuple[list[float], list[float]]:
         """Sigmas at which the step begins and ends, one or one per sample, read on the host."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from flowgrpo_fast.ops import flow_log_prob, flow_step
 from flowgrpo_fast.recipe import CPS, DanceSDE, Euler, FlowSDE
 from flowgrpo_fast.sampling.dynamics import Row, coefficient_row, noise_rate
+from flowgrpo_fast.sampling.scheduler import to_device
 
 Kind: TypeAlias = type[FlowSDE] | type[DanceSDE] | type[CPS] | type[Euler]
 
@@ -71,7 +72,7 @@ class ScheduleTable:
 
     def rows_at(self, index: Tensor) -> StepRows:
         """The rows of step indices `[N]` int64."""
-        index = index.to(self.coeffs.device)
+        index = to_device(index, self.coeffs.device)
         return StepRows(self.coeffs, index, self.std.index_select(0, index), self.dt.index_select(0, index))
 
 

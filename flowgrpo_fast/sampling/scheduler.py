@@ -66,6 +66,11 @@ def check_same(reference: str, tensor: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def to_device(tensor: Tensor, device: str | torch.device | None) -> Tensor:
+    """`tensor` on `device` (None = where it is); the host does not wait for a copy to an accelerator."""
+    return tensor.to(device=device, non_blocking=tensor.device.type == "cpu")
+
+
 def draw_seeds(generator: Generators, num_samples: int, device: torch.device) -> Tensor:
     """Noise seeds `[B]` int64 on `device`, one per sample.
 
@@ -77,11 +82,11 @@ def draw_seeds(generator: Generators, num_samples: int, device: torch.device) ->
     """
     if generator is None or isinstance(generator, torch.Generator):
         source = device if generator is None else generator.device
-        return torch.randint(_MAX_SEED, (num_samples,), generator=generator, device=source).to(device)
+        return to_device(torch.randint(_MAX_SEED, (num_samples,), generator=generator, device=source), device)
     if len(generator) != num_samples:
         raise ValueError(f"generator is a list of {len(generator)}; give one per sample, {num_samples}")
     draws = [torch.randint(_MAX_SEED, (1,), generator=g, device=g.device) for g in generator]
-    return torch.cat([draw.to(device) for draw in draws])
+    return torch.cat([to_device(draw, device) for draw in draws])
 
 
 class InheritedOptions(ConfigMixin):
@@ -231,7 +236,7 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
         """The parent's schedule: `timesteps` `[T]` on `device`; `sigmas` `[T+1]` stay on the host, which reads them."""
         super().set_timesteps(num_inference_steps, "cpu", sigmas, mu, timesteps)
         self._host_timesteps = self.timesteps
-        self.timesteps = self.timesteps.to(device)
+        self.timesteps = to_device(self.timesteps, device)
 
     def step(  # noqa: PLR0913 (the parent's signature)
         self,
@@ -323,7 +328,8 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
             raise ValueError(f"set_seeds got {list(seed.shape)} seeds; give one per sample, {len(sample)}")
         self._given_seeds, self._x0_pred = None, None
         history = tuple((table[:, 4] != 0).tolist())
-        walk = _Walk(table.to(sample.device), frozenset(stochastic), history, seed.to(sample.device))
+        coeffs, seed = to_device(table, sample.device), to_device(seed, sample.device)
+        walk = _Walk(coeffs, frozenset(stochastic), history, seed)
         if self._walks is not None:
             self._walks.append(WalkRecord(walk.coeffs, walk.seed))
         return walk

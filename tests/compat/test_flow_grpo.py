@@ -256,3 +256,22 @@ def test_bad_input_is_one_line(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         sde_step_with_logprob(**(arguments | changes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+def test_a_step_on_cuda_waits_for_nothing_and_replays_exactly() -> None:
+    scheduler, (x, v) = make_scheduler(), batch()
+    scheduler.set_timesteps(10, device="cuda")
+    x, v, host = x.cuda(), v.cuda(), scheduler.timesteps.cpu()
+    generator = torch.Generator("cuda").manual_seed(0)
+    for step, timesteps in enumerate((scheduler.timesteps, scheduler.timesteps, host)):
+        if step == 1:  # the table has been made
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            new = sde_step_with_logprob(scheduler, v, timesteps[3:4], x, generator=generator)
+            again = sde_step_with_logprob(scheduler, v, timesteps[3:4].expand(3), x, prev_sample=new[0])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(new[1], again[1])
+    unknown = sde_step_with_logprob(scheduler, v, torch.full((1,), 123.0, device="cuda"), x, prev_sample=x)
+    assert unknown[1].isnan().all()

@@ -271,3 +271,17 @@ def test_misuse_in_time_is_one_line() -> None:
     for _ in range(2):  # and the old walk is not taken up again
         with pytest.raises(ValueError, match=r"set_seeds got \[2\] seeds; give one per sample, 3"):
             scheduler.step(x, scheduler.timesteps[0], x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"solver": "dpmpp_2m", "stochastic_steps": [1, 2]}, {"dynamics": "cps"}])
+def test_a_walk_on_cuda_waits_for_nothing(options: dict) -> None:
+    scheduler, x = make_scheduler(**options), start().cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scheduler.set_timesteps(8, device="cuda")
+        for t in scheduler.timesteps.unbind():
+            x = scheduler.step(x, t, x, return_dict=False)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.isfinite().all()
