@@ -120,11 +120,11 @@ def predict(
     """
     sigma = sigma.expand(latents.shape[0])
     with _precision(recipe, latents.device):
-        velocity = model.velocity(latents, sigma, conditioning)
+        velocity = model.velocity(latents, sigma, conditioning).contiguous()
         if recipe.guidance_scale == 1.0:
             return velocity, None
         with torch.no_grad():
-            negative = model.velocity(latents, sigma, conditioning.negative())
+            negative = model.velocity(latents, sigma, conditioning.negative()).contiguous()
     return velocity, Guidance(negative, recipe.guidance_scale)
 
 
