@@ -86,13 +86,23 @@ static inline const double* load_tile(const Buffer& buffer, const Span& span, do
   return scratch;
 }
 
-// Rounds a tile to the storage dtype, stores it, and leaves in `values` what was stored.
+// Where a tile's results are computed: in the array itself where that holds the arithmetic dtype, else in `scratch`.
+template <typename Real>
+static inline Real* tile_target(const Buffer& buffer, const Span& span, Real* scratch) {
+  const bool in_place = span.count == kTile && size_of(buffer.dtype) == sizeof(Real);
+  return in_place ? static_cast<Real*>(buffer.data) + span.offset : scratch;
+}
+
+// Stores what was computed in tile_target(): rounds to the storage dtype and leaves in `values` what was stored.
 static inline void store_tile(const Buffer& buffer, const Span& span, float* values) {
   if (buffer.dtype == DType::kFloat32) {
-    widen(values, static_cast<float*>(buffer.data) + span.offset, span.count);
+    float* target = static_cast<float*>(buffer.data) + span.offset;
+    if (target != values) widen(values, target, span.count);
     return;
   }
-  uint16_t stored[kTile];
+  uint16_t rounded[kTile];
+  uint16_t* target = static_cast<uint16_t*>(buffer.data) + span.offset;
+  uint16_t* stored = span.count == kTile ? target : rounded;
   if (buffer.dtype == DType::kBFloat16) {
     for (int i = 0; i < kTile; ++i) stored[i] = float_to_bfloat16(values[i]);
     for (int i = 0; i < kTile; ++i) values[i] = bfloat16_to_float(stored[i]);
@@ -100,12 +110,12 @@ static inline void store_tile(const Buffer& buffer, const Span& span, float* val
     for (int i = 0; i < kTile; ++i) stored[i] = float_to_float16(values[i]);
     for (int i = 0; i < kTile; ++i) values[i] = float16_to_float(stored[i]);
   }
-  uint16_t* target = static_cast<uint16_t*>(buffer.data) + span.offset;
-  for (int i = 0; i < span.count; ++i) target[i] = stored[i];
+  if (stored == rounded) memcpy(target, rounded, span.count * sizeof(uint16_t));
 }
 
 static inline void store_tile(const Buffer& buffer, const Span& span, double* values) {
-  widen(values, static_cast<double*>(buffer.data) + span.offset, span.count);
+  double* target = static_cast<double*>(buffer.data) + span.offset;
+  if (target != values) widen(values, target, span.count);
 }
 
 #if defined(__x86_64__)

@@ -22,12 +22,13 @@ static void log_prob_chunk(const FlowLogProbArgs& args, int64_t index) {
   args.partials[index] = sum_lanes(lanes);
 }
 
-// Writes scale * gradient in the velocity's dtype.
+// Stores scale * gradient in the velocity's dtype.
 template <typename Real>
-static void store_gradient(const Buffer& target, const Span& span, const Real* gradient, Real scale) {
-  Real scaled[kTile];
+static void store_scaled(const Buffer& buffer, const Span& span, const Real* gradient, Real scale) {
+  Real scratch[kTile];
+  Real* scaled = tile_target(buffer, span, scratch);
   for (int i = 0; i < kTile; ++i) scaled[i] = scale * gradient[i];
-  store_tile(target, span, scaled);
+  store_tile(buffer, span, scaled);
 }
 
 template <typename Real>
@@ -40,20 +41,25 @@ static void backward_chunk(const FlowLogProbBackwardArgs& args, int64_t index) {
   const Real factor = backward_scale(row, incoming, transition.elements);
   const Real scale = static_cast<Real>(transition.guidance_scale);
   const bool guidance = transition.negative_velocity.data != nullptr;
+  if (!guidance && !args.grad_velocity.data) return;
   MeanTile<Real> tile;
-  Real scratch[kTile], gradient[kTile];
+  Real next_scratch[kTile], scratch[kTile];
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
     mean_tile(transition, row, span, &tile);
-    const Real* next = load_tile(args.next_latents, span, scratch);
+    const Real* next = load_tile(args.next_latents, span, next_scratch);
+    Real* gradient = guidance ? scratch : tile_target(args.grad_velocity, span, scratch);
     for (int i = 0; i < kTile; ++i) gradient[i] = factor * (next[i] - tile.mean[i]);
     if (args.grad_mean) {
       const Real* grad_mean = static_cast<const Real*>(args.grad_mean) + span.offset;
       for (int i = 0; i < span.count; ++i) gradient[i] += row.b * grad_mean[i];
     }
-    const Real one = 1;
-    if (args.grad_velocity.data) store_gradient(args.grad_velocity, span, gradient, guidance ? scale : one);
-    if (args.grad_negative.data) store_gradient(args.grad_negative, span, gradient, one - scale);
+    if (!guidance) {
+      store_tile(args.grad_velocity, span, gradient);
+      continue;
+    }
+    if (args.grad_velocity.data) store_scaled(args.grad_velocity, span, gradient, scale);
+    if (args.grad_negative.data) store_scaled(args.grad_negative, span, gradient, 1 - scale);
   }
 }
 

@@ -13,7 +13,7 @@ static void step_chunk(const FlowStepArgs& args, int64_t index) {
   const Row<Real> row = row_of<Real>(transition, range.sample);
   const PhiloxKey key = philox_key(args.seed[range.sample]);
   MeanTile<Real> tile;
-  Real noise[kTile] = {}, next[kTile], lanes[kLanes] = {};
+  Real noise[kTile] = {}, scratch[kTile], lanes[kLanes] = {};
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
     mean_tile(transition, row, span, &tile);
@@ -25,6 +25,7 @@ static void step_chunk(const FlowStepArgs& args, int64_t index) {
       Real* x0_pred = static_cast<Real*>(args.x0_pred) + span.offset;
       for (int i = 0; i < span.count; ++i) x0_pred[i] = tile.latents[i] - row.sigma * tile.velocity[i];
     }
+    Real* next = tile_target(args.next_latents, span, scratch);
     for (int i = 0; i < kTile; ++i) next[i] = tile.mean[i] + row.c * noise[i];
     store_tile(args.next_latents, span, next);
     for (int i = span.count; i < kTile; ++i) next[i] = tile.mean[i] = 0;

@@ -91,6 +91,12 @@ def real_dtype(latents: Tensor) -> torch.dtype:
     return torch.float64 if latents.dtype is torch.float64 else torch.float32
 
 
+def per_sample(latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """An output of one value a sample."""
+    batch = latents.shape[0] if latents.ndim else 1  # the kernel's check names latents without a batch
+    return torch.empty(batch, dtype=dtype, device=latents.device)
+
+
 def workspace(latents: Tensor, chunk: int) -> Tensor | None:
     """Partial sums of the CUDA kernels; the CPU keeps its own."""
     if not latents.is_cuda:

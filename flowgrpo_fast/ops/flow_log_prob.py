@@ -13,6 +13,7 @@ from flowgrpo_fast.ops._binding import (
     Guidance,
     Transition,
     bind,
+    per_sample,
     real_dtype,
     require_tensor,
     split_flat,
@@ -26,8 +27,12 @@ from flowgrpo_fast.ops.flow_step import CHUNK
 def _allocate(*flat: Any) -> tuple[Tensor, Tensor]:
     latents, return_mean = flat[0], flat[-1]
     real = real_dtype(latents)
-    mean = torch.empty_like(latents, dtype=real) if return_mean else latents.new_empty(0, dtype=real)
-    return latents.new_empty(latents.shape[:1], dtype=real), mean
+    mean = (
+        torch.empty_like(latents, dtype=real)
+        if return_mean
+        else torch.empty(0, dtype=real, device=latents.device)
+    )
+    return per_sample(latents, real), mean
 
 
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:

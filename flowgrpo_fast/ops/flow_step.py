@@ -13,6 +13,7 @@ from flowgrpo_fast.ops._binding import (
     Guidance,
     Transition,
     bind,
+    per_sample,
     real_dtype,
     require_tensor,
     split_flat,
@@ -37,8 +38,10 @@ def _allocate(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     real = real_dtype(latents)
     return (
         torch.empty_like(latents),
-        latents.new_empty(latents.shape[:1], dtype=real),
-        torch.empty_like(latents, dtype=real) if return_x0_pred else latents.new_empty(0, dtype=real),
+        per_sample(latents, real),
+        torch.empty_like(latents, dtype=real)
+        if return_x0_pred
+        else torch.empty(0, dtype=real, device=latents.device),
     )
 
 
