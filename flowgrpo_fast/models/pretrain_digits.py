@@ -37,10 +37,12 @@ def pretrain(
     """Trains from scratch on the CPU, writes `out_path` (safetensors), gives the mean loss of the last 100 steps.
 
     The same seed gives the same file on the same machine. `on_step(step, loss)` is called after every step. Raises
-    ValueError for fewer than one step.
+    ValueError for fewer than one step, or a folder that does not exist.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if not Path(out_path).absolute().parent.is_dir():
+        raise ValueError(f"cannot write {out_path}: its folder does not exist")
     network = _new_network(config or DigitsConfig(), seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, num_steps))

@@ -232,3 +232,5 @@ def test_pretraining_repeats_itself_and_learns(tmp_path):
     assert not torch.equal(a["words.weight"], c["words.weight"])
     with pytest.raises(ValueError, match="num_steps"):
         pretrain(tmp_path / "d.safetensors", num_steps=0)
+    with pytest.raises(ValueError, match="folder"):
+        pretrain(tmp_path / "nowhere" / "d.safetensors", num_steps=1)

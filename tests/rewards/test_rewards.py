@@ -72,6 +72,8 @@ def test_ink_contrast_by_hand():
     torch.testing.assert_close(ink_contrast(image, ["anything"]), torch.tensor([0.85 - 0.15]))
     flat = torch.full((2, 3, 4, 4), 0.5)
     assert ink_contrast(flat, ["a", "b"]).tolist() == [0.0, 0.0]
+    blot = (torch.arange(64.0) < 32).float().reshape(1, 1, 8, 8)
+    torch.testing.assert_close(ink_contrast(blot, ["a"]), torch.tensor([0.92]))  # no more than a real digit's
 
 
 def test_real_digits_have_contrast_and_noisy_ones_less():
