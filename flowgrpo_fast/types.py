@@ -64,7 +64,6 @@ class Trajectory:
     log_prob: Tensor  # [B, K] fp32, mean over latent elements
     draws: Draws
     x0: Tensor  # [B, *S] the finished samples
-    policy_version: int = 0  # training step whose weights made it
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,6 @@ class RewardOutput:
 
     total: Tensor  # [B] fp32
     objectives: dict[str, Tensor] = field(default_factory=dict)  # name -> [B], unweighted
-    valid: Tensor | None = None  # [B] bool; None = all
 
 
 @dataclass(frozen=True, slots=True)

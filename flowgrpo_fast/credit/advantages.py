@@ -53,7 +53,7 @@ def assign_credit(
 
     Per objective (MixGRPO, DanceGRPO): each reward is normalised within its group, then the weighted sum is
     taken. Otherwise (Flow-GRPO) the weighted sum itself is normalised. A group whose rewards are all equal
-    teaches nothing and is dropped; so is an invalid sample.
+    teaches nothing and is dropped.
     """
     names = list(rewards.objectives)
     if credit.per_objective and names:
@@ -69,8 +69,6 @@ def assign_credit(
     if credit.drop_zero_variance:
         largest = _group_mean(advantages.abs(), group_id)
         weight = (largest > _ZERO).float()
-    if rewards.valid is not None:
-        weight = weight * rewards.valid
     return advantages, weight
 
 

@@ -65,12 +65,6 @@ def test_groups_without_variance_are_dropped(drop: bool) -> None:
     assert weight.tolist() == ([0, 0, 0, 1, 1, 1] if drop else [1] * 6)
 
 
-def test_invalid_samples_carry_no_weight() -> None:
-    output = RewardOutput(total=torch.tensor([0.1, 0.9]), valid=torch.tensor([True, False]))
-    _, weight = assign_credit(output, torch.zeros(2, dtype=torch.int64), Credit(), ())
-    assert weight.tolist() == [1, 0]
-
-
 def test_bad_rewards() -> None:
     ids = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"rewards \(2,\) and group_id \(3,\) must both be \[B\]"):
