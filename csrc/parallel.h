@@ -1,12 +1,13 @@
 // parallel_for over a persistent pool of host threads.
 //
-// Work items are claimed one at a time, so a late or slow thread delays nobody; results must not depend on who does
+// Work items are claimed a few at a time, so a late or slow thread delays nobody; results must not depend on who does
 // what. The pool belongs to one caller at a time: a second caller, and a call from inside a work item, run on their own
 // thread. A fork leaves the threads behind, so the child forgets the pool and starts its own when it first needs one.
 #pragma once
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -61,7 +62,8 @@ class ThreadPool {
   void run(int64_t count, int num_threads, Body body, const void* context) {
     const int helpers = static_cast<int>(count < num_threads ? count : num_threads) - 1;
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    Job job{body, context, count, {0}, helpers, 0};
+    const int64_t grain = helpers > 0 ? std::max<int64_t>(1, count / (kClaimsPerThread * num_threads)) : count;
+    Job job{body, context, count, grain, helpers, 0, {0}};
     if (helpers > 0 && turn.owns_lock()) {
       publish(&job, helpers);
       work(job);
@@ -76,13 +78,15 @@ class ThreadPool {
     Body body;
     const void* context;
     int64_t count;
-    std::atomic<int64_t> next;
-    int open;    // helpers that may still join, under mutex_
-    int active;  // helpers at work, under mutex_
+    int64_t grain;  // neighbouring items claimed at once: fewer claims, longer streams through memory
+    int open;       // helpers that may still join, under mutex_
+    int active;     // helpers at work, under mutex_
+    alignas(128) std::atomic<int64_t> next;  // on a cache line of its own
   };
 
   static constexpr int kSpins = 2000;
   static constexpr int kMaxThreads = 256;
+  static constexpr int64_t kClaimsPerThread = 8;
 
   static std::atomic<ThreadPool*>& current() {
     static std::atomic<ThreadPool*> pool{nullptr};
@@ -91,7 +95,12 @@ class ThreadPool {
 
   static void work(Job& job) {
     DefaultFloatMode mode;
-    for (int64_t index = job.next++; index < job.count; index = job.next++) job.body(job.context, index);
+    for (;;) {
+      const int64_t first = job.next.fetch_add(job.grain, std::memory_order_relaxed);
+      if (first >= job.count) return;
+      const int64_t last = std::min(first + job.grain, job.count);
+      for (int64_t index = first; index < last; ++index) job.body(job.context, index);
+    }
   }
 
   void publish(Job* job, int helpers) {
