@@ -1,6 +1,6 @@
 """Runs the default job for several seeds, one after another, and writes what each gave.
 
-    python benchmarks/demo_seeds.py --seeds 0 1 2 3 4 --out benchmarks/results/demo_cpu.json
+python benchmarks/demo_seeds.py --seeds 0 1 2 3 4 --out benchmarks/results/demo_cpu.json
 """
 
 from __future__ import annotations
