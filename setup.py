@@ -169,12 +169,12 @@ def write_ninja(folder: Path, version: str) -> None:
     cxx, nvcc = find_cxx(), find_nvcc()
     archs = cuda_archs() if nvcc else []
     gencode = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
-    link_flags = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-pthread"
+    link_flags = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-pthread -ldl"
     linker = f"{cxx} -shared"
     if nvcc:
         gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
         # Static cudart: the module then imports on a machine without a driver.
-        linker, link_flags = f"{quoted(nvcc)} -shared --cudart static", "-Xcompiler -pthread"
+        linker, link_flags = f"{quoted(nvcc)} -shared --cudart static", "-Xcompiler -pthread -ldl"
     host = f"-ccbin {quoted(shlex.split(cxx)[-1])}" if os.environ.get("CXX") else ""
     rules = RULES.format(
         cxx=cxx.replace("$", "$$"),

@@ -13,6 +13,8 @@
 namespace flowgrpo_fast::cpu {
 namespace {
 
+[[maybe_unused]] const bool kForksWatched = ThreadPool::watch_forks();
+
 struct Kernels {
   const char* isa;
   void (*flow_step)(const FlowStepArgs&, int64_t);
@@ -66,9 +68,8 @@ const Kernels& kernels() {
 
 // Small work is not worth waking another thread for.
 int threads_for(int64_t batch, int64_t elements, int num_threads) {
-  constexpr int64_t kElementsPerThread = 8192;
-  const int64_t useful = batch * elements / kElementsPerThread;
-  return useful < num_threads ? (useful < 1 ? 1 : static_cast<int>(useful)) : num_threads;
+  constexpr int64_t kWorthwhile = 16384;
+  return batch * elements < kWorthwhile ? 1 : num_threads;
 }
 
 template <typename Args>

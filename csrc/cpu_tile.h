@@ -48,6 +48,11 @@ static inline Span span_of(const ChunkRange& range, int64_t element, int64_t ele
 }
 
 template <typename Real>
+static inline Real* at(const Buffer& buffer, const Span& span) {
+  return static_cast<Real*>(buffer.data) + span.offset;
+}
+
+template <typename Real>
 static inline void widen(const Real* source, Real* values, int count) {
   for (int i = 0; i < count; ++i) values[i] = source[i];
 }
@@ -238,6 +243,26 @@ static inline void add_squares(const Real* next, const Real* mean, Real* lanes) 
   for (int start = 0; start < kTile; start += kLanes) {
     for (int i = 0; i < kLanes; ++i) {
       const Real distance = next[start + i] - mean[start + i];
+      lanes[i] += distance * distance;
+    }
+  }
+}
+
+// Whether a tile needs no conversion, guidance, history or padding, so that its mean can be formed in registers.
+static inline bool is_plain(const Transition& transition, const Buffer& next, int count) {
+  const DType dtype = transition.latents.dtype;
+  return count == kTile && (dtype == DType::kFloat32 || dtype == DType::kFloat64) &&
+         transition.velocity.dtype == dtype && next.dtype == dtype && !transition.negative_velocity.data &&
+         !transition.x0_prev;
+}
+
+// mean_tile() and add_squares() of a plain tile in one loop: the same operations, so the same bits.
+template <typename Real>
+static inline void add_plain_squares(const Row<Real>& row, const Real* latents, const Real* velocity, const Real* next,
+                                     Real* lanes) {
+  for (int start = 0; start < kTile; start += kLanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      const Real distance = next[start + i] - mean_of(row, latents[start + i], velocity[start + i]);
       lanes[i] += distance * distance;
     }
   }

@@ -13,6 +13,11 @@ static void log_prob_chunk(const FlowLogProbArgs& args, int64_t index) {
   Real scratch[kTile], lanes[kLanes] = {};
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
+    if (!args.mean && is_plain(transition, args.next_latents, span.count)) {
+      add_plain_squares(row, at<Real>(transition.latents, span), at<Real>(transition.velocity, span),
+                        at<Real>(args.next_latents, span), lanes);
+      continue;
+    }
     mean_tile(transition, row, span, &tile);
     if (args.mean) widen(tile.mean, static_cast<Real*>(args.mean) + span.offset, span.count);
     const Real* next = load_tile(args.next_latents, span, scratch);
@@ -46,6 +51,13 @@ static void backward_chunk(const FlowLogProbBackwardArgs& args, int64_t index) {
   Real next_scratch[kTile], scratch[kTile];
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
+    if (!args.grad_mean && is_plain(transition, args.next_latents, span.count)) {
+      const Real *latents = at<Real>(transition.latents, span), *velocity = at<Real>(transition.velocity, span);
+      const Real* next = at<Real>(args.next_latents, span);
+      Real* gradient = at<Real>(args.grad_velocity, span);
+      for (int i = 0; i < kTile; ++i) gradient[i] = factor * (next[i] - mean_of(row, latents[i], velocity[i]));
+      continue;
+    }
     mean_tile(transition, row, span, &tile);
     const Real* next = load_tile(args.next_latents, span, next_scratch);
     Real* gradient = guidance ? scratch : tile_target(args.grad_velocity, span, scratch);

@@ -1,14 +1,18 @@
-// parallel_for over a persistent pool of host threads.
+// parallel_for over host threads.
 //
-// Work items are claimed a few at a time, so a late or slow thread delays nobody; results must not depend on who does
-// what. The pool belongs to one caller at a time: a second caller, and a call from inside a work item, run on their own
-// thread. A fork leaves the threads behind, so the child forgets the pool and starts its own when it first needs one.
+// Work items are claimed a few at a time, so results must not depend on who does what. The threads are the OpenMP team
+// torch keeps, found at run time: its members spin for milliseconds after each torch op, and a second pool would fight
+// them for the cores. Where torch brought no OpenMP, and in the child of a fork (which OpenMP does not survive), a
+// persistent pool of our own takes over. It belongs to one caller at a time: a second caller, and a call from inside a
+// work item, run on their own thread.
 #pragma once
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -42,14 +46,21 @@ inline void relax_cpu() {
 #endif
 }
 
+// Runs body(context) on every thread of a team; the entry point GNU's, LLVM's and Intel's OpenMP libraries share.
+using OpenMpParallel = void (*)(void (*body)(void*), void* context, unsigned num_threads, unsigned flags);
+
+// Looked up through the library that uses it: a process may have loaded several OpenMP libraries.
+inline OpenMpParallel find_openmp() {
+  void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  return library ? reinterpret_cast<OpenMpParallel>(dlsym(library, "GOMP_parallel")) : nullptr;
+}
+
 class ThreadPool {
  public:
   using Body = void (*)(const void* context, int64_t index);
 
-  // Never destroyed: its threads sleep until the process ends.
+  // Never destroyed: its threads sleep until the process ends. A forked child starts with a new one.
   static ThreadPool& instance() {
-    static std::once_flag once;
-    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { current().store(nullptr); }); });
     ThreadPool* pool = current().load();
     while (!pool) {
       ThreadPool* fresh = new ThreadPool;
@@ -59,17 +70,26 @@ class ThreadPool {
     return *pool;
   }
 
-  void run(int64_t count, int num_threads, Body body, const void* context) {
+  // To be called once, before any fork.
+  static bool watch_forks() {
+    const auto in_child = [] {
+      current().store(nullptr);
+      forked().store(true);
+    };
+    return pthread_atfork(nullptr, nullptr, in_child) == 0;
+  }
+
+  static void run(int64_t count, int num_threads, Body body, const void* context) {
+    static const OpenMpParallel openmp = find_openmp();
     const int helpers = static_cast<int>(count < num_threads ? count : num_threads) - 1;
-    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     const int64_t grain = helpers > 0 ? std::max<int64_t>(1, count / (kClaimsPerThread * num_threads)) : count;
     Job job{body, context, count, grain, helpers, 0, {0}};
-    if (helpers > 0 && turn.owns_lock()) {
-      publish(&job, helpers);
+    if (helpers <= 0) {
       work(job);
-      retire(&job);
+    } else if (openmp && !forked() && !crowded()) {
+      run_openmp(openmp, &job, num_threads);
     } else {
-      work(job);
+      instance().share(&job);
     }
   }
 
@@ -85,8 +105,14 @@ class ThreadPool {
   };
 
   static constexpr int kSpins = 2000;
+  static constexpr int kTurnsAfterStall = 50;
   static constexpr int kMaxThreads = 256;
   static constexpr int64_t kClaimsPerThread = 8;
+
+  static std::atomic<bool>& forked() {
+    static std::atomic<bool> is_child{false};
+    return is_child;
+  }
 
   static std::atomic<ThreadPool*>& current() {
     static std::atomic<ThreadPool*> pool{nullptr};
@@ -101,6 +127,36 @@ class ThreadPool {
       const int64_t last = std::min(first + job.grain, job.count);
       for (int64_t index = first; index < last; ++index) job.body(job.context, index);
     }
+  }
+
+  // OpenMP ends with a barrier of the whole team, so one member without a core stalls the caller for scheduler ticks.
+  // After such a stall the next calls use the own pool, which waits for nobody who has not started.
+  static void run_openmp(OpenMpParallel openmp, Job* job, int num_threads) {
+    using Clock = std::chrono::steady_clock;
+    static thread_local Clock::time_point finished;
+    const Clock::time_point start = Clock::now();
+    // Always the whole team: changing its size makes OpenMP start and end threads.
+    const auto body = [](void* shared) {
+      work(*static_cast<Job*>(shared));
+      finished = Clock::now();
+    };
+    openmp(body, job, static_cast<unsigned>(num_threads), 0);
+    const auto waited = Clock::now() - finished;
+    if (waited > std::chrono::milliseconds(1) && waited > finished - start) own_turns() = kTurnsAfterStall;
+  }
+
+  static bool crowded() { return own_turns() > 0 && own_turns()-- > 0; }
+
+  static std::atomic<int>& own_turns() {
+    static std::atomic<int> turns{0};
+    return turns;
+  }
+
+  void share(Job* job) {
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (turn.owns_lock()) publish(job, job->open);
+    work(*job);
+    if (turn.owns_lock()) retire(job);
   }
 
   void publish(Job* job, int helpers) {
@@ -150,7 +206,7 @@ class ThreadPool {
 // Calls body(index) for every index in [0, count), on at most `num_threads` threads including the caller's.
 template <typename Function>
 void parallel_for(int64_t count, int num_threads, const Function& body) {
-  ThreadPool::instance().run(
+  ThreadPool::run(
       count, num_threads, [](const void* context, int64_t index) { (*static_cast<const Function*>(context))(index); },
       &body);
 }

@@ -141,9 +141,15 @@ def bind(
     torch.library.register_autograd(
         f"flowgrpo_fast::{name}", backward, setup_context=setup_context, lib=_library
     )
+
+    def forward_in_context(ctx: Any, *flat: Any) -> Any:
+        # With setup_context on its own, apply() inspects signatures at every call, which costs more than a small op.
+        outputs = forward(*flat)
+        setup_context(ctx, flat, outputs)
+        return outputs
+
     members = {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_context),
+        "forward": staticmethod(forward_in_context),
         "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
     }
     function: Any = type(name, (torch.autograd.Function,), members)

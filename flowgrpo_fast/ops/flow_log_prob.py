@@ -45,10 +45,13 @@ def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
 
 def _allocate_gradients(*flat: Any) -> tuple[Tensor, Tensor]:
     velocity, (need_velocity, need_negative) = flat[1], flat[-2:]
-    empty = velocity.new_empty(0)
     return (
-        torch.empty_like(velocity) if need_velocity else empty,
-        torch.empty_like(velocity) if need_negative else empty.clone(),
+        torch.empty_like(velocity)
+        if need_velocity
+        else torch.empty(0, dtype=velocity.dtype, device=velocity.device),
+        torch.empty_like(velocity)
+        if need_negative
+        else torch.empty(0, dtype=velocity.dtype, device=velocity.device),
     )
 
 

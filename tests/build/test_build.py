@@ -83,7 +83,11 @@ def test_second_build_does_nothing_and_is_quick(built):
 
 @pytest.mark.slow
 def test_touched_header_rebuilds_what_includes_it(built):
-    kernels = {name for name in object_times(built) if re.match(r"(flow_step|flow_log_prob|philox)\.cpp\.\w+\.o", name)}
+    kernels = {
+        name
+        for name in object_times(built)
+        if re.match(r"(flow_step|flow_log_prob|philox)\.cpp\.\w+\.o", name)
+    }
     assert kernels
     assert rebuilt_by_touching(built, "tensor.h") == {"bindings.cpp.o"}
     assert rebuilt_by_touching(built, "parallel.h") == {"cpu_ops.cpp.o"}
@@ -91,7 +95,9 @@ def test_touched_header_rebuilds_what_includes_it(built):
 
 
 def symbols(path: Path, *flags: str) -> list[str]:
-    listing = subprocess.run(["nm", "-C", *flags, str(path)], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["nm", "-C", *flags, str(path)], capture_output=True, text=True, check=True
+    ).stdout
     return [line.split(maxsplit=2)[-1] for line in listing.splitlines() if line.strip()]
 
 
@@ -118,9 +124,17 @@ def test_compilers_have_no_warnings(built):
     [
         ({"CXX": "no-such-compiler"}, "CXX is 'no-such-compiler', which is not a program on PATH"),
         ({"FLOWGRPO_FAST_CUDA": "yes"}, "FLOWGRPO_FAST_CUDA is 'yes', must be 0 or 1"),
-        ({"CXX": None, "PATH": ""}, "no C++ compiler found (looked for c++, g++, clang++); install one or set CXX"),
         (
-            {"FLOWGRPO_FAST_CUDA": "1", "PATH": "", "CUDA_HOME": "/nonexistent", "CXX": shutil.which("c++") or "c++"},
+            {"CXX": None, "PATH": ""},
+            "no C++ compiler found (looked for c++, g++, clang++); install one or set CXX",
+        ),
+        (
+            {
+                "FLOWGRPO_FAST_CUDA": "1",
+                "PATH": "",
+                "CUDA_HOME": "/nonexistent",
+                "CXX": shutil.which("c++") or "c++",
+            },
             "FLOWGRPO_FAST_CUDA is 1 but nvcc was not found on PATH or under CUDA_HOME",
         ),
     ],
@@ -137,7 +151,9 @@ def test_what_is_missing_is_one_line(tmp_path, environment, message):
 def test_bad_architecture_is_one_line(tmp_path):
     result = build(copy_tree(tmp_path), FLOWGRPO_FAST_CUDA="1", FLOWGRPO_FAST_ARCHS="80;hopper")
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("flowgrpo_fast build: FLOWGRPO_FAST_ARCHS has 'hopper', must be numbers like 80;90a;120")
+    assert last.startswith(
+        "flowgrpo_fast build: FLOWGRPO_FAST_ARCHS has 'hopper', must be numbers like 80;90a;120"
+    )
 
 
 @pytest.mark.slow
