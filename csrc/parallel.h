@@ -82,13 +82,16 @@ class ThreadPool {
   static void run(int64_t count, int num_threads, Body body, const void* context) {
     static const OpenMpParallel openmp = find_openmp();
     const int helpers = static_cast<int>(count < num_threads ? count : num_threads) - 1;
-    const int64_t grain = helpers > 0 ? std::max<int64_t>(1, count / (kClaimsPerThread * num_threads)) : count;
-    Job job{body, context, count, grain, helpers, 0, {0}};
+    Job job{body, context, count, count, helpers, 0, {0}};
     if (helpers <= 0) {
       work(job);
     } else if (openmp && !forked() && !crowded()) {
+      // One run of neighbours a thread: long streams through memory; a team without a core stalls either way.
+      job.grain = (count + num_threads - 1) / num_threads;
       run_openmp(openmp, &job, num_threads);
     } else {
+      // Short runs: whoever has a core does the work.
+      job.grain = std::max<int64_t>(1, count / (kClaimsPerThread * num_threads));
       instance().share(&job);
     }
   }
@@ -98,9 +101,9 @@ class ThreadPool {
     Body body;
     const void* context;
     int64_t count;
-    int64_t grain;  // neighbouring items claimed at once: fewer claims, longer streams through memory
-    int open;       // helpers that may still join, under mutex_
-    int active;     // helpers at work, under mutex_
+    int64_t grain;                           // neighbouring items claimed at once
+    int open;                                // helpers that may still join, under mutex_
+    int active;                              // helpers at work, under mutex_
     alignas(128) std::atomic<int64_t> next;  // on a cache line of its own
   };
 
