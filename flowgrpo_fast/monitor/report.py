@@ -129,8 +129,10 @@ def _ratio(records: list[Record], summary: dict[str, Any]) -> str:
     value = summary.get("ratio_self_test")
     text = "not measured" if value is None else f"{value:.3g}"
     return (
-        f"<h2>Importance ratio</h2><p class=sub>Self-test before the first update, on the real model and batch: "
-        f"max |ratio &minus; 1| = {text}. Below, the same before each step's first update.</p>{figures.svg(figures.ratio_figure(records))}"
+        "<h2>Importance ratio</h2>"
+        "<p class=sub>Self-test before the first update, on the real model and batch: "
+        f"max |ratio &minus; 1| = {text}. Below, the same before each step's first update.</p>"
+        f"{figures.svg(figures.ratio_figure(records))}"
     )
 
 
