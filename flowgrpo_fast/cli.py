@@ -30,7 +30,7 @@ _VERSIONS = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy
 
 
 def train(
-    recipe: tyro.conf.Positional[str] = "mix_grpo",
+    recipe: tyro.conf.Positional[str] = "",
     overrides: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
     *,
@@ -44,7 +44,7 @@ def train(
     """Trains a model with a recipe; without arguments, MixGRPO on handwritten digits.
 
     Args:
-        recipe: its name; `flowgrpo-fast recipes` lists them.
+        recipe: its name, mix_grpo if left out; `flowgrpo-fast recipes` lists them.
         overrides: field=value, e.g. group_size=12 window.size=2 dynamics=CPS optimizer.lr=1e-4.
         from_: start from the recipe of an earlier run folder instead of a named one.
         resume: go on with an interrupted run, from its last checkpoint.
@@ -55,14 +55,14 @@ def train(
     """
     if resume and from_:
         raise ValueError(f"--from {from_!r} and --resume {resume!r} exclude each other; give one")
-    if resume or from_:
-        # The name is left out then, so the first positional is an override too.
-        overrides = (recipe, *overrides) if "=" in recipe else overrides
-        resolved = override(load_recipe(Path(resume or from_)), overrides)
-    else:
-        if "=" in recipe:
-            recipe, overrides = "mix_grpo", (recipe, *overrides)
-        resolved = override(digits(named_recipe(recipe)), overrides)
+    if "=" in recipe:  # the name was left out
+        recipe, overrides = "", (recipe, *overrides)
+    if recipe and (resume or from_):
+        raise ValueError(f"recipe {recipe!r}: {resume or from_!r} brings its own; leave the name out")
+    base = (
+        load_recipe(Path(resume or from_)) if resume or from_ else digits(named_recipe(recipe or "mix_grpo"))
+    )
+    resolved = override(base, overrides)
     folder = Path(resume or out or f"runs/{resolved.name}-{datetime.now():%Y%m%d-%H%M%S}")
     report = Run(
         recipe=resolved,

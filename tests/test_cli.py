@@ -149,6 +149,7 @@ def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--from", "nowhere"], "no recipe at 'nowhere'"),
         (["train", "--resume", "nowhere"], "no recipe at"),
         (["train", "--resume", "a", "--from", "b"], "exclude each other"),
+        (["train", "dance_grpo", "--from", "b"], "recipe 'dance_grpo': 'b' brings its own"),
         (["train", "--device", "cuda:7"], "device 'cuda:7' is not here"),
         (["train", "--device", "gpu"], "device 'gpu' is not one"),
         (["train", "task.model=digit"], "there is no module 'flowgrpo_fast.models.digit'"),
