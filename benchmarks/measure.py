@@ -6,7 +6,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from flowgrpo_fast.monitor.cost import cpu_name
+from flowgrpo_fast.ops import build_info
 
 if __package__:
     from benchmarks.baselines import contenders, make_workload
@@ -49,18 +51,8 @@ def speedups(times: dict[str, float]) -> dict[str, float]:
     return {name: round(times[name] / times["ours"], 2) for name in times if name != "ours"}
 
 
-def cpu_name() -> str:
-    """The processor's model, as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def measure(rounds: int) -> dict[str, Any]:
     """Medians and ratios of all operations, with what they were measured on."""
-    from flowgrpo_fast.ops import build_info
-
     workload = make_workload()
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -72,9 +64,8 @@ def measure(rounds: int) -> dict[str, Any]:
         "latents": [*workload.latents.shape],
         "dtype": str(workload.latents.dtype),
         "rounds": rounds,
-        "load_before": round(
-            os.getloadavg()[0], 2
-        ),  # runnable processes: other work on the machine slows both sides
+        # Runnable processes: other work on the machine slows both sides.
+        "load_before": round(os.getloadavg()[0], 2),
         "operations": {},
         "call_overhead_us": {},
     }

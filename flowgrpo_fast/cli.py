@@ -59,9 +59,8 @@ def train(
         recipe, overrides = "", (recipe, *overrides)
     if recipe and (resume or from_):
         raise ValueError(f"recipe {recipe!r}: {resume or from_!r} brings its own; leave the name out")
-    base = (
-        load_recipe(Path(resume or from_)) if resume or from_ else digits(named_recipe(recipe or "mix_grpo"))
-    )
+    earlier = resume or from_
+    base = load_recipe(Path(earlier)) if earlier else fitted_recipe(recipe or "mix_grpo", overrides)
     resolved = override(base, overrides)
     folder = Path(resume or out or f"runs/{resolved.name}-{datetime.now():%Y%m%d-%H%M%S}")
     report = Run(
@@ -73,6 +72,13 @@ def train(
         tracker=tracker,
     ).start()
     Console().print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def fitted_recipe(name: str, overrides: tuple[str, ...]) -> Recipe:
+    """The paper's recipe; for the default job, fitted to it."""
+    paper = named_recipe(name)
+    task = override(paper, [text for text in overrides if text.startswith("task.model=")]).task
+    return digits(paper) if task.model == "digits" else paper
 
 
 def named_recipe(name: str) -> Recipe:

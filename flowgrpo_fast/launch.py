@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -68,9 +69,13 @@ class Run:
 
                 train(engine, on_step, lambda: stop.requested)
             save_checkpoint(engine, self.folder)
+        except BaseException:
+            with suppress(OSError):  # a full disk, say; the error that is on its way tells more
+                self._conclude(cost)
+            raise
         finally:
             log.close()
-            report = self._conclude(cost)
+        report = self._conclude(cost)
         if stop.requested:
             self.console.print(
                 f"stopped after step {engine.step}; continue with: flowgrpo-fast train --resume {self.folder}"

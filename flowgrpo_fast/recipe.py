@@ -287,6 +287,12 @@ class Task:
     def __post_init__(self) -> None:
         """There is something to learn from."""
         _require(len(self.rewards) > 0, "Task.rewards is empty; name at least one reward function")
+        names = [term.function.rpartition(":")[2] for term in self.rewards]
+        for name in names:
+            _require(
+                names.count(name) == 1,
+                f"Task.rewards names {name!r} twice; metrics go by that name, so give each its own",
+            )
         _positive(self, num_eval_samples=self.num_eval_samples, eval_every=self.eval_every)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flowgrpo_fast.cli import main, pick_device
+from flowgrpo_fast.cli import fitted_recipe, main, pick_device
+from flowgrpo_fast.recipes import digits, mix_grpo
 
 SMALL = ["num_steps=3", "group_size=4", "task.num_eval_samples=20", "task.eval_every=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -180,6 +181,11 @@ def test_a_full_disk_ends_the_run_with_one_line(finished: Path, tmp_path, monkey
     message = failing(capsys, "train", *SMALL, "--out", str(tmp_path / "run"), "--device", "cpu")
     assert "No space left on device" in message
     assert (tmp_path / "run/report.html").exists()  # what was measured is still told
+
+
+def test_only_the_default_job_is_fitted() -> None:
+    assert fitted_recipe("mix_grpo", ()) == digits(mix_grpo())
+    assert fitted_recipe("mix_grpo", ("task.model=a.b:load", "group_size=2")) == mix_grpo()
 
 
 def test_pick_device() -> None:

@@ -94,6 +94,10 @@ def test_overrides_reach_nested_fields_and_swap_parts() -> None:
         ("dynamics.noise_level=0", "FlowSDE.noise_level is 0.0; it must be above 0"),
         ("precision=fp8", "must be 'fp32' or 'bf16'"),
         ("task.rewards=[]", "Task.rewards is empty"),
+        (
+            'task.rewards=[{"is": "RewardTerm", "function": "a:f"}, {"is": "RewardTerm", "function": "b:f"}]',
+            "Task.rewards names 'f' twice",
+        ),
         ("credit.std=global", "must be 'group' or 'batch'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -30,12 +31,24 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         self._tracker = tracker
         kept = [record for record in read_metrics(run_dir) if record["step"] <= last_step]
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(partial, self._path)
 
     def write(self, record: Record) -> None:
-        """Adds one line. The scalars also go to the tracker."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Adds one line. The scalars also go to the tracker.
+
+        Raises:
+            ValueError: the disk is full or not writable.
+        """
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {str(self._path)!r}: {error.strerror}; finished checkpoints are intact, "
+                "free some space, then continue with --resume"
+            ) from None
         if self._tracker is not None:
             scalars = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
             self._tracker.log(int(record["step"]), scalars)

@@ -71,13 +71,13 @@ def train(engine: Engine, on_step: Callable[[StepReport], None], stop: Callable[
     idle = 0
     while engine.step < engine.recipe.num_steps and not stop():
         report = train_step(engine)
+        on_step(report)
         idle = idle + 1 if report.metrics["idle_groups"] == 1 else 0
         if idle and (engine.step == 1 or idle >= _MAX_IDLE_STEPS):
             raise ValueError(
                 f"every group's rewards have had zero variance for {idle} step(s); the mean reward is "
                 f"{report.metrics['reward']:.6g}: check the reward functions, or raise noise_level"
             )
-        on_step(report)
 
 
 def score(engine: Engine, trajectory: Trajectory) -> RewardOutput:

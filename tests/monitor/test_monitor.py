@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,13 @@ def test_metrics_survive_a_torn_line_and_a_resume_drops_what_was_undone(tmp_path
     assert read_metrics(tmp_path) == RECORDS
     MetricsLog(tmp_path, last_step=2)
     assert read_metrics(tmp_path) == RECORDS[:2]
+
+
+def test_a_full_disk_is_one_line(tmp_path) -> None:
+    log = MetricsLog(tmp_path)
+    log._path = Path("/dev/full")
+    with pytest.raises(ValueError, match=r"cannot write '/dev/full': No space left on device; .* --resume"):
+        log.write(RECORDS[0])
 
 
 def test_the_tracker_gets_every_scalar(tmp_path) -> None:
