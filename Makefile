@@ -22,13 +22,13 @@ test: build lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/* tests/build/*.cpp)
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*)
+	$(BIN)/clang-format -i $(wildcard csrc/* tests/build/*.cpp)
 
 # ninja decides what is out of date; with nothing to do this takes a fraction of a second
 build: $(READY)
