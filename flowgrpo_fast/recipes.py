@@ -143,7 +143,7 @@ def digits(recipe: Recipe) -> Recipe:
         group_size=24,
         num_prompts=10,
         credit=replace(recipe.credit, eps=0.3),
-        loss=replace(recipe.loss, clip_range=0.02),
+        loss=replace(recipe.loss, clip_range=0.002),
         optimizer=replace(recipe.optimizer, lr=1e-4, num_updates=2),
         num_steps=60,
     )
