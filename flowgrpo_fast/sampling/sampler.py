@@ -139,7 +139,7 @@ def replay(
     rows: slice,
     position: Tensor,
     recipe: Recipe,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Guidance | None]:
     """Scores stored transitions under the model's present weights, with gradient.
 
     Args:
@@ -148,7 +148,7 @@ def replay(
         position: `[R]` int64, which of its kept steps each of them replays.
 
     Returns:
-        log_prob `[R]` fp32, and the velocity `[R, *S]` (for a KL).
+        log_prob `[R]` fp32, and what `predict` gave (for a KL).
     """
     latents, next_latents, step_index = stored(trajectory, rows, position)
     sigma = trajectory.coeffs[step_index, 0]
@@ -156,7 +156,7 @@ def replay(
     log_prob = flow_log_prob(
         latents, velocity, next_latents, trajectory.coeffs, step_index, guidance=guidance
     )
-    return log_prob, velocity
+    return log_prob, velocity, guidance
 
 
 def stored(trajectory: Trajectory, rows: slice, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:

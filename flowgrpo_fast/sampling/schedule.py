@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.recipe import DPMSolver2M, Dynamics, DynamicShift, Euler, Recipe, Sigmas, Solver
+from flowgrpo_fast.recipe import DPMSolver2M, Dynamics, Euler, Recipe, Sigmas, Solver
 from flowgrpo_fast.sampling.dynamics import coefficients
-from flowgrpo_fast.sampling.sigmas import dynamic_shift, make_sigmas, respaced_tail
+from flowgrpo_fast.sampling.sigmas import make_sigmas, resolve_shift, respaced_tail
 from flowgrpo_fast.sampling.windows import window_steps
 
 
@@ -41,7 +41,7 @@ def resolve_schedule(recipe: Recipe, iteration: int, seq_len: int | None = None)
     solver = recipe.solver
     if isinstance(solver, DPMSolver2M) and solver.keep < 1:
         num_tail = max(1, int((len(sigmas) - 1 - end) * solver.keep))
-        sigmas = respaced_tail(sigmas, end, num_tail, _shift(recipe.sigmas, seq_len))
+        sigmas = respaced_tail(sigmas, end, num_tail, resolve_shift(recipe.sigmas, seq_len))
     rules: list[Dynamics | Solver] = [
         recipe.dynamics if step in window.stochastic else (Euler() if step < end else solver)
         for step in range(len(sigmas) - 1)
@@ -67,9 +67,3 @@ def ode_schedule(sigmas: Sigmas, seq_len: int | None = None) -> Schedule:
         num_trained=0,
         history=(False,) * num_steps,
     )
-
-
-def _shift(part: Sigmas, seq_len: int | None) -> float:
-    if isinstance(part.shift, DynamicShift):
-        return dynamic_shift(part.shift, seq_len or part.shift.base_seq_len)
-    return part.shift

@@ -25,6 +25,19 @@ def dynamic_shift(shift: DynamicShift, seq_len: int) -> float:
     return math.exp(shift.base_shift + slope * (seq_len - shift.base_seq_len))
 
 
+def resolve_shift(part: Sigmas, seq_len: int | None) -> float:
+    """The schedule's shift as a number.
+
+    Raises:
+        ValueError: a `DynamicShift` without `seq_len`.
+    """
+    if not isinstance(part.shift, DynamicShift):
+        return part.shift
+    if seq_len is None:
+        raise ValueError("Sigmas.shift is a DynamicShift; it needs the model's number of image tokens")
+    return dynamic_shift(part.shift, seq_len)
+
+
 def make_sigmas(part: Sigmas, seq_len: int | None = None) -> Array:
     """The schedule of a recipe, `[T+1]` fp64.
 
@@ -34,12 +47,7 @@ def make_sigmas(part: Sigmas, seq_len: int | None = None) -> Array:
     Raises:
         ValueError: a `DynamicShift` without `seq_len`.
     """
-    if isinstance(part.shift, DynamicShift):
-        if seq_len is None:
-            raise ValueError("Sigmas.shift is a DynamicShift; it needs the model's number of image tokens")
-        shift = dynamic_shift(part.shift, seq_len)
-    else:
-        shift = part.shift
+    shift = resolve_shift(part, seq_len)
     last = 1 / part.num_inference_steps
     if part.spacing == "diffusers":
         ends = np.array([1.0, 1 / _NUM_TRAIN_TIMESTEPS])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowgrpo_fast.losses.clipped_ratio import LossTerms, clipped_ratio, velocity_kl
+from flowgrpo_fast.ops.reference import guided_velocity
 from flowgrpo_fast.sampling.sampler import predict, replay, row_slices, stored
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.types import TrainBatch
@@ -70,19 +71,18 @@ def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> L
     index = torch.arange(rows.start, rows.stop, device=engine.device)
     conditioning = batch.conditioning.rows(index)
     position = batch.step_position[rows, turn]
-    log_prob, velocity = replay(engine.model, trajectory, conditioning, rows, position, recipe)
+    log_prob, velocity, guidance = replay(engine.model, trajectory, conditioning, rows, position, recipe)
     old_log_prob = trajectory.log_prob[index, position]
     kl = None
     if engine.reference is not None:
         latents, _, step_index = stored(trajectory, rows, position)
         with torch.no_grad():
             sigma = trajectory.coeffs[step_index, 0]
-            reference, _ = predict(engine.reference, latents, sigma, conditioning, recipe)
+            halves = predict(engine.reference, latents, sigma, conditioning, recipe)
+            reference = guided_velocity(*halves, torch.float32)
+        guided = guided_velocity(velocity, guidance, torch.float32)
         sigmas = trajectory.sigmas.to(engine.device)
-        # Both unconditional halves are constants; the guided means differ by the scaled conditional halves.
-        kl = recipe.guidance_scale**2 * velocity_kl(
-            velocity, reference, trajectory.coeffs, sigmas, step_index
-        )
+        kl = velocity_kl(guided, reference, trajectory.coeffs, sigmas, step_index)
     return clipped_ratio(log_prob, old_log_prob, batch.advantages[rows], recipe.loss, kl)
 
 

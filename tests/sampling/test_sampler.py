@@ -85,7 +85,7 @@ def test_replay_gives_the_rollout_log_prob_to_the_bit(toy_recipe, precision, gui
     for first in range(0, 32, size):
         part = slice(first, first + size)
         for position in range(3):
-            log_prob, _ = replay(
+            log_prob, *_ = replay(
                 model,
                 trajectory,
                 conditioning.rows(torch.arange(first, first + size)),

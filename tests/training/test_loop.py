@@ -19,9 +19,14 @@ from flowgrpo_fast.recipe import (
     SlidingWindow,
 )
 from flowgrpo_fast.recipes import RECIPES, digits
+from flowgrpo_fast.sampling.sampler import rollout
+from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine, resolve
 from flowgrpo_fast.training.loop import diversity, evaluate, train, train_step
+from flowgrpo_fast.training.update import replay_terms
+from flowgrpo_fast.types import TrainBatch
 
 CPU = torch.device("cpu")
 
@@ -231,3 +236,37 @@ def test_diversity_is_the_spread_within_a_prompt() -> None:
     images = torch.tensor([0.0, 1.0, 0.5, 0.5, 0.9]).view(5, 1, 1, 1).expand(5, 1, 2, 2)
     assert diversity(images, torch.tensor([0, 0, 1, 1, 2])) == pytest.approx((0.5 + 0.0) / 2)
     assert diversity(images, torch.arange(5)) == 0.0
+
+
+def test_kl_compares_guided_transitions(toy_recipe) -> None:
+    """Both halves of the policy move away from the reference's; the KL is that of the mixed velocities."""
+    recipe = toy_recipe(guidance_scale=3.0, loss=ClippedRatio(clip_range=0.05, kl_beta=0.1))
+    engine = build_engine(recipe, CPU)
+    for _ in range(3):
+        train_step(engine)
+    draws = draw(recipe, 2, 3, CPU)
+    schedule = resolve_schedule(recipe, 3)
+    rows = engine.conditioning.rows(draws.prompt_index[draws.group_id])
+    trajectory = rollout(engine.model, rows, draws, schedule, recipe)
+    batch = TrainBatch(
+        trajectory=trajectory,
+        conditioning=rows,
+        advantages=torch.zeros(32),
+        weight=torch.ones(32),
+        step_position=torch.arange(3).expand(32, -1),
+    )
+    kl = replay_terms(engine, batch, slice(0, 32), 1).kl
+    step = schedule.kept[1]
+    sigma, b, c = trajectory.coeffs[step, [0, 2, 3]]
+    means = []
+    for model in (engine.model, engine.reference):
+        with torch.no_grad():
+            positive, negative = (
+                model.velocity(trajectory.latents[:, 1], sigma.expand(32), half)
+                for half in (rows, rows.negative())
+            )
+        means.append(b * (negative + 3.0 * (positive - negative)))
+    minus_dt = trajectory.sigmas[step] - trajectory.sigmas[step + 1]
+    expected = (means[0] - means[1]).square().mean(1) / (2 * c**2 / minus_dt)
+    assert expected.min() > 0
+    torch.testing.assert_close(kl, expected, rtol=1e-4, atol=0)
