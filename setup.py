@@ -42,7 +42,6 @@ ISA_FLAGS = {
     "avx2": "-mavx2",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
-KERNELS = ("flow_step", "flow_log_prob", "philox")  # compiled once per instruction set, and by nvcc
 
 RULES = """
 rule cxx
@@ -131,6 +130,12 @@ def isas() -> dict[str, str]:
     return ISA_FLAGS if is_x86_64 else {"baseline": ""}
 
 
+def sources(pattern: str) -> list[str]:
+    """Files of csrc: bind*.cpp make the module, cpu_*.cpp drive the kernels, and every other .cpp holds kernels, which
+    are compiled once an instruction set."""
+    return sorted(path.name for path in (ROOT / "csrc").glob(pattern))
+
+
 def quoted(text: object) -> str:
     """A shell word inside a ninja variable."""
     return shlex.quote(str(text)).replace("$", "$$")
@@ -186,18 +191,22 @@ def write_ninja(folder: Path, version: str) -> None:
     )
     ninja = NinjaFile(folder, ["# Written by setup.py", rules], [])
     compiler = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True).stdout
-    ninja.compile("cxx", "bindings.cpp", flags=bindings_flags(version, compiler.split("\n")[0], nvcc, archs))
-    ninja.compile("cxx", "cpu_ops.cpp")
-    for kernel in KERNELS:
-        for isa, flags in isas().items():
-            ninja.compile("cxx", f"{kernel}.cpp", flags=f"-DFLOWGRPO_ISA={isa} {flags}", tag=isa)
-        if nvcc:
-            ninja.compile("nvcc", f"{kernel}.cu")
+    module_flags = bindings_flags(version, compiler.split("\n")[0], nvcc, archs)
+    for source in sources("*.cpp"):
+        if source.startswith("bind"):
+            ninja.compile("cxx", source, flags=module_flags)
+        elif source.startswith("cpu_"):
+            ninja.compile("cxx", source)
+        else:
+            for isa, flags in isas().items():
+                ninja.compile("cxx", source, flags=f"-DFLOWGRPO_ISA={isa} {flags}", tag=isa)
+    for source in sources("*.cu") if nvcc else ():
+        ninja.compile("nvcc", source)
     ninja.write()
 
 
 def bindings_flags(version: str, compiler: str, nvcc: str | None, archs: list[str]) -> str:
-    """Flags of the one source that knows Python: include folders and what build_info() tells."""
+    """Flags of the sources that know Python: include folders and what build_info() tells."""
     definitions = {
         "FLOWGRPO_VERSION": version,
         "FLOWGRPO_COMPILER": compiler,

@@ -1,5 +1,4 @@
 // flow_log_prob and its backward on the CPU, compiled once per instruction set.
-#include "cpu_kernels.h"
 #include "cpu_tile.h"
 
 namespace flowgrpo_fast::FLOWGRPO_ISA {

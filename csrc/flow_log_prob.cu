@@ -1,6 +1,5 @@
 // flow_log_prob and its backward on a GPU.
 #include "cuda_group.cuh"
-#include "cuda_ops.h"
 
 namespace flowgrpo_fast::cuda {
 namespace {

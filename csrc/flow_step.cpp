@@ -1,7 +1,6 @@
 // flow_step on the CPU, compiled once per instruction set.
 #include "flow_step.h"
 
-#include "cpu_kernels.h"
 #include "cpu_tile.h"
 
 namespace flowgrpo_fast::FLOWGRPO_ISA {

@@ -1,6 +1,5 @@
 // flow_step on a GPU: one block a chunk of 4096 elements, then one warp a sample for the ordered sum.
 #include "cuda_group.cuh"
-#include "cuda_ops.h"
 #include "flow_step.h"
 
 namespace flowgrpo_fast::cuda {
@@ -45,17 +44,6 @@ void launch(const FlowStepArgs& args, void* stream) {
 }
 
 }  // namespace
-
-DeviceGuard::DeviceGuard(int device) : previous_(device) {
-  cudaError_t status = cudaGetDevice(&previous_);
-  if (status == cudaSuccess && previous_ != device) status = cudaSetDevice(device);
-  if (status != cudaSuccess) throw std::runtime_error(std::string("flowgrpo_fast: ") + cudaGetErrorString(status));
-  if (previous_ == device) previous_ = -1;
-}
-
-DeviceGuard::~DeviceGuard() {
-  if (previous_ >= 0) cudaSetDevice(previous_);
-}
 
 void flow_step(const FlowStepArgs& args, void* stream) {
   args.transition.latents.dtype == DType::kFloat64 ? launch<double>(args, stream) : launch<float>(args, stream);

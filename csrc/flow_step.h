@@ -11,6 +11,7 @@
 // count.
 #pragma once
 
+#include "declare.h"
 #include "philox.h"
 
 namespace flowgrpo_fast {
@@ -115,5 +116,15 @@ template <typename Real>
 FLOWGRPO_HD Real backward_scale(const Row<Real>& row, double grad_log_prob, int64_t elements) {
   return static_cast<Real>(grad_log_prob * row.inv_var * static_cast<double>(row.b) / static_cast<double>(elements));
 }
+
+FLOWGRPO_DECLARE_OP(flow_step, FlowStepArgs)
+FLOWGRPO_DECLARE_OP(flow_log_prob, FlowLogProbArgs)
+FLOWGRPO_DECLARE_OP(flow_log_prob_backward, FlowLogProbBackwardArgs)
+FLOWGRPO_DECLARE_OP(philox, PhiloxArgs)
+
+FLOWGRPO_DECLARE_KERNEL(flow_step_chunk, FlowStepArgs)
+FLOWGRPO_DECLARE_KERNEL(flow_log_prob_chunk, FlowLogProbArgs)
+FLOWGRPO_DECLARE_KERNEL(flow_log_prob_backward_chunk, FlowLogProbBackwardArgs)
+FLOWGRPO_DECLARE_KERNEL(philox_chunk, PhiloxArgs)
 
 }  // namespace flowgrpo_fast

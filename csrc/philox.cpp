@@ -1,7 +1,6 @@
 // Philox normals and words on the CPU, compiled once per instruction set.
 #include "philox.h"
 
-#include "cpu_kernels.h"
 #include "cpu_tile.h"
 
 namespace flowgrpo_fast::FLOWGRPO_ISA {

@@ -1,6 +1,5 @@
 // Philox normals and words on a GPU.
 #include "cuda_group.cuh"
-#include "cuda_ops.h"
 #include "philox.h"
 
 namespace flowgrpo_fast::cuda {

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "cpu_kernels.h"
+#include "flow_step.h"
 
 using namespace flowgrpo_fast;
 
