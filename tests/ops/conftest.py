@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.ops import Guidance
+from flowgrpo_fast.ops import Guidance, build_info
 
 NUM_STEPS = 5
 
@@ -55,6 +55,14 @@ def make_case(
         guidance=Guidance(normal(wanted), 4.5) if guided else None,
         x0_prev=normal(real) if history else None,
     )
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device an op has code for. A test with this fixture runs on the GPU where there is one."""
+    if request.param == "cuda" and not build_info()["cuda_archs"]:
+        pytest.skip("built without CUDA: GPU code not run")
+    return request.param
 
 
 @pytest.fixture
