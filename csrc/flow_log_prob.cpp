@@ -3,27 +3,87 @@
 
 namespace flowgrpo_fast::FLOWGRPO_ISA {
 
+// The velocity a drift is taken from, in the arithmetic dtype and zero behind the sample's end; null without one.
+template <typename Real>
+static const Real* reference_tile(const Reference& reference, Real scale, const Span& span, Real (*scratch)[kTile]) {
+  if (!reference.velocity.data) return nullptr;
+  const Real* velocity = load_tile(reference.velocity, span, scratch[0]);
+  if (!reference.negative.data) return velocity;
+  const Real* negative = load_tile(reference.negative, span, scratch[1]);
+  for (int i = 0; i < kTile; ++i) scratch[0][i] = guided(velocity[i], negative[i], scale);
+  return scratch[0];
+}
+
 template <typename Real>
 static void log_prob_chunk(const FlowLogProbArgs& args, int64_t index) {
   const Transition& transition = args.transition;
   const ChunkRange range = chunk_range(index, transition.elements);
   const Row<Real> row = row_of<Real>(transition, range.sample);
+  const Real scale = static_cast<Real>(transition.guidance_scale);
+  const bool extra = args.mean || args.reference.velocity.data;
   MeanTile<Real> tile;
-  Real scratch[kTile], lanes[kLanes] = {};
+  Real scratch[kTile], reference_scratch[2][kTile], lanes[kLanes] = {}, drift_lanes[kLanes] = {};
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
-    if (!args.mean && is_plain(transition, args.next_latents, span.count)) {
+    if (!extra && is_plain(transition, args.next_latents, span.count)) {
       add_plain_squares(row, at<Real>(transition.latents, span), at<Real>(transition.velocity, span),
                         at<Real>(args.next_latents, span), lanes);
       continue;
     }
     mean_tile(transition, row, span, &tile);
     if (args.mean) widen(tile.mean, static_cast<Real*>(args.mean) + span.offset, span.count);
+    const Real* reference = reference_tile(args.reference, scale, span, reference_scratch);
+    if (reference) add_squares(tile.velocity, reference, drift_lanes);
     const Real* next = load_tile(args.next_latents, span, scratch);
     for (int i = span.count; i < kTile; ++i) tile.mean[i] = 0;
     add_squares(next, tile.mean, lanes);
   }
   args.partials[index] = sum_lanes(lanes);
+  if (args.reference.velocity.data) args.drift_partials[index] = sum_lanes(drift_lanes);
+}
+
+// The value of each element's position, in runs.
+template <typename Real>
+static void spread_tile(const PositionMap& map, const Span& span, int64_t sample, Real* values) {
+  const Real* source = static_cast<const Real*>(map.data) + sample * map.positions;
+  const int64_t period = map.channels_last ? map.channels : map.positions;
+  int64_t outer = span.element / period, inner = span.element % period;
+  for (int i = 0; i < span.count;) {
+    const int left = span.count - i;
+    const int run = period - inner < left ? static_cast<int>(period - inner) : left;
+    if (map.channels_last) {
+      const Real value = source[outer];
+      for (int k = 0; k < run; ++k) values[i + k] = value;
+    } else {
+      widen(source + inner, values + i, run);
+    }
+    i += run;
+    ++outer;
+    inner = 0;
+  }
+}
+
+// Adds the gradients of the mean, the drift and the map to that of the log-probability.
+template <typename Real>
+static void add_extras(const FlowLogProbBackwardArgs& args, const Row<Real>& row, const Span& span, int64_t sample,
+                       const MeanTile<Real>& tile, const Real* next, Real* gradient) {
+  const Transition& transition = args.transition;
+  Real scratch[2][kTile];
+  if (args.grad_mean) {
+    const Real* grad_mean = static_cast<const Real*>(args.grad_mean) + span.offset;
+    for (int i = 0; i < span.count; ++i) gradient[i] += row.b * grad_mean[i];
+  }
+  if (args.grad_drift) {
+    const double incoming = static_cast<double>(static_cast<const Real*>(args.grad_drift)[sample]);
+    const Real factor = drift_scale(row, incoming, transition.elements);
+    const Real* reference = reference_tile(args.reference, static_cast<Real>(transition.guidance_scale), span, scratch);
+    for (int i = 0; i < kTile; ++i) gradient[i] += factor * (tile.velocity[i] - reference[i]);
+  }
+  if (args.grad_map.data) {
+    const Real factor = backward_scale(row, 1.0, args.grad_map.channels);
+    spread_tile(args.grad_map, span, sample, scratch[0]);
+    for (int i = 0; i < span.count; ++i) gradient[i] += factor * scratch[0][i] * (next[i] - tile.mean[i]);
+  }
 }
 
 // Stores scale * gradient in the velocity's dtype.
@@ -46,11 +106,12 @@ static void backward_chunk(const FlowLogProbBackwardArgs& args, int64_t index) {
   const Real scale = static_cast<Real>(transition.guidance_scale);
   const bool guidance = transition.negative_velocity.data != nullptr;
   if (!guidance && !args.grad_velocity.data) return;
+  const bool extra = args.grad_mean || args.grad_drift || args.grad_map.data;
   MeanTile<Real> tile;
   Real next_scratch[kTile], scratch[kTile];
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
-    if (!args.grad_mean && is_plain(transition, args.next_latents, span.count)) {
+    if (!extra && is_plain(transition, args.next_latents, span.count)) {
       const Real *latents = at<Real>(transition.latents, span), *velocity = at<Real>(transition.velocity, span);
       const Real* next = at<Real>(args.next_latents, span);
       Real* gradient = at<Real>(args.grad_velocity, span);
@@ -61,10 +122,7 @@ static void backward_chunk(const FlowLogProbBackwardArgs& args, int64_t index) {
     const Real* next = load_tile(args.next_latents, span, next_scratch);
     Real* gradient = guidance ? scratch : tile_target(args.grad_velocity, span, scratch);
     for (int i = 0; i < kTile; ++i) gradient[i] = factor * (next[i] - tile.mean[i]);
-    if (args.grad_mean) {
-      const Real* grad_mean = static_cast<const Real*>(args.grad_mean) + span.offset;
-      for (int i = 0; i < span.count; ++i) gradient[i] += row.b * grad_mean[i];
-    }
+    if (extra) add_extras(args, row, span, range.sample, tile, next, gradient);
     if (!guidance) {
       store_tile(args.grad_velocity, span, gradient);
       continue;

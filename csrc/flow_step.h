@@ -5,6 +5,8 @@
 //   next_latents = round_to_storage(mean + c * noise(seed, step, element))
 //   log_prob     = -1/2 * inv_var * mean_over_elements((next_latents - mean)^2) + log_norm
 //   x0_pred      = latents - sigma * v
+//   drift        = mean_over_elements((mean - reference_mean)^2) = b^2 * mean_over_elements((v - v_reference)^2)
+//   log_prob_map = log_prob with the mean taken over the channels of a position only
 //
 // The log-probability is taken of the stored value. Reductions run over chunks counted from the start of a sample and
 // the partial sums of the chunks are added in order, so nothing depends on the batch around a sample or on the thread
@@ -16,8 +18,9 @@
 
 namespace flowgrpo_fast {
 
-constexpr int64_t kChunk = 4096;  // elements per partial sum
-constexpr int kRowWidth = 8;      // columns of the coefficient table
+constexpr int64_t kChunk = 4096;   // elements per partial sum
+constexpr int64_t kMapTile = 256;  // positions of a map one work item fills
+constexpr int kRowWidth = 8;       // columns of the coefficient table
 
 // One sample has `elements` values; arrays are contiguous [batch, elements].
 struct Transition {
@@ -44,12 +47,29 @@ struct FlowStepArgs {
   double* partials;     // workspace [batch, chunks]
 };
 
+// What a drift is taken from; guided by the transition's scale where it has a negative velocity.
+struct Reference {
+  Buffer velocity;  // optional
+  Buffer negative;  // optional, dtype of velocity
+};
+
+// A value a position, for samples that lie as [channels, positions] or, with channels last, [positions, channels].
+struct PositionMap {
+  void* data;  // optional [batch, positions], arithmetic dtype
+  int64_t channels, positions;
+  bool channels_last;
+};
+
 struct FlowLogProbArgs {
   Transition transition;
   Buffer next_latents;
   void* log_prob;    // out [batch], arithmetic dtype
-  void* mean;        // out, optional, arithmetic dtype
   double* partials;  // workspace [batch, chunks]
+  void* mean;        // out, optional, arithmetic dtype
+  Reference reference;
+  void* drift;             // out [batch] where there is a reference, arithmetic dtype
+  double* drift_partials;  // workspace [batch, chunks]
+  PositionMap map;         // out
 };
 
 struct FlowLogProbBackwardArgs {
@@ -57,8 +77,11 @@ struct FlowLogProbBackwardArgs {
   Buffer next_latents;
   const void* grad_log_prob;  // optional [batch], arithmetic dtype
   const void* grad_mean;      // optional, arithmetic dtype
-  Buffer grad_velocity;       // out, optional, dtype of velocity
-  Buffer grad_negative;       // out, optional, dtype of velocity
+  Reference reference;
+  const void* grad_drift;  // optional [batch], arithmetic dtype
+  PositionMap grad_map;
+  Buffer grad_velocity;  // out, optional, dtype of velocity
+  Buffer grad_negative;  // out, optional, dtype of velocity
 };
 
 struct PhiloxArgs {
@@ -74,6 +97,8 @@ struct PhiloxArgs {
 };
 
 FLOWGRPO_HD int64_t num_chunks(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+
+FLOWGRPO_HD int64_t map_tiles(const PositionMap& map) { return (map.positions + kMapTile - 1) / kMapTile; }
 
 // A row of the table in the dtype of the arithmetic.
 template <typename Real>
@@ -117,6 +142,18 @@ FLOWGRPO_HD Real backward_scale(const Row<Real>& row, double grad_log_prob, int6
   return static_cast<Real>(grad_log_prob * row.inv_var * static_cast<double>(row.b) / static_cast<double>(elements));
 }
 
+template <typename Real>
+FLOWGRPO_HD double drift_of(const Row<Real>& row, double sum_of_squares, int64_t elements) {
+  return static_cast<double>(row.b) * static_cast<double>(row.b) * (sum_of_squares / static_cast<double>(elements));
+}
+
+// d drift / d v of one element is this times (v - v_reference).
+template <typename Real>
+FLOWGRPO_HD Real drift_scale(const Row<Real>& row, double grad_drift, int64_t elements) {
+  const double b = static_cast<double>(row.b);
+  return static_cast<Real>(grad_drift * 2.0 * b * b / static_cast<double>(elements));
+}
+
 FLOWGRPO_DECLARE_OP(flow_step, FlowStepArgs)
 FLOWGRPO_DECLARE_OP(flow_log_prob, FlowLogProbArgs)
 FLOWGRPO_DECLARE_OP(flow_log_prob_backward, FlowLogProbBackwardArgs)
@@ -124,6 +161,7 @@ FLOWGRPO_DECLARE_OP(philox, PhiloxArgs)
 
 FLOWGRPO_DECLARE_KERNEL(flow_step_chunk, FlowStepArgs)
 FLOWGRPO_DECLARE_KERNEL(flow_log_prob_chunk, FlowLogProbArgs)
+FLOWGRPO_DECLARE_KERNEL(flow_log_prob_map_tile, FlowLogProbArgs)
 FLOWGRPO_DECLARE_KERNEL(flow_log_prob_backward_chunk, FlowLogProbBackwardArgs)
 FLOWGRPO_DECLARE_KERNEL(philox_chunk, PhiloxArgs)
 

@@ -12,13 +12,15 @@ def flow_step(
 def flow_log_prob(
     transition: tuple[Any, ...],
     next_latents: Tensor,
-    outputs: tuple[Tensor, Tensor | None, Tensor | None],
+    outputs: tuple[Tensor, Tensor | None],
+    extras: tuple[Any, ...],
     num_threads: int,
 ) -> None: ...
 def flow_log_prob_backward(
     transition: tuple[Any, ...],
     next_latents: Tensor,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    extras: tuple[Any, ...],
     num_threads: int,
 ) -> None: ...
 def philox(seed: Tensor, step: int | Tensor, stream: int, out: Tensor, num_threads: int) -> None: ...

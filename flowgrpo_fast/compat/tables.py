@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.ops import flow_log_prob, flow_step
+from flowgrpo_fast.ops import Extras, flow_log_prob, flow_step
 from flowgrpo_fast.recipe import CPS, DanceSDE, Euler, FlowSDE
 from flowgrpo_fast.sampling.dynamics import Row, coefficient_row, noise_rate
 from flowgrpo_fast.sampling.scheduler import to_device
@@ -241,14 +241,16 @@ def sampled(latents: Tensor, velocity: Tensor, rows: StepRows, seed: Tensor) -> 
 
 def scored(latents: Tensor, velocity: Tensor, next_latents: Tensor, rows: StepRows) -> tuple[Tensor, Tensor]:
     """Log-prob `[B]` and mean `[B, *S]`, fp32, differentiable in `velocity`."""
-    return flow_log_prob(
+    out = flow_log_prob(
         storable(latents.detach()),
         storable(velocity),
         storable(next_latents.detach()),
         rows.coeffs,
         rows.op_index,
-        return_mean=True,
+        extras=Extras(mean=True),
     )
+    assert out.mean is not None
+    return out.log_prob, out.mean
 
 
 def storable(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     ratio  = exp(log_prob - old_log_prob)
     policy = max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range))
-    kl     = mean((mean - ref_mean)^2) / (2 * rate^2)      mean - ref_mean = b * (velocity - ref_velocity)
+    kl     = drift / (2 * rate^2)                      drift = mean((mean - ref_mean)^2), from `flow_log_prob`
 
 PPO: arXiv 1707.06347 eq. 7; KL: arXiv 2505.05470. `rate` is the SDE's diffusion rate *without* sqrt(-dt): the
 authors' heuristic, not the exact Gaussian KL (which would divide by rate^2 * -dt).
@@ -50,19 +50,15 @@ def clipped_ratio(
     )
 
 
-def velocity_kl(
-    velocity: Tensor, ref_velocity: Tensor, coeffs: Tensor, sigmas: Tensor, step_index: Tensor
-) -> Tensor:
+def drift_kl(drift: Tensor, coeffs: Tensor, sigmas: Tensor, step_index: Tensor) -> Tensor:
     """Flow-GRPO's KL between two policies' transitions from the same latents, `[R]` fp32.
 
     The rate comes back from the table: rate^2 = c^2 / -dt.
 
     Args:
-        velocity, ref_velocity: `[R, *S]`; gradient flows through the first.
-        coeffs: `[T, 8]`; sigmas: `[T+1]`, both on the velocity's device.
+        drift: `[R]`, the mean square distance between the two means; gradient flows through it.
+        coeffs: `[T, 8]`; sigmas: `[T+1]`, both on the drift's device.
         step_index: `[R]` int64.
     """
-    row = coeffs[step_index]
     minus_dt = sigmas[step_index] - sigmas[step_index + 1]
-    scale = row[:, 2].square() * minus_dt / (2 * row[:, 3].square())
-    return scale * (velocity.float() - ref_velocity.float()).square().flatten(1).mean(1)
+    return drift * minus_dt / (2 * coeffs[step_index, 3].square())

@@ -10,11 +10,13 @@ from typing import Any
 
 from flowgrpo_fast import _C
 from flowgrpo_fast.ops._binding import Guidance
-from flowgrpo_fast.ops.flow_log_prob import flow_log_prob
+from flowgrpo_fast.ops.flow_log_prob import Extras, FlowLogProbOutput, flow_log_prob
 from flowgrpo_fast.ops.flow_step import FlowStepOutput, flow_step
 from flowgrpo_fast.ops.philox import philox_normal, philox_uint32
 
 __all__ = [
+    "Extras",
+    "FlowLogProbOutput",
     "FlowStepOutput",
     "Guidance",
     "build_info",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.ops import Guidance, flow_log_prob, flow_step, philox_normal
+from flowgrpo_fast.ops import Extras, Guidance, flow_log_prob, flow_step, philox_normal
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.sampling.schedule import Schedule
 from flowgrpo_fast.types import Conditioning, Draws, FlowModel, Trajectory
@@ -139,31 +139,34 @@ def replay(
     rows: slice,
     position: Tensor,
     recipe: Recipe,
-) -> tuple[Tensor, Tensor, Guidance | None]:
+    reference: FlowModel | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Scores stored transitions under the model's present weights, with gradient.
 
     Args:
         conditioning: the rows' conditioning `[R, ...]`.
         rows: which samples of the trajectory.
         position: `[R]` int64, which of its kept steps each of them replays.
+        reference: a model to measure the distance from; it gets no gradient.
 
     Returns:
-        log_prob `[R]` fp32, and what `predict` gave (for a KL).
+        log_prob `[R]` fp32, and the drift `[R]` from the reference: the mean square distance between the means of
+        the two transitions, under guidance with both halves of both models.
     """
-    latents, next_latents, step_index = stored(trajectory, rows, position)
-    sigma = trajectory.coeffs[step_index, 0]
-    velocity, guidance = predict(model, latents, sigma, conditioning, recipe)
-    log_prob = flow_log_prob(
-        latents, velocity, next_latents, trajectory.coeffs, step_index, guidance=guidance
-    )
-    return log_prob, velocity, guidance
-
-
-def stored(trajectory: Trajectory, rows: slice, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, next latents `[R, *S]` and step index `[R]` of one kept step per row."""
     index = torch.arange(rows.start, rows.stop, device=position.device)
     step_index = trajectory.step_index.to(position.device)[position]
-    return trajectory.latents[index, position], trajectory.next_latents[index, position], step_index
+    latents, next_latents = trajectory.latents[index, position], trajectory.next_latents[index, position]
+    sigma = trajectory.coeffs[step_index, 0]
+    velocity, guidance = predict(model, latents, sigma, conditioning, recipe)
+    transition = (latents, velocity, next_latents, trajectory.coeffs, step_index)
+    if reference is None:
+        return flow_log_prob(*transition, guidance=guidance), None
+    with torch.no_grad():
+        other, other_guidance = predict(reference, latents, sigma, conditioning, recipe)
+    negative = None if other_guidance is None else other_guidance.negative_velocity
+    extras = Extras(reference_velocity=other, reference_negative=negative)
+    out = flow_log_prob(*transition, guidance=guidance, extras=extras)
+    return out.log_prob, out.drift
 
 
 def check_finite(log_prob: Tensor) -> None:

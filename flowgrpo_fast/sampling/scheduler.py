@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from flowgrpo_fast.ops import FlowStepOutput, flow_log_prob, flow_step
+from flowgrpo_fast.ops import Extras, FlowStepOutput, flow_log_prob, flow_step
 from flowgrpo_fast.recipe import CPS, DanceSDE, DPMSolver2M, Dynamics, Euler, FlowSDE, Solver
 from flowgrpo_fast.recipe_io import nearest
 from flowgrpo_fast.sampling.dynamics import coefficients
@@ -363,16 +363,17 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
         index = self._step_index
         x0_prev = self._x0_pred if self._walk.history[index] else None
         with torch.no_grad():
-            _, mean = flow_log_prob(
+            replayed = flow_log_prob(
                 sample,
                 velocity,
                 out.next_latents,
                 self._walk.coeffs,
                 index,
                 x0_prev=x0_prev,
-                return_mean=True,
+                extras=Extras(mean=True),
             )
-        return mean
+        assert replayed.mean is not None
+        return replayed.mean
 
     def _note(self, index: int, sample: Tensor, out: FlowStepOutput) -> None:
         assert self._walks is not None

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from flowgrpo_fast.losses.clipped_ratio import LossTerms, clipped_ratio, velocity_kl
-from flowgrpo_fast.ops.reference import guided_velocity
-from flowgrpo_fast.sampling.sampler import predict, replay, row_slices, stored
+from flowgrpo_fast.losses.clipped_ratio import LossTerms, clipped_ratio, drift_kl
+from flowgrpo_fast.sampling.sampler import replay, row_slices
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.types import TrainBatch
 
@@ -71,18 +70,12 @@ def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> L
     index = torch.arange(rows.start, rows.stop, device=engine.device)
     conditioning = batch.conditioning.rows(index)
     position = batch.step_position[rows, turn]
-    log_prob, velocity, guidance = replay(engine.model, trajectory, conditioning, rows, position, recipe)
+    log_prob, drift = replay(engine.model, trajectory, conditioning, rows, position, recipe, engine.reference)
     old_log_prob = trajectory.log_prob[index, position]
     kl = None
-    if engine.reference is not None:
-        latents, _, step_index = stored(trajectory, rows, position)
-        with torch.no_grad():
-            sigma = trajectory.coeffs[step_index, 0]
-            halves = predict(engine.reference, latents, sigma, conditioning, recipe)
-            reference = guided_velocity(*halves, torch.float32)
-        guided = guided_velocity(velocity, guidance, torch.float32)
-        sigmas = trajectory.sigmas.to(engine.device)
-        kl = velocity_kl(guided, reference, trajectory.coeffs, sigmas, step_index)
+    if drift is not None:
+        step_index = trajectory.step_index.to(engine.device)[position]
+        kl = drift_kl(drift, trajectory.coeffs, trajectory.sigmas.to(engine.device), step_index)
     return clipped_ratio(log_prob, old_log_prob, batch.advantages[rows], recipe.loss, kl)
 
 

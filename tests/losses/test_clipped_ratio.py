@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowgrpo_fast.losses.clipped_ratio import clipped_ratio, velocity_kl
-from flowgrpo_fast.ops import flow_log_prob
+from flowgrpo_fast.losses.clipped_ratio import clipped_ratio, drift_kl
+from flowgrpo_fast.ops import Extras, flow_log_prob
 from flowgrpo_fast.recipe import ClippedRatio, FlowSDE
 from flowgrpo_fast.sampling.dynamics import coefficients
 
@@ -25,8 +25,11 @@ def test_recorded_loss_and_gradient(golden) -> None:
             if k.startswith(f"{case}_loss_")
         }
         v = tensors["v"].requires_grad_(True)
-        log_prob = flow_log_prob(tensors["x"], v, tensors["next"], coeffs, tensors["idx"])
-        kl = velocity_kl(v, recorded["vref"], coeffs, torch.from_numpy(sigmas).float(), tensors["idx"])
+        extras = Extras(reference_velocity=recorded["vref"])
+        log_prob, _, drift, _ = flow_log_prob(
+            tensors["x"], v, tensors["next"], coeffs, tensors["idx"], extras=extras
+        )
+        kl = drift_kl(drift, coeffs, torch.from_numpy(sigmas).float(), tensors["idx"])
         part = ClippedRatio(clip_range=1e-4, kl_beta=0.04)
         terms = clipped_ratio(log_prob, recorded["old_log_prob"], recorded["adv"], part, kl)
         loss = terms.loss.mean()
@@ -67,7 +70,8 @@ def test_kl_is_the_published_expression() -> None:
     sigmas = np.linspace(1, 0, 7)
     coeffs = coefficients(sigmas, [FlowSDE(noise_level=0.5)] * 6)
     index = torch.tensor([0, 2, 3, 4])
-    ours = velocity_kl(v, w, coeffs, torch.from_numpy(sigmas).float(), index)
+    drift = flow_log_prob(x, v, x, coeffs, index, extras=Extras(reference_velocity=w)).drift
+    ours = drift_kl(drift, coeffs, torch.from_numpy(sigmas).float(), index)
     s, dt = torch.from_numpy(sigmas)[index], torch.from_numpy(np.diff(sigmas))[index]
     q = 0.5 * torch.sqrt(s / (1 - torch.where(s == 1, torch.tensor(sigmas[1]), s)))
     view = lambda t: t.view(-1, 1, 1, 1)  # noqa: E731

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from flowgrpo_fast.ops import Guidance, flow_log_prob, flow_step, philox_normal, philox_uint32
+from flowgrpo_fast.ops import Extras, Guidance, flow_log_prob, flow_step, philox_normal, philox_uint32
 
 
 def step_arguments(case):
@@ -133,6 +133,44 @@ def test_flow_log_prob_names_next_latents(case, value, message):
     del arguments["seed"]
     with pytest.raises(ValueError, match=one_line("flow_log_prob", message)):
         flow_log_prob(**arguments, next_latents=value)
+
+
+ZEROS = torch.zeros(2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        (True, "extras is a bool, must be Extras(...)"),
+        (Extras(reference_velocity=1.0), "extras.reference_velocity is a float, must be a torch.Tensor"),
+        (Extras(reference_velocity=ZEROS[:1]), "extras.reference_velocity has shape [1, 4, 6], must have [2"),
+        (
+            Extras(reference_velocity=ZEROS.double()),
+            "extras.reference_velocity has dtype torch.float64, must",
+        ),
+        (Extras(reference_velocity=transposed()), "extras.reference_velocity is not contiguous"),
+        (Extras(False, ZEROS, 2.0), "extras.reference_negative is a float, must be a torch.Tensor"),
+        (Extras(False, ZEROS, ZEROS.half()), "extras.reference_negative has dtype torch.float16, must have"),
+        (Extras(False, None, ZEROS), "extras.reference_negative is given alone, must come with"),
+        (Extras(map_axis=0), "extras.map_axis is 0, must be 1 or -1"),
+        (Extras(map_axis=3), "extras.map_axis is 3, must be 1 or -1"),
+        (Extras(map_axis=-2), "extras.map_axis is -2, must be 1 or -1"),
+        (Extras(map_axis="C"), "extras.map_axis is C, must be 1 or -1"),
+    ],
+    ids=str,
+)
+def test_flow_log_prob_names_the_bad_extra(case, extras, message):
+    c = case((2, 4, 6), guided=True)
+    with pytest.raises(ValueError, match=one_line("flow_log_prob", message)):
+        flow_log_prob(c.latents, c.velocity, c.next_latents, c.coeffs, 1, c.guidance, extras=extras)
+
+
+def test_a_reference_negative_wants_guidance(case):
+    c = case((2, 4, 6))
+    with pytest.raises(
+        ValueError, match=one_line("flow_log_prob", "extras.reference_negative is given alone")
+    ):
+        flow_log_prob(c.latents, c.velocity, c.next_latents, c.coeffs, 1, extras=Extras(False, ZEROS, ZEROS))
 
 
 @pytest.mark.parametrize(

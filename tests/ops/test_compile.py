@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowgrpo_fast.ops import flow_log_prob, flow_step, philox_normal
+from flowgrpo_fast.ops import Extras, flow_log_prob, flow_step, philox_normal
 from flowgrpo_fast.ops._binding import Transition
 
 OPS = torch.ops.flowgrpo_fast
@@ -31,16 +31,20 @@ def test_opcheck(case, dtype, extra):
     c.velocity.requires_grad_()
     if extra:
         c.guidance.negative_velocity.requires_grad_()
-    torch.library.opcheck(OPS.flow_log_prob, (*transition, c.next_latents, extra))
+    torch.library.opcheck(OPS.flow_log_prob, (*transition, c.next_latents))
+    reference = (c.next_latents.neg(), c.latents.clone() if extra else None)
+    torch.library.opcheck(OPS.flow_log_prob_extras, (*transition, c.next_latents, extra, *reference, 2))
+    torch.library.opcheck(OPS.flow_log_prob_extras, (*transition, c.next_latents, True, None, None, 0))
 
 
 def test_opcheck_of_the_backward(case):
     c = case((2, 3, 20), guided=True, history=True)
-    grad_log_prob, grad_mean = torch.ones(2), torch.ones(2, 3, 20)
-    torch.library.opcheck(
-        OPS.flow_log_prob_backward,
-        (*flat_transition(c), c.next_latents, grad_log_prob, grad_mean, True, True),
-    )
+    incoming = (torch.ones(2), torch.ones(2, 3, 20), torch.ones(2), torch.ones(2, 20))
+    for needed in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            OPS.flow_log_prob_backward,
+            (*flat_transition(c), c.next_latents, *incoming, c.velocity.neg(), None, 1, *needed),
+        )
 
 
 @pytest.mark.slow
@@ -54,10 +58,12 @@ def test_compiled_rollout_and_replay_equal_eager(case):
         return out.next_latents, out.log_prob, out.x0_pred + 0 * noise
 
     def replay(latents, velocity, following, coeffs, index):
-        log_prob, mean = flow_log_prob(
-            latents, velocity * weight, following, coeffs, index, c.guidance, c.x0_prev, return_mean=True
+        extras = Extras(True, c.velocity.neg(), c.guidance.negative_velocity, -1)
+        log_prob, mean, drift, log_prob_map = flow_log_prob(
+            latents, velocity * weight, following, coeffs, index, c.guidance, c.x0_prev, extras
         )
-        return log_prob, mean, log_prob.exp().sum() + mean.square().sum()
+        total = log_prob.exp().sum() + mean.square().sum() + drift.sum() + log_prob_map.square().sum()
+        return log_prob, mean, drift, log_prob_map, total
 
     eager = step(c.latents, c.velocity, c.coeffs, c.seed, 2)
     compiled = torch.compile(step, fullgraph=True)(c.latents, c.velocity, c.coeffs, c.seed, 2)
@@ -66,12 +72,12 @@ def test_compiled_rollout_and_replay_equal_eager(case):
 
     results = []
     for function in (replay, torch.compile(replay, fullgraph=True)):
-        log_prob, mean, total = function(c.latents, c.velocity, eager[0], c.coeffs, c.step_index)
+        *outputs, total = function(c.latents, c.velocity, eager[0], c.coeffs, c.step_index)
         (grad,) = torch.autograd.grad(total, weight)
-        results.append((log_prob, mean, grad))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-    torch.testing.assert_close(results[0][2], results[1][2])
+        results.append((outputs, grad))
+    for left, right in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(left, right)
+    torch.testing.assert_close(results[0][1], results[1][1])
 
 
 @pytest.mark.slow

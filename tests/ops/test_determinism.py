@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops import Guidance, build_info, flow_log_prob, flow_step, philox_normal
+from flowgrpo_fast.ops import Extras, Guidance, build_info, flow_log_prob, flow_step, philox_normal
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,9 +27,15 @@ def run(case, rows):
     out = flow_step(
         latents, velocity.detach(), case.coeffs, step, seed, guidance, x0_prev, return_x0_pred=True
     )
-    log_prob = flow_log_prob(latents, velocity, out.next_latents, case.coeffs, step, guidance, x0_prev)
+    replay = (latents, velocity, out.next_latents, case.coeffs, step, guidance, x0_prev)
+    log_prob = flow_log_prob(*replay)
     (grad,) = torch.autograd.grad(log_prob.sum(), velocity)
-    return *out, log_prob.detach(), grad, philox_normal(seed, latents.shape[1:], step, 1)
+    results = [*out, log_prob.detach(), grad, philox_normal(seed, latents.shape[1:], step, 1)]
+    for axis in (1, -1):
+        extra = flow_log_prob(*replay, Extras(True, latents, guidance.negative_velocity, axis))
+        total = extra.log_prob.sum() + extra.drift.sum() + extra.log_prob_map.square().sum()
+        results += [value.detach() for value in extra] + [*torch.autograd.grad(total, velocity)]
+    return results
 
 
 def assert_same(left, right):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowgrpo_fast.ops import flow_log_prob, flow_step, philox_normal
+from flowgrpo_fast.ops import Extras, flow_log_prob, flow_step, philox_normal
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -66,7 +66,7 @@ def test_mean_and_log_prob(golden, stored):
         x, v, following = (torch.from_numpy(golden[f"{name}_{key}"]).to(stored) for key in ("x", "v", "next"))
         coeffs = table(dynamics, golden[f"{name}_sigmas"], float(golden[f"{name}_noise_level"]))
         index = torch.from_numpy(golden[f"{name}_idx"])
-        log_prob, mean = flow_log_prob(x, v, following, coeffs, index, return_mean=True)
+        log_prob, mean = flow_log_prob(x, v, following, coeffs, index, extras=Extras(mean=True))[:2]
         want_mean = torch.from_numpy(golden[f"{name}_{prefix}_mean"])
         want_log_prob = torch.from_numpy(golden[f"{name}_{prefix}_log_prob"])
         torch.testing.assert_close(mean, want_mean, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowgrpo_fast.ops import build_info, flow_log_prob, flow_step, philox_normal, philox_uint32, reference
+from flowgrpo_fast.ops import (
+    Extras,
+    build_info,
+    flow_log_prob,
+    flow_step,
+    philox_normal,
+    philox_uint32,
+    reference,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,7 +72,7 @@ def test_replay_and_gradient_match_the_reference(case, shape, dtype):
     out = step(c)
     velocity = c.velocity.requires_grad_()
     rest = (out.next_latents, c.coeffs, c.step_index, c.guidance, c.x0_prev)
-    log_prob, mean = flow_log_prob(c.latents, velocity, *rest, return_mean=True)
+    log_prob, mean, _, _ = flow_log_prob(c.latents, velocity, *rest, extras=Extras(mean=True))
     assert torch.equal(log_prob.detach(), out.log_prob)
     (log_prob.sum() + mean.sin().sum()).backward()
     exact = velocity.detach().double().requires_grad_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowgrpo_fast.ops import flow_log_prob, flow_step
+from flowgrpo_fast.ops import Extras, flow_log_prob, flow_step
 
 IDENTITY = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0.0]])  # next = mean = latents
 
@@ -19,7 +19,7 @@ def test_every_stored_value_survives(dtype):
     same = torch.equal(kept[stored.isfinite()], stored[stored.isfinite()])
     assert same
     assert torch.equal(kept.isnan(), stored.isnan())
-    _, mean = flow_log_prob(stored, torch.zeros_like(stored), stored, IDENTITY, 0, return_mean=True)
+    mean = flow_log_prob(stored, torch.zeros_like(stored), stored, IDENTITY, 0, extras=Extras(mean=True)).mean
     finite = ~stored.isnan()
     assert torch.equal(mean[finite], stored.float()[finite])
 

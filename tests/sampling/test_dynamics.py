@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowgrpo_fast.ops import flow_log_prob, flow_step
+from flowgrpo_fast.ops import Extras, flow_log_prob, flow_step
 from flowgrpo_fast.recipe import CPS, DanceSDE, DPMSolver2M, Euler, FlowSDE, Sigmas
 from flowgrpo_fast.sampling.dynamics import coefficient_row, coefficients, noise_rate
 from flowgrpo_fast.sampling.sigmas import make_sigmas
@@ -114,7 +114,7 @@ def test_recorded_trainers(golden, prefix: str, make) -> None:
         coeffs = coefficients(sigmas, [rule] * (len(sigmas) - 1))
         x, v, following = (torch.from_numpy(golden[f"{case}_{k}"]) for k in ("x", "v", "next"))
         index = torch.from_numpy(golden[f"{case}_idx"])
-        log_prob, mean = flow_log_prob(x, v, following, coeffs, index, return_mean=True)
+        log_prob, mean = flow_log_prob(x, v, following, coeffs, index, extras=Extras(mean=True))[:2]
         np.testing.assert_allclose(mean, golden[f"{case}_{prefix}_mean"], rtol=1e-5, atol=2e-6)
         recorded = golden[f"{case}_{prefix}_log_prob"]
         np.testing.assert_allclose(log_prob, recorded, rtol=2e-6, atol=1e-6)

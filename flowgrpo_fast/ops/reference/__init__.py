@@ -5,11 +5,20 @@ The noise is an argument. Nothing here calls a kernel; tests and benchmarks comp
 
 from __future__ import annotations
 
-from flowgrpo_fast.ops.reference.flow import flow_log_prob, flow_step, guided_velocity, transition_mean
+from flowgrpo_fast.ops.reference.flow import (
+    flow_drift,
+    flow_log_prob,
+    flow_log_prob_map,
+    flow_step,
+    guided_velocity,
+    transition_mean,
+)
 from flowgrpo_fast.ops.reference.philox import normal_of_words, philox4x32_10
 
 __all__ = [
+    "flow_drift",
     "flow_log_prob",
+    "flow_log_prob_map",
     "flow_step",
     "guided_velocity",
     "normal_of_words",

@@ -73,3 +73,29 @@ def flow_log_prob(
     mean = transition_mean(latents, velocity, coeffs, step_index, x0_prev, dtype)
     squares = (next_latents.to(dtype) - mean).square().flatten(1).mean(1)
     return -0.5 * inv_var.flatten() * squares + log_norm.flatten(), mean
+
+
+def flow_drift(
+    velocity: Tensor,
+    reference_velocity: Tensor,
+    coeffs: Tensor,
+    step_index: int | Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``mean((mean - reference_mean)^2)`` ``[B]`` of the transitions two (guided) velocities make from one state."""
+    _, _, b, _, _, _, _ = _row(coeffs, step_index, velocity, dtype)
+    return (b * (velocity.to(dtype) - reference_velocity.to(dtype))).square().flatten(1).mean(1)
+
+
+def flow_log_prob_map(
+    next_latents: Tensor,
+    mean: Tensor,
+    coeffs: Tensor,
+    step_index: int | Tensor,
+    axis: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The log-probability with the mean over the channel axis only, ``[B, *S]`` without that axis."""
+    _, _, _, _, _, inv_var, log_norm = _row(coeffs, step_index, mean, dtype)
+    squares = (next_latents.to(dtype) - mean.to(dtype)).square().mean(axis)
+    return -0.5 * inv_var.squeeze(-1) * squares + log_norm.squeeze(-1)

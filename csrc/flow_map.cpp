@@ -1,0 +1,95 @@
+// The log-probability of every position on the CPU, compiled once per instruction set.
+#include "cpu_tile.h"
+
+namespace flowgrpo_fast::FLOWGRPO_ISA {
+
+static_assert(kMapTile == kTile, "a work item fills a tile of the map");
+
+// The squared distances of a tile, zero behind its end.
+template <typename Real>
+static void square_tile(const FlowLogProbArgs& args, const Row<Real>& row, const Span& span, MeanTile<Real>* tile,
+                        Real* squares) {
+  const Transition& transition = args.transition;
+  if (is_plain(transition, args.next_latents, span.count)) {
+    const Real *latents = at<Real>(transition.latents, span), *velocity = at<Real>(transition.velocity, span);
+    const Real* next = at<Real>(args.next_latents, span);
+    for (int i = 0; i < kTile; ++i) {
+      const Real distance = next[i] - mean_of(row, latents[i], velocity[i]);
+      squares[i] = distance * distance;
+    }
+    return;
+  }
+  mean_tile(transition, row, span, tile);
+  const Real* next = load_tile(args.next_latents, span, squares);
+  for (int i = 0; i < kTile; ++i) {
+    const Real distance = next[i] - tile->mean[i];
+    squares[i] = i < span.count ? distance * distance : Real(0);
+  }
+}
+
+template <typename Real>
+static double sum_run(const Real* values, int count) {
+  Real folded[kFold] = {};
+  const int whole = count - count % kFold;
+  for (int start = 0; start < whole; start += kFold) {
+    for (int i = 0; i < kFold; ++i) folded[i] += values[start + i];
+  }
+  for (int i = whole; i < count; ++i) folded[i - whole] += values[i];
+  double sum = 0.0;
+  for (int i = 0; i < kFold; ++i) sum += static_cast<double>(folded[i]);
+  return sum;
+}
+
+// Sums over the channels of up to kMapTile positions from `first`: channel after channel, or with channels last, run
+// after run of the neighbouring elements.
+template <typename Real>
+static void sum_channels(const FlowLogProbArgs& args, const Row<Real>& row, int64_t sample, int64_t first,
+                         double* sums) {
+  const int64_t elements = args.transition.elements, channels = args.map.channels, positions = args.map.positions;
+  const int64_t end = first + kMapTile < positions ? first + kMapTile : positions;
+  MeanTile<Real> tile;
+  Real squares[kTile];
+  if (!args.map.channels_last) {
+    Real totals[kTile] = {};
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      const int64_t start = channel * positions;
+      square_tile(args, row, span_of({sample, start + first, start + end}, start + first, elements), &tile, squares);
+      for (int i = 0; i < kTile; ++i) totals[i] += squares[i];
+    }
+    for (int i = 0; i < kTile; ++i) sums[i] = static_cast<double>(totals[i]);
+    return;
+  }
+  const ChunkRange range = {sample, first * channels, end * channels};
+  int64_t channel = 0;
+  double* sum = sums;
+  for (int64_t element = range.first; element < range.last; element += kTile) {
+    const Span span = span_of(range, element, elements);
+    square_tile(args, row, span, &tile, squares);
+    for (int i = 0; i < span.count;) {
+      const int left = span.count - i;
+      const int run = channels - channel < left ? static_cast<int>(channels - channel) : left;
+      *sum += sum_run(squares + i, run);
+      i += run;
+      channel += run;
+      if (channel == channels) channel = 0, ++sum;
+    }
+  }
+}
+
+template <typename Real>
+static void map_tile(const FlowLogProbArgs& args, int64_t index) {
+  const PositionMap& map = args.map;
+  const int64_t tiles = map_tiles(map), sample = index / tiles, first = (index % tiles) * kMapTile;
+  const Row<Real> row = row_of<Real>(args.transition, sample);
+  double sums[kMapTile] = {};
+  sum_channels(args, row, sample, first, sums);
+  Real* target = static_cast<Real*>(map.data) + sample * map.positions + first;
+  const int64_t count = map.positions - first < kMapTile ? map.positions - first : kMapTile;
+  for (int64_t i = 0; i < count; ++i) target[i] = static_cast<Real>(log_prob_of(row, sums[i], map.channels));
+}
+
+void flow_log_prob_map_tile(const FlowLogProbArgs& args, int64_t index) {
+  args.transition.latents.dtype == DType::kFloat64 ? map_tile<double>(args, index) : map_tile<float>(args, index);
+}
+
+}  // namespace flowgrpo_fast::FLOWGRPO_ISA
