@@ -13,17 +13,20 @@ from flowgrpo_fast.ops._binding import Guidance
 from flowgrpo_fast.ops.flow_log_prob import Extras, FlowLogProbOutput, flow_log_prob
 from flowgrpo_fast.ops.flow_step import FlowStepOutput, flow_step
 from flowgrpo_fast.ops.philox import philox_normal, philox_uint32
+from flowgrpo_fast.ops.preview import PreviewOutput, preview
 
 __all__ = [
     "Extras",
     "FlowLogProbOutput",
     "FlowStepOutput",
     "Guidance",
+    "PreviewOutput",
     "build_info",
     "flow_log_prob",
     "flow_step",
     "philox_normal",
     "philox_uint32",
+    "preview",
 ]
 
 

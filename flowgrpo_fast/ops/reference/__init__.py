@@ -14,8 +14,10 @@ from flowgrpo_fast.ops.reference.flow import (
     transition_mean,
 )
 from flowgrpo_fast.ops.reference.philox import normal_of_words, philox4x32_10
+from flowgrpo_fast.ops.reference.preview import centred_gram, preview
 
 __all__ = [
+    "centred_gram",
     "flow_drift",
     "flow_log_prob",
     "flow_log_prob_map",
@@ -23,5 +25,6 @@ __all__ = [
     "guided_velocity",
     "normal_of_words",
     "philox4x32_10",
+    "preview",
     "transition_mean",
 ]

@@ -1,0 +1,148 @@
+// The preview and its Gram matrix on the CPU, compiled once per instruction set.
+#include "preview.h"
+
+#include "cpu_tile.h"
+
+namespace flowgrpo_fast::FLOWGRPO_ISA {
+
+// `count` values of an array in the arithmetic dtype: the array itself where it is that, else `scratch`.
+static inline const float* read_run(const Buffer& buffer, int64_t offset, int count, float* scratch) {
+  if (buffer.dtype == DType::kFloat32) return static_cast<const float*>(buffer.data) + offset;
+  const uint16_t* source = static_cast<const uint16_t*>(buffer.data) + offset;
+  buffer.dtype == DType::kBFloat16 ? widen_bfloat16(source, scratch, count) : widen_float16(source, scratch, count);
+  return scratch;
+}
+
+static inline const double* read_run(const Buffer& buffer, int64_t offset, int, double*) {
+  return static_cast<const double*>(buffer.data) + offset;
+}
+
+// x0 of `count` neighbouring elements.
+template <typename Real>
+static void x0_run(const Transition& transition, const Row<Real>& row, int64_t offset, int count, Real* x0) {
+  Real scratch[3][kTile];
+  const Real* latents = read_run(transition.latents, offset, count, scratch[0]);
+  const Real* velocity = read_run(transition.velocity, offset, count, scratch[1]);
+  if (transition.negative_velocity.data) {
+    const Real* negative = read_run(transition.negative_velocity, offset, count, scratch[2]);
+    const Real scale = static_cast<Real>(transition.guidance_scale);
+    for (int i = 0; i < count; ++i) x0[i] = x0_of(row, latents[i], guided(velocity[i], negative[i], scale));
+    return;
+  }
+  for (int i = 0; i < count; ++i) x0[i] = x0_of(row, latents[i], velocity[i]);
+}
+
+// Adds x0 down the lines of a row, over `count` columns from `offset`. Narrow lines are read several at a time: the
+// lines of a cell are neighbours.
+template <typename Real>
+static void sum_lines(const PreviewArgs& args, const Row<Real>& row, int64_t offset, int count, Real* sums) {
+  const int64_t line = args.width * args.inner;
+  const int64_t at_once = count == line ? kTile / line : 1;
+  Real x0[kTile];
+  for (int64_t time = 0; time < args.pool_time; ++time) {
+    for (int64_t first = 0; first < args.pool_height; first += at_once) {
+      const int64_t left = args.pool_height - first;
+      const int lines = static_cast<int>(left < at_once ? left : at_once);
+      x0_run(args.transition, row, offset + (time * args.height + first) * line, lines * count, x0);
+      for (int k = 0; k < lines; ++k) {
+        for (int i = 0; i < count; ++i) sums[i] += x0[k * count + i];
+      }
+    }
+  }
+}
+
+// Adds columns [first, first + count) of a row to the cells they belong to.
+template <typename Real>
+static void add_to_cells(const PreviewArgs& args, int64_t first, int count, const Real* sums, Real* cells) {
+  int64_t place = first / args.inner % args.pool_width, channel = first % args.inner;
+  Real* cell = cells + first / args.inner / args.pool_width * args.inner;
+  for (int i = 0; i < count;) {
+    const int left = count - i;
+    const int run = args.inner - channel < left ? static_cast<int>(args.inner - channel) : left;
+    for (int k = 0; k < run; ++k) cell[channel + k] += sums[i + k];
+    i += run;
+    channel += run;
+    if (channel < args.inner) continue;
+    channel = 0;
+    if (++place == args.pool_width) place = 0, cell += args.inner;
+  }
+}
+
+template <typename Real>
+static void preview_row_of(const PreviewArgs& args, int64_t index) {
+  const int64_t rows = preview_rows(args), sample = index / rows;
+  const Row<Real> row = row_of<Real>(args.transition, sample);
+  const int64_t start = sample * args.transition.elements + preview_start(args, index % rows);
+  const int64_t columns = args.width * args.inner, cells = columns / args.pool_width;
+  Real* pooled = static_cast<Real*>(args.pooled) + index * cells;
+  for (int64_t i = 0; i < cells; ++i) pooled[i] = 0;
+  for (int64_t first = 0; first < columns; first += kTile) {
+    const int count = static_cast<int>(columns - first < kTile ? columns - first : kTile);
+    Real sums[kTile] = {};
+    sum_lines(args, row, start + first, count, sums);
+    add_to_cells(args, first, count, sums, pooled);
+  }
+  const Real scale = cell_scale<Real>(args);
+  for (int64_t i = 0; i < cells; ++i) pooled[i] *= scale;
+}
+
+// Takes the group's mean off kCentreTile features of all its members.
+template <typename Real>
+static void centre(const GramArgs& args, int64_t index) {
+  const int64_t tiles = centre_tiles(args), group = index / tiles, first = index % tiles * kCentreTile;
+  const int count = static_cast<int>(args.features - first < kCentreTile ? args.features - first : kCentreTile);
+  const int64_t offset = group * args.group_size * args.features + first;
+  const Real* pooled = static_cast<const Real*>(args.pooled.data) + offset;
+  Real* centred = static_cast<Real*>(args.centred) + offset;
+  double sums[kCentreTile] = {};
+  for (int64_t member = 0; member < args.group_size; ++member) {
+    for (int i = 0; i < count; ++i) sums[i] += static_cast<double>(pooled[member * args.features + i]);
+  }
+  for (int64_t member = 0; member < args.group_size; ++member) {
+    for (int i = 0; i < count; ++i) {
+      const Real mean = static_cast<Real>(sums[i] / static_cast<double>(args.group_size));
+      centred[member * args.features + i] = pooled[member * args.features + i] - mean;
+    }
+  }
+}
+
+template <typename Real>
+static double inner_product(const Real* left, const Real* right, int64_t count) {
+  double folded[kFold] = {};
+  const int64_t whole = count - count % kFold;
+  for (int64_t start = 0; start < whole; start += kFold) {
+    for (int i = 0; i < kFold; ++i) folded[i] += static_cast<double>(left[start + i] * right[start + i]);
+  }
+  for (int64_t i = whole; i < count; ++i) folded[i - whole] += static_cast<double>(left[i] * right[i]);
+  double sum = 0.0;
+  for (int i = 0; i < kFold; ++i) sum += folded[i];
+  return sum;
+}
+
+// The entries of one member with itself and those before it, and their mirror images.
+template <typename Real>
+static void gram_row_of(const GramArgs& args, int64_t index) {
+  const int64_t size = args.group_size, group = index / size, member = index % size;
+  const Real* centred = static_cast<const Real*>(args.centred) + group * size * args.features;
+  Real* gram = static_cast<Real*>(args.gram) + group * size * size;
+  for (int64_t other = 0; other <= member; ++other) {
+    const double sum =
+        inner_product(centred + member * args.features, centred + other * args.features, args.features);
+    gram[member * size + other] = gram[other * size + member] = static_cast<Real>(sum);
+  }
+}
+
+void preview_row(const PreviewArgs& args, int64_t index) {
+  const bool is_double = args.transition.latents.dtype == DType::kFloat64;
+  is_double ? preview_row_of<double>(args, index) : preview_row_of<float>(args, index);
+}
+
+void gram_centre(const GramArgs& args, int64_t index) {
+  args.pooled.dtype == DType::kFloat64 ? centre<double>(args, index) : centre<float>(args, index);
+}
+
+void gram_row(const GramArgs& args, int64_t index) {
+  args.pooled.dtype == DType::kFloat64 ? gram_row_of<double>(args, index) : gram_row_of<float>(args, index);
+}
+
+}  // namespace flowgrpo_fast::FLOWGRPO_ISA

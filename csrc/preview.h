@@ -1,0 +1,68 @@
+// A preview of running samples: the clean sample one step would jump to, averaged over cells of its grid.
+//
+//   x0     = latents - sigma * v                        (v as in flow_step.h)
+//   pooled = mean of x0 over a cell of pool_time * pool_height * pool_width positions, channel by channel
+//
+// and the Gram matrix of the previews of a group, about their mean:
+//
+//   gram[i, j] = sum_features (pooled_i - mean_of_group) * (pooled_j - mean_of_group)
+//
+// A cell is summed down its rows, then along them, both from the start; a Gram entry over features counted from the
+// start, so nothing depends on what else is in the batch or on the thread count.
+#pragma once
+
+#include "flow_step.h"
+
+namespace flowgrpo_fast {
+
+// A sample lies as [planes, time, height, width * inner]: planes are channels that come first, inner those that come
+// last, and the other of the two is 1. A row is one line of the pooled grid; it is made of the neighbouring lines of a
+// cell's height, for each of its times.
+struct PreviewArgs {
+  Transition transition;
+  int64_t planes, time, height, width, inner;
+  int64_t pool_time, pool_height, pool_width;  // divide time, height and width
+  void* pooled;                                // out [batch, rows, width / pool_width * inner], arithmetic dtype
+};
+
+struct GramArgs {
+  Buffer pooled;      // [groups * group_size, features], arithmetic dtype
+  int64_t groups, group_size, features;
+  void* centred;      // workspace of the same shape
+  void* gram;         // out [groups, group_size, group_size], arithmetic dtype
+};
+
+constexpr int64_t kCentreTile = 256;  // features whose group mean one work item takes off
+
+FLOWGRPO_HD int64_t centre_tiles(const GramArgs& args) { return (args.features + kCentreTile - 1) / kCentreTile; }
+
+FLOWGRPO_HD int64_t preview_rows(const PreviewArgs& args) {
+  return args.planes * (args.time / args.pool_time) * (args.height / args.pool_height);
+}
+
+// The first element of a sample's row.
+FLOWGRPO_HD int64_t preview_start(const PreviewArgs& args, int64_t row) {
+  const int64_t heights = args.height / args.pool_height, times = args.time / args.pool_time;
+  const int64_t plane = row / (heights * times), first_time = row / heights % times * args.pool_time;
+  const int64_t first_line = row % heights * args.pool_height;
+  return ((plane * args.time + first_time) * args.height + first_line) * args.width * args.inner;
+}
+
+template <typename Real>
+FLOWGRPO_HD Real x0_of(const Row<Real>& row, Real latents, Real velocity) {
+  return latents - row.sigma * velocity;
+}
+
+template <typename Real>
+FLOWGRPO_HD Real cell_scale(const PreviewArgs& args) {
+  return static_cast<Real>(1.0 / static_cast<double>(args.pool_time * args.pool_height * args.pool_width));
+}
+
+FLOWGRPO_DECLARE_OP(preview, PreviewArgs)
+FLOWGRPO_DECLARE_OP(gram, GramArgs)
+
+FLOWGRPO_DECLARE_KERNEL(preview_row, PreviewArgs)
+FLOWGRPO_DECLARE_KERNEL(gram_centre, GramArgs)
+FLOWGRPO_DECLARE_KERNEL(gram_row, GramArgs)
+
+}  // namespace flowgrpo_fast
