@@ -59,8 +59,8 @@ def make_workload(shape: tuple[int, ...] = (24, 16, 64, 64), dtype: torch.dtype 
     return Workload(latents, velocity, next_latents, 1000 * sigmas[:-1], sigmas, coeffs, step_index, seed)
 
 
-def unfused_step(w: Workload, velocity: Tensor, prev_sample: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Flow-SDE op by op: schedule look-up per sample, upcasts, mean, noise, log-density with its constants."""
+def unfused_mean(w: Workload, velocity: Tensor) -> tuple[Tensor, Tensor]:
+    """Flow-SDE's mean and spread op by op: schedule look-up per sample, upcasts, mean."""
     velocity, sample = velocity.float(), w.latents.float()
     index = [(w.timesteps == t).nonzero()[0].item() for t in w.timestep]
     shape = (-1, *[1] * (sample.ndim - 1))
@@ -71,20 +71,30 @@ def unfused_step(w: Workload, velocity: Tensor, prev_sample: Tensor | None = Non
     diffusion = torch.sqrt(sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))) * NOISE_LEVEL
     mean = sample * (1 + diffusion**2 / (2 * sigma) * dt)
     mean = mean + velocity * (1 + diffusion**2 * (1 - sigma) / (2 * sigma)) * dt
-    spread = diffusion * torch.sqrt(-1 * dt)
-    if prev_sample is None:
-        prev_sample = mean + spread * torch.randn(velocity.shape)
-    log_prob = (
+    return mean, diffusion * torch.sqrt(-1 * dt)
+
+
+def unfused_density(prev_sample: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """The log-density of every element, with its constants."""
+    return (
         -((prev_sample.detach().float() - mean) ** 2) / (2 * spread**2)
         - torch.log(spread)
         - torch.log(torch.sqrt(2 * torch.as_tensor(math.pi)))
     )
+
+
+def unfused_step(w: Workload, velocity: Tensor, prev_sample: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Flow-SDE op by op: mean, noise, log-density; what a trainer calls to sample and to replay."""
+    mean, spread = unfused_mean(w, velocity)
+    if prev_sample is None:
+        prev_sample = mean + spread * torch.randn(velocity.shape, device=velocity.device)
+    log_prob = unfused_density(prev_sample, mean, spread)
     return prev_sample, log_prob.mean(dim=tuple(range(1, log_prob.ndim)))
 
 
 def same_step(w: Workload, velocity: Tensor) -> tuple[Tensor, Tensor]:
     """The op's mathematics over a coefficient table, for torch.compile; noise from torch's generator."""
-    noise = torch.randn(velocity.shape)
+    noise = torch.randn(velocity.shape, device=velocity.device)
     return reference.flow_step(w.latents, velocity, w.coeffs, w.step_index, noise)[:2]
 
 

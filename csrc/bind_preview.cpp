@@ -23,9 +23,8 @@ void preview(const py::tuple& fields, const std::array<int64_t, 5>& shape, const
   }
   args.planes = planes, args.time = time, args.height = height, args.width = width, args.inner = inner;
   args.pool_time = pool_time, args.pool_height = pool_height, args.pool_width = pool_width;
-  args.pooled = parsed.real_array("pooled", pooled,
-                                  args.transition.elements / (pool_time * pool_height * pool_width) *
-                                      args.transition.batch);
+  args.pooled = parsed.real_array(
+      "pooled", pooled, args.transition.elements / (pool_time * pool_height * pool_width) * args.transition.batch);
   run(parsed.latents, args, num_threads, cpu::preview, FLOWGRPO_ON_CUDA(preview));
 }
 

@@ -126,8 +126,7 @@ static void gram_row_of(const GramArgs& args, int64_t index) {
   const Real* centred = static_cast<const Real*>(args.centred) + group * size * args.features;
   Real* gram = static_cast<Real*>(args.gram) + group * size * size;
   for (int64_t other = 0; other <= member; ++other) {
-    const double sum =
-        inner_product(centred + member * args.features, centred + other * args.features, args.features);
+    const double sum = inner_product(centred + member * args.features, centred + other * args.features, args.features);
     gram[member * size + other] = gram[other * size + member] = static_cast<Real>(sum);
   }
 }

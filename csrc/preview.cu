@@ -1,7 +1,6 @@
 // The preview and its Gram matrix on a GPU.
-#include "preview.h"
-
 #include "cuda_group.cuh"
+#include "preview.h"
 
 namespace flowgrpo_fast::cuda {
 namespace {
@@ -10,29 +9,22 @@ constexpr int kPreviewThreads = 128;
 constexpr int kSlab = kPreviewThreads * kGroup;  // columns summed at a time
 
 // Whole narrow rows share a block; a wide row has one, and goes through it slab by slab.
-struct Rows {
-  int64_t a_block, blocks;
-};
-
-__host__ __device__ __forceinline__ Rows rows_of(const PreviewArgs& args) {
-  const int64_t columns = args.width * args.inner, rows = args.transition.batch * preview_rows(args);
-  const int64_t a_block = columns < kSlab ? kSlab / columns : 1;
-  return {a_block, (rows + a_block - 1) / a_block};
+__host__ __device__ __forceinline__ uint32_t rows_a_block(const PreviewArgs& args) {
+  const uint32_t columns = static_cast<uint32_t>(args.width * args.inner);
+  return columns < kSlab ? kSlab / columns : 1;
 }
 
-// x0 summed down the lines of up to eight neighbouring columns.
-template <typename Real>
-__device__ __forceinline__ void sum_lines(const PreviewArgs& args, int64_t place, int64_t column, int count,
-                                          bool vector, Real* sums) {
+// x0 summed down the lines of eight neighbouring columns, or of one.
+template <typename Real, bool kVector>
+__device__ __forceinline__ void sum_lines(const PreviewArgs& args, uint32_t place, uint32_t column, Real* sums) {
   const Transition& transition = args.transition;
-  const int64_t rows = preview_rows(args), sample = place / rows, line = args.width * args.inner;
-  const int64_t start = preview_start(args, place % rows) + column;
+  const uint32_t rows = static_cast<uint32_t>(preview_rows(args)), sample = place / rows;
+  const int64_t line = args.width * args.inner, start = preview_start(args, place % rows) + column;
   const Row<Real> row = row_of<Real>(transition, sample);
   for (int64_t time = 0; time < args.pool_time; ++time) {
-#pragma unroll 1
     for (int64_t height = 0; height < args.pool_height; ++height) {
       const int64_t element = start + (time * args.height + height) * line;
-      const Group group = {element, sample * transition.elements + element, count, vector};
+      const Group group = {element, sample * transition.elements + element, kVector ? kGroup : 1, kVector};
       MeanGroup<Real> tile;
       mean_group(transition, row, group, &tile);
 #pragma unroll
@@ -41,35 +33,34 @@ __device__ __forceinline__ void sum_lines(const PreviewArgs& args, int64_t place
   }
 }
 
-template <typename Real>
-__global__ void __launch_bounds__(kPreviewThreads)
-    preview_kernel(const __grid_constant__ PreviewArgs args, bool vector) {
+template <typename Real, bool kVector>
+__global__ void __launch_bounds__(kPreviewThreads, 5) preview_kernel(const __grid_constant__ PreviewArgs args) {
+  constexpr int kStep = kVector ? kGroup : 1;
   __shared__ Real sums[kSlab];
-  const int64_t columns = args.width * args.inner, cells = columns / args.pool_width;
-  const int64_t all = args.transition.batch * preview_rows(args), a_block = rows_of(args).a_block;
-  const int64_t first_row = blockIdx.x * a_block;
-  const int64_t rows = all - first_row < a_block ? all - first_row : a_block;
-  const int step = vector ? kGroup : 1;
-  Real* pooled = static_cast<Real*>(args.pooled) + first_row * cells;
-  for (int64_t slab = 0; slab < rows * columns; slab += kSlab) {
-    const int64_t end = rows * columns - slab < kSlab ? rows * columns : slab + kSlab;
-    for (int64_t column = slab + threadIdx.x * step; column < end; column += kPreviewThreads * step) {
+  const uint32_t columns = static_cast<uint32_t>(args.width * args.inner);
+  const uint32_t width = static_cast<uint32_t>(args.pool_width), inner = static_cast<uint32_t>(args.inner);
+  const uint32_t first_row = blockIdx.x * rows_a_block(args);
+  const uint32_t left = static_cast<uint32_t>(args.transition.batch * preview_rows(args)) - first_row;
+  const uint32_t rows = left < rows_a_block(args) ? left : rows_a_block(args);
+  const uint32_t all = rows * columns, cells = all / width;
+  Real* pooled = static_cast<Real*>(args.pooled) + static_cast<int64_t>(first_row) * (columns / width);
+  for (uint32_t slab = 0; slab < all; slab += kSlab) {
+    const uint32_t end = all - slab < kSlab ? all : slab + kSlab;
+    for (uint32_t column = slab + threadIdx.x * kStep; column < end; column += kPreviewThreads * kStep) {
       Real group[kGroup] = {};
-      sum_lines(args, first_row + column / columns, column % columns, step, vector, group);
+      sum_lines<Real, kVector>(args, first_row + column / columns, column % columns, group);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        if (i < step) sums[column - slab + i] = group[i];
-      }
+      for (int i = 0; i < kStep; ++i) sums[column - slab + i] = group[i];
     }
     __syncthreads();
-    for (int64_t cell = threadIdx.x; cell < rows * cells; cell += kPreviewThreads) {
-      const int64_t first = cell / args.inner * args.pool_width * args.inner + cell % args.inner;
+    for (uint32_t cell = threadIdx.x; cell < cells; cell += kPreviewThreads) {
+      const uint32_t first = cell / inner * width * inner + cell % inner;
       Real sum = slab == 0 ? Real(0) : pooled[cell];
-      for (int64_t i = 0; i < args.pool_width; ++i) {
-        const int64_t column = first + i * args.inner;
+      for (uint32_t i = 0; i < width; ++i) {
+        const uint32_t column = first + i * inner;
         if (column >= slab && column < end) sum += sums[column - slab];
       }
-      pooled[cell] = end == rows * columns ? sum * cell_scale<Real>(args) : sum;
+      pooled[cell] = end == all ? sum * cell_scale<Real>(args) : sum;
     }
     __syncthreads();
   }
@@ -113,7 +104,11 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ 
 template <typename Real>
 void launch(const PreviewArgs& args, void* stream) {
   const bool vector = can_vectorize(args.transition) && args.width * args.inner % kGroup == 0;
-  FLOWGRPO_LAUNCH(preview_kernel<Real>, rows_of(args).blocks, kPreviewThreads, stream, args, vector);
+  const int64_t rows = args.transition.batch * preview_rows(args), a_block = rows_a_block(args);
+  checked_grid(rows);  // rows and columns are counted in 32 bits
+  checked_grid(args.width * args.inner);
+  const auto row_kernel = vector ? preview_kernel<Real, true> : preview_kernel<Real, false>;
+  FLOWGRPO_LAUNCH(row_kernel, (rows + a_block - 1) / a_block, kPreviewThreads, stream, args);
 }
 
 template <typename Real>

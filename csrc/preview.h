@@ -26,10 +26,10 @@ struct PreviewArgs {
 };
 
 struct GramArgs {
-  Buffer pooled;      // [groups * group_size, features], arithmetic dtype
+  Buffer pooled;  // [groups * group_size, features], arithmetic dtype
   int64_t groups, group_size, features;
-  void* centred;      // workspace of the same shape
-  void* gram;         // out [groups, group_size, group_size], arithmetic dtype
+  void* centred;  // workspace of the same shape
+  void* gram;     // out [groups, group_size, group_size], arithmetic dtype
 };
 
 constexpr int64_t kCentreTile = 256;  // features whose group mean one work item takes off
@@ -40,12 +40,14 @@ FLOWGRPO_HD int64_t preview_rows(const PreviewArgs& args) {
   return args.planes * (args.time / args.pool_time) * (args.height / args.pool_height);
 }
 
-// The first element of a sample's row.
-FLOWGRPO_HD int64_t preview_start(const PreviewArgs& args, int64_t row) {
-  const int64_t heights = args.height / args.pool_height, times = args.time / args.pool_time;
-  const int64_t plane = row / (heights * times), first_time = row / heights % times * args.pool_time;
-  const int64_t first_line = row % heights * args.pool_height;
-  return ((plane * args.time + first_time) * args.height + first_line) * args.width * args.inner;
+// The first element of a sample's row. Index is int64_t, or uint32_t on a GPU, whose 64-bit divisions are slow.
+template <typename Index>
+FLOWGRPO_HD int64_t preview_start(const PreviewArgs& args, Index row) {
+  const Index heights = static_cast<Index>(args.height / args.pool_height);
+  const Index times = static_cast<Index>(args.time / args.pool_time);
+  const int64_t height = row % heights * args.pool_height, time = row / heights % times * args.pool_time;
+  const int64_t plane = row / heights / times;
+  return ((plane * args.time + time) * args.height + height) * args.width * args.inner;
 }
 
 template <typename Real>

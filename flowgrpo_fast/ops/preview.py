@@ -25,7 +25,9 @@ from flowgrpo_fast.ops._binding import (
 class PreviewOutput(NamedTuple):
     """What `preview` returns where a group size is given."""
 
-    pooled: Tensor  # [B, C, *cells], or [B, cells, C] for packed latents; float32 (float64 for float64 latents)
+    pooled: (
+        Tensor  # [B, C, *cells], or [B, cells, C] for packed latents; float32 (float64 for float64 latents)
+    )
     gram: Tensor  # [P, G, G], the same dtype
 
 
@@ -80,12 +82,16 @@ def _check_cells(
     """
     if grid is None:
         if latents.ndim not in (4, 5):
-            _fail(f"latents has shape {list(latents.shape)}, must have [B, C, H, W] or [B, C, T, H, W], or a grid")
+            _fail(
+                f"latents has shape {list(latents.shape)}, must have [B, C, H, W] or [B, C, T, H, W], or a grid"
+            )
         axes = tuple(latents.shape[2:])
     else:
         axes = tuple(grid)
         if latents.ndim != 3 or len(axes) not in (2, 3) or math.prod(axes) != latents.shape[1]:
-            _fail(f"grid is {list(axes)}, must be (H, W) or (T, H, W) of latents [B, L, C], here {list(latents.shape)}")
+            _fail(
+                f"grid is {list(axes)}, must be (H, W) or (T, H, W) of latents [B, L, C], here {list(latents.shape)}"
+            )
     cell = (1, pool, pool) if isinstance(pool, int) else tuple(pool)
     if len(cell) == 2:
         cell = (1, *cell)

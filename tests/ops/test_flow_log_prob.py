@@ -5,6 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.cases import Size
+from benchmarks.cases.flow import cases as flow_cases
 from flowgrpo_fast.ops import Extras, Guidance, flow_log_prob, flow_step, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -218,3 +220,14 @@ def test_inference_without_grad_keeps_no_graph(case):
     with torch.no_grad():
         log_prob = flow_log_prob(c.latents, c.velocity.requires_grad_(), c.next_latents, c.coeffs, 0)
     assert not log_prob.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", [(3, 8, 8), (2, 3, 8, 6), (16, 4)], ids=str)
+def test_the_contenders_of_the_benchmark_agree(sample):
+    for case in flow_cases(Size("toy", 4, sample), torch.float32, torch.device("cpu")):
+        outputs = {name: run() for name, run in case.contenders.items()}
+        if case.operation in ("sampling", "noise"):  # each contender draws its own
+            continue
+        for name in ("eager", "compiled"):
+            torch.testing.assert_close(outputs[name], outputs["ours"], rtol=1e-4, atol=2e-6)

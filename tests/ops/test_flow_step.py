@@ -61,18 +61,20 @@ def check_against_reference(case, **options):
     torch.testing.assert_close(out.log_prob.double(), exact_log_prob, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.witness
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_matches_float64_reference(case, shape, dtype):
-    check_against_reference(case(shape, dtype))
+def test_matches_float64_reference(case, shape, dtype, device):
+    check_against_reference(case(shape, dtype, device=device))
 
 
+@pytest.mark.witness
 @pytest.mark.parametrize("velocity_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("history", [False, True], ids=["first_order", "second_order"])
-def test_matches_reference_in_every_combination(case, dtype, velocity_dtype, guided, history):
-    check_against_reference(case((2, 4, 9, 31), dtype, velocity_dtype, guided, history))
+def test_matches_reference_in_every_combination(case, dtype, velocity_dtype, guided, history, device):
+    check_against_reference(case((2, 4, 9, 31), dtype, velocity_dtype, guided, history, device))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -86,8 +88,9 @@ def test_matches_reference_on_any_shape(case, shape, dtype, guided, history):
     check_against_reference(case(shape, dtype, guided=guided, history=history))
 
 
-def test_float64_is_computed_in_double(case):
-    c = case((2, 3, 50), torch.float64, guided=True, history=True)
+@pytest.mark.witness
+def test_float64_is_computed_in_double(case, device):
+    c = case((2, 3, 50), torch.float64, guided=True, history=True, device=device)
     out = flow_step(c.latents, c.velocity, c.coeffs, c.step_index, c.seed, c.guidance, c.x0_prev, True)
     noise = philox_normal(c.seed, (3, 50), c.step_index)
     expected = reference.flow_step(
@@ -98,9 +101,10 @@ def test_float64_is_computed_in_double(case):
         torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
 
 
-def test_step_index_forms_agree(case):
-    c = case((3, 100))
-    per_sample = torch.full((3,), 2)
+@pytest.mark.witness
+def test_step_index_forms_agree(case, device):
+    c = case((3, 100), device=device)
+    per_sample = torch.full((3,), 2, device=device)
     outputs = [
         flow_step(c.latents, c.velocity, c.coeffs, s, c.seed) for s in (2, torch.tensor(2), per_sample)
     ]
@@ -110,9 +114,10 @@ def test_step_index_forms_agree(case):
     assert outputs[0].x0_pred is None
 
 
+@pytest.mark.witness
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_replay_is_bit_equal(case, dtype):
-    c = case((3, 16, 20, 20), dtype, guided=True, history=True)
+def test_replay_is_bit_equal(case, dtype, device):
+    c = case((3, 16, 20, 20), dtype, guided=True, history=True, device=device)
     out = flow_step(c.latents, c.velocity, c.coeffs, c.step_index, c.seed, c.guidance, c.x0_prev)
     replayed = flow_log_prob(
         c.latents, c.velocity, out.next_latents, c.coeffs, c.step_index, c.guidance, c.x0_prev
@@ -120,8 +125,9 @@ def test_replay_is_bit_equal(case, dtype):
     assert torch.equal(out.log_prob, replayed)
 
 
-def test_deterministic_row_is_the_mean(case):
-    c = case((2, 300))
+@pytest.mark.witness
+def test_deterministic_row_is_the_mean(case, device):
+    c = case((2, 300), device=device)
     c.coeffs[:, 3] = c.coeffs[:, 4] = c.coeffs[:, 5] = 0  # c, d, inv_var
     out = flow_step(c.latents, c.velocity, c.coeffs, 1, c.seed)
     mean = reference.transition_mean(c.latents, c.velocity, c.coeffs, 1)
@@ -129,11 +135,12 @@ def test_deterministic_row_is_the_mean(case):
     assert torch.equal(out.log_prob, c.coeffs[1, 6].expand(2))
 
 
+@pytest.mark.witness
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", [0, 255, 256, 4096, 5000])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_non_finite_velocity_shows_in_its_log_prob(case, bad, where, deterministic):
-    c = case((3, 5001))
+def test_non_finite_velocity_shows_in_its_log_prob(case, bad, where, deterministic, device):
+    c = case((3, 5001), device=device)
     if deterministic:
         c.coeffs[:, 3] = c.coeffs[:, 5] = 0  # c and inv_var
     c.velocity[1, where] = bad

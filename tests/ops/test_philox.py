@@ -28,10 +28,13 @@ def test_known_answers(counter, key, answer):
     assert reference.philox4x32_10(counter, key) == answer
 
 
+@pytest.mark.witness
 @pytest.mark.parametrize("count", [1, 3, 255, 256, 4100])
-def test_words_follow_the_counter_layout(count):
+def test_words_follow_the_counter_layout(count, device):
     seeds, steps, stream = [5, -7, (1 << 40) + 3], [0, 9, ONES], 1
-    words = philox_uint32(torch.tensor(seeds), (count,), torch.tensor(steps), stream)
+    words = philox_uint32(
+        torch.tensor(seeds, device=device), (count,), torch.tensor(steps, device=device), stream
+    )
     for row, seed, step in zip(words.tolist(), seeds, steps, strict=True):
         key = (seed & ONES, (seed >> 32) & ONES)
         blocks = [reference.philox4x32_10((block, 0, step, stream), key) for block in range(-(-count // 4))]
@@ -86,21 +89,24 @@ def test_streams_steps_and_seeds_are_unrelated():
     assert np.abs(correlation).max() < 4.5 / np.sqrt(1 << 14)
 
 
-def test_noise_of_a_step_is_stream_zero():
-    seed = torch.tensor([11, 12])
-    coeffs = torch.tensor([[0.5, 0, 0, 1, 0, 1, 0, 0]]).repeat(4, 1)  # next = noise
-    zeros = torch.zeros(2, 1000)
+@pytest.mark.witness
+def test_noise_of_a_step_is_stream_zero(device):
+    seed = torch.tensor([11, 12], device=device)
+    coeffs = torch.tensor([[0.5, 0, 0, 1, 0, 1, 0, 0]], device=device).repeat(4, 1)  # next = noise
+    zeros = torch.zeros(2, 1000, device=device)
     out = flow_step(zeros, zeros, coeffs, 3, seed)
     assert torch.equal(out.next_latents, philox_normal(seed, (1000,), 3, 0))
 
 
+@pytest.mark.witness
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_dtypes_are_the_rounded_float32_values(dtype):
-    seed = torch.tensor([3, 4])
+def test_dtypes_are_the_rounded_float32_values(dtype, device):
+    seed = torch.tensor([3, 4], device=device)
     assert torch.equal(philox_normal(seed, (777,), dtype=dtype), philox_normal(seed, (777,)).to(dtype))
 
 
-def test_shape_only_matters_in_total():
-    seed = torch.tensor([3])
+@pytest.mark.witness
+def test_shape_only_matters_in_total(device):
+    seed = torch.tensor([3], device=device)
     assert torch.equal(philox_normal(seed, (4, 5, 6)).flatten(), philox_normal(seed, (120,)).flatten())
     assert torch.equal(philox_normal(seed, (120,))[:, :50], philox_normal(seed, (50,)))

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import avg_pool2d, avg_pool3d
 
+from benchmarks.cases import Size
+from benchmarks.cases.preview import cases as preview_cases
 from flowgrpo_fast.ops import Guidance, preview, reference
 from flowgrpo_fast.ops._binding import Transition
 
@@ -140,9 +142,7 @@ def test_a_cell_of_one_position_is_the_prediction_of_the_step(case):
 
     c = case((3, 4, 9, 31), torch.bfloat16, guided=True)
     out = flow_step(c.latents, c.velocity, c.coeffs, c.step_index, c.seed, c.guidance, return_x0_pred=True)
-    assert torch.equal(
-        preview(c.latents, c.velocity, c.coeffs, c.step_index, 1, c.guidance), out.x0_pred
-    )
+    assert torch.equal(preview(c.latents, c.velocity, c.coeffs, c.step_index, 1, c.guidance), out.x0_pred)
 
 
 def rows_of(c, rows, **options):
@@ -185,9 +185,7 @@ def test_opcheck(case, dtype):
         ((2, 24, 3), [1, 2, 3], [4, 6], 2),
     ):
         c = case(shape, dtype, guided=True)
-        transition = Transition(
-            c.latents, c.velocity, c.coeffs, 2, c.step_index, *c.guidance, None
-        )
+        transition = Transition(c.latents, c.velocity, c.coeffs, 2, c.step_index, *c.guidance, None)
         torch.library.opcheck(op, (*transition, pool, grid, group_size))
 
 
@@ -221,7 +219,11 @@ IMAGE = (2, 3, 8, 6)
     ("shape", "options", "message"),
     [
         (IMAGE, {"latents": [1.0]}, "latents is a list, must be a torch.Tensor"),
-        (IMAGE, {"velocity": torch.zeros(2, 3, 8, 5)}, "velocity has shape [2, 3, 8, 5], must have [2, 3, 8, 6]"),
+        (
+            IMAGE,
+            {"velocity": torch.zeros(2, 3, 8, 5)},
+            "velocity has shape [2, 3, 8, 5], must have [2, 3, 8, 6]",
+        ),
         (IMAGE, {"velocity": torch.zeros(2, 3, 8, 6).int()}, "velocity has dtype torch.int32, must have"),
         (IMAGE, {"step_index": 9}, "step_index is 9, must be in [0, 5)"),
         (IMAGE, {"guidance": 2.0}, "guidance is a float, must be Guidance(negative_velocity, scale)"),
@@ -232,7 +234,11 @@ IMAGE = (2, 3, 8, 6)
         (IMAGE, {"group_size": 4}, "group_size is 4, must divide the batch of 2"),
         (IMAGE, {"group_size": 0}, "group_size is 0, must divide the batch of 2"),
         (IMAGE, {"grid": (8, 6)}, "grid is [8, 6], must be (H, W) or (T, H, W) of latents [B, L, C]"),
-        ((2, 24, 3), {}, "latents has shape [2, 24, 3], must have [B, C, H, W] or [B, C, T, H, W], or a grid"),
+        (
+            (2, 24, 3),
+            {},
+            "latents has shape [2, 24, 3], must have [B, C, H, W] or [B, C, T, H, W], or a grid",
+        ),
         ((2, 24, 3), {"grid": (4, 5)}, "grid is [4, 5], must be (H, W) or (T, H, W)"),
         ((2, 24, 3), {"grid": (24,)}, "grid is [24], must be (H, W) or (T, H, W)"),
     ],
@@ -250,3 +256,13 @@ def test_names_the_bad_argument(case, shape, options, message):
     }
     with pytest.raises(ValueError, match=rf"\Apreview: [^\n]*{re.escape(message)}[^\n]*\Z"):
         preview(**arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", [(3, 8, 8), (2, 3, 8, 6), (16, 4)], ids=str)
+def test_the_contenders_of_the_benchmark_agree(sample):
+    (case,) = preview_cases(Size("toy", 4, sample), torch.float32, torch.device("cpu"))
+    ours = case.contenders["ours"]()
+    for name in ("eager", "compiled"):
+        for left, right in zip(case.contenders[name](), ours, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
