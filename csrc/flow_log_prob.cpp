@@ -95,6 +95,13 @@ static void store_scaled(const Buffer& buffer, const Span& span, const Real* gra
   store_tile(buffer, span, scaled);
 }
 
+// The gradient of a plain tile, formed in registers.
+template <typename Real>
+static void plain_gradient(const Row<Real>& row, Real factor, const Real* latents, const Real* velocity,
+                           const Real* next, Real* gradient) {
+  for (int i = 0; i < kTile; ++i) gradient[i] = factor * (next[i] - mean_of(row, latents[i], velocity[i]));
+}
+
 template <typename Real>
 static void backward_chunk(const FlowLogProbBackwardArgs& args, int64_t index) {
   const Transition& transition = args.transition;
@@ -112,10 +119,8 @@ static void backward_chunk(const FlowLogProbBackwardArgs& args, int64_t index) {
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
     if (!extra && is_plain(transition, args.next_latents, span.count)) {
-      const Real *latents = at<Real>(transition.latents, span), *velocity = at<Real>(transition.velocity, span);
-      const Real* next = at<Real>(args.next_latents, span);
-      Real* gradient = at<Real>(args.grad_velocity, span);
-      for (int i = 0; i < kTile; ++i) gradient[i] = factor * (next[i] - mean_of(row, latents[i], velocity[i]));
+      plain_gradient(row, factor, at<Real>(transition.latents, span), at<Real>(transition.velocity, span),
+                     at<Real>(args.next_latents, span), at<Real>(args.grad_velocity, span));
       continue;
     }
     mean_tile(transition, row, span, &tile);

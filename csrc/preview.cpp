@@ -17,9 +17,10 @@ static inline const double* read_run(const Buffer& buffer, int64_t offset, int, 
   return static_cast<const double*>(buffer.data) + offset;
 }
 
-// x0 of `count` neighbouring elements.
+// x0 of `count` neighbouring elements. Inlined where the count is known too, for loops without tails.
 template <typename Real>
-static void x0_run(const Transition& transition, const Row<Real>& row, int64_t offset, int count, Real* x0) {
+static inline __attribute__((always_inline)) void x0_run(const Transition& transition, const Row<Real>& row,
+                                                         int64_t offset, int count, Real* x0) {
   Real scratch[3][kTile];
   const Real* latents = read_run(transition.latents, offset, count, scratch[0]);
   const Real* velocity = read_run(transition.velocity, offset, count, scratch[1]);
@@ -43,7 +44,9 @@ static void sum_lines(const PreviewArgs& args, const Row<Real>& row, int64_t off
     for (int64_t first = 0; first < args.pool_height; first += at_once) {
       const int64_t left = args.pool_height - first;
       const int lines = static_cast<int>(left < at_once ? left : at_once);
-      x0_run(args.transition, row, offset + (time * args.height + first) * line, lines * count, x0);
+      const int64_t start = offset + (time * args.height + first) * line;
+      lines* count == kTile ? x0_run(args.transition, row, start, kTile, x0)
+                            : x0_run(args.transition, row, start, lines * count, x0);
       for (int k = 0; k < lines; ++k) {
         for (int i = 0; i < count; ++i) sums[i] += x0[k * count + i];
       }
@@ -51,16 +54,40 @@ static void sum_lines(const PreviewArgs& args, const Row<Real>& row, int64_t off
   }
 }
 
+// Adds neighbouring columns to whole cells of a known width.
+template <int kWidth, typename Real>
+static void add_to_whole_cells(int count, const Real* sums, Real* cells) {
+  for (int cell = 0; cell < count / kWidth; ++cell) {
+    Real sum = cells[cell];
+    for (int i = 0; i < kWidth; ++i) sum += sums[cell * kWidth + i];
+    cells[cell] = sum;
+  }
+}
+
 // Adds columns [first, first + count) of a row to the cells they belong to.
 template <typename Real>
 static void add_to_cells(const PreviewArgs& args, int64_t first, int count, const Real* sums, Real* cells) {
-  int64_t place = first / args.inner % args.pool_width, channel = first % args.inner;
-  Real* cell = cells + first / args.inner / args.pool_width * args.inner;
+  const int64_t position = first / args.inner;
+  int64_t place = position % args.pool_width, channel = first % args.inner;
+  Real* cell = cells + position / args.pool_width * args.inner;
+  if (args.inner == 1 && place == 0 && count % args.pool_width == 0) {
+    if (args.pool_width == 2) return add_to_whole_cells<2>(count, sums, cell);
+    if (args.pool_width == 4) return add_to_whole_cells<4>(count, sums, cell);
+    if (args.pool_width == 8) return add_to_whole_cells<8>(count, sums, cell);
+  }
   for (int i = 0; i < count;) {
     const int left = count - i;
-    const int run = args.inner - channel < left ? static_cast<int>(args.inner - channel) : left;
-    for (int k = 0; k < run; ++k) cell[channel + k] += sums[i + k];
+    const int64_t wanted = args.inner == 1 ? args.pool_width - place : args.inner - channel;
+    const int run = wanted < left ? static_cast<int>(wanted) : left;
     i += run;
+    if (args.inner == 1) {
+      Real sum = *cell;
+      for (int k = i - run; k < i; ++k) sum += sums[k];
+      *cell++ = sum;
+      place = 0;
+      continue;
+    }
+    for (int k = 0; k < run; ++k) cell[channel + k] += sums[i - run + k];
     channel += run;
     if (channel < args.inner) continue;
     channel = 0;
@@ -108,14 +135,15 @@ static void centre(const GramArgs& args, int64_t index) {
 
 template <typename Real>
 static double inner_product(const Real* left, const Real* right, int64_t count) {
-  double folded[kFold] = {};
-  const int64_t whole = count - count % kFold;
-  for (int64_t start = 0; start < whole; start += kFold) {
-    for (int i = 0; i < kFold; ++i) folded[i] += static_cast<double>(left[start + i] * right[start + i]);
+  constexpr int kWide = 32;  // as many sums as hide the latency of an addition
+  double folded[kWide] = {};
+  const int64_t whole = count - count % kWide;
+  for (int64_t start = 0; start < whole; start += kWide) {
+    for (int i = 0; i < kWide; ++i) folded[i] += static_cast<double>(left[start + i] * right[start + i]);
   }
   for (int64_t i = whole; i < count; ++i) folded[i - whole] += static_cast<double>(left[i] * right[i]);
   double sum = 0.0;
-  for (int i = 0; i < kFold; ++i) sum += folded[i];
+  for (int i = 0; i < kWide; ++i) sum += folded[i];
   return sum;
 }
 
