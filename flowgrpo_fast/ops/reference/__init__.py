@@ -6,13 +6,25 @@ The noise is an argument. Nothing here calls a kernel; tests and benchmarks comp
 from __future__ import annotations
 
 from flowgrpo_fast.ops.reference.flow import flow_log_prob, flow_step, guided_velocity, transition_mean
+from flowgrpo_fast.ops.reference.group import (
+    best_variance_subset,
+    compact,
+    group_advantages,
+    pareto_fronts,
+    top_bottom,
+)
 from flowgrpo_fast.ops.reference.philox import normal_of_words, philox4x32_10
 
 __all__ = [
+    "best_variance_subset",
+    "compact",
     "flow_log_prob",
     "flow_step",
+    "group_advantages",
     "guided_velocity",
     "normal_of_words",
+    "pareto_fronts",
     "philox4x32_10",
+    "top_bottom",
     "transition_mean",
 ]
