@@ -52,8 +52,8 @@ __device__ __forceinline__ Scale batch_moments(const GroupAdvantagesArgs& args, 
   return {mean, sqrt(block_mean(squares, count))};
 }
 
-// One block a column.
-__global__ void __launch_bounds__(kThreads) batch_std_kernel(const __grid_constant__ GroupAdvantagesArgs args) {
+// One block a column. Small grids: with at least 1 block on a multiprocessor asked for, the compiler spills nothing.
+__global__ void __launch_bounds__(kThreads, 1) batch_std_kernel(const __grid_constant__ GroupAdvantagesArgs args) {
   const int column = static_cast<int>(blockIdx.x);
   const auto value = [&](int64_t sample) { return column_value(args, sample, column); };
   const double std = batch_moments(args, value).divisor;
@@ -110,7 +110,8 @@ __device__ __forceinline__ Scale group_moments(const GroupAdvantagesArgs& args, 
 }
 
 // One block a group, one warp a column.
-__global__ void __launch_bounds__(kThreads) group_advantages_kernel(const __grid_constant__ GroupAdvantagesArgs args) {
+__global__ void __launch_bounds__(kThreads, 1)
+    group_advantages_kernel(const __grid_constant__ GroupAdvantagesArgs args) {
   __shared__ Scale scales[kMaxRewards];
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t sample = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; sample < args.batch;
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) group_advantages_kernel(const __grid
 }
 
 // One block. The last z-score of kGdpo.
-__global__ void __launch_bounds__(kThreads) gdpo_kernel(const __grid_constant__ GroupAdvantagesArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) gdpo_kernel(const __grid_constant__ GroupAdvantagesArgs args) {
   Scale scale = batch_moments(args, [&](int64_t sample) { return args.combined[sample]; });
   scale.divisor += args.eps;
   for (int64_t sample = threadIdx.x; sample < args.batch; sample += kThreads) {

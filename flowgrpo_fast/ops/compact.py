@@ -65,5 +65,6 @@ def compact(indices: Tensor, *buffers: Tensor, out: Sequence[Tensor] | None = No
                 raise ValueError(f"compact: buffers[{number}] has 0 dimensions, must be [rows, ...]")
     if out is None:
         return tuple(_op(indices, buffers))
+    out = tuple(out)
     _op_out(indices, buffers, out)
-    return tuple(out)
+    return out

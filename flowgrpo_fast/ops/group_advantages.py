@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_tensor
+from flowgrpo_fast.ops._binding import bind, require_int, require_tensor
 
 Aggregate = Literal["sum", "per_objective", "gdpo", "separate"]
 AGGREGATES = ("sum", "per_objective", "gdpo", "separate")  # in the order of the kernels' enum
@@ -116,10 +116,12 @@ def group_advantages(
         must = "'group' with aggregate='gdpo'" if std == "batch" else "'group' or 'batch'"
         raise ValueError(f"group_advantages: std is {std!r}, must be {must}")
     hard, soft = clip if isinstance(clip, tuple) else (clip, None)
+    if num_groups is None:
+        num_groups = rewards.shape[0] if rewards.ndim else 1
     return _op(
         rewards,
         group_id,
-        (rewards.shape[0] if rewards.ndim else 1) if num_groups is None else num_groups,
+        require_int("group_advantages", "num_groups", num_groups),
         None if weights is None else [float(weight) for weight in weights],
         AGGREGATES.index(aggregate),
         std == "batch",

@@ -6,22 +6,21 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_tensor
+from flowgrpo_fast.ops._binding import bind, require_int, require_tensor
 
 
 def _indices(rewards: Tensor, size: int) -> Tensor:
-    # A size the kernel's check will reject must not fail here first.
-    return rewards.new_empty((*rewards.shape[:1], max(size, 0)), dtype=torch.int64)
+    return rewards.new_empty((*rewards.shape[:1], size), dtype=torch.int64)
 
 
 def _subset_forward(rewards: Tensor, k: int) -> Tensor:
-    indices = _indices(rewards, k)
+    indices = _indices(rewards, max(k, 0))  # the kernel's check names a bad number
     _C.best_variance_subset(rewards, k, indices, torch.get_num_threads())
     return indices
 
 
 def _top_bottom_forward(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
-    indices = _indices(rewards, num_top + num_bottom)
+    indices = _indices(rewards, max(num_top + num_bottom, 0))
     _C.top_bottom(rewards, num_top, num_bottom, indices, torch.get_num_threads())
     return indices
 
@@ -62,7 +61,7 @@ def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
         ValueError: wrong shape, dtype, device, layout or number.
     """
     require_tensor("best_variance_subset", "rewards", rewards)
-    return _subset_op(rewards, k)
+    return _subset_op(rewards, require_int("best_variance_subset", "k", k))
 
 
 def top_bottom(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
@@ -79,7 +78,11 @@ def top_bottom(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
         ValueError: wrong shape, dtype, device, layout or number.
     """
     require_tensor("top_bottom", "rewards", rewards)
-    return _top_bottom_op(rewards, num_top, num_bottom)
+    return _top_bottom_op(
+        rewards,
+        require_int("top_bottom", "num_top", num_top),
+        require_int("top_bottom", "num_bottom", num_bottom),
+    )
 
 
 def pareto_fronts(objectives: Tensor) -> Tensor:
