@@ -161,13 +161,12 @@ Extent extent_of(const Tensor& tensor) {
   return {data, data + tensor.numel() * tensor.itemsize()};
 }
 
-// What is written must not be what is read, nor be written twice.
-void apart(const Checker& check, const Tensor& indices, const py::tuple& buffers, const py::tuple& out) {
-  for (size_t i = 0; i < out.size(); ++i) {
-    const Extent own = extent_of(tensor_at(out, i));
-    bool overlaps = own.overlaps(extent_of(indices));
-    for (size_t k = 0; k < buffers.size(); ++k) overlaps |= own.overlaps(extent_of(tensor_at(buffers, k)));
-    for (size_t k = 0; k < i; ++k) overlaps |= own.overlaps(extent_of(tensor_at(out, k)));
+// What is written must not be what is read, nor be written twice. `read` ends with the indices.
+void apart(const Checker& check, const Extent* read, const Extent* written, int num_buffers) {
+  for (int i = 0; i < num_buffers; ++i) {
+    bool overlaps = written[i].overlaps(read[num_buffers]);
+    for (int k = 0; k < num_buffers; ++k) overlaps |= written[i].overlaps(read[k]);
+    for (int k = 0; k < i; ++k) overlaps |= written[i].overlaps(written[k]);
     if (overlaps) {
       check.fail(("out[" + std::to_string(i) + "]").c_str(), "shares memory with another argument",
                  "be memory of its own");
@@ -213,13 +212,17 @@ void compact(const Tensor& indices, const py::tuple& buffers, const py::tuple& o
   args.indices = indices.data<int64_t>();
   args.num_indices = indices.size(0);
   args.num_buffers = static_cast<int>(buffers.size());
+  Extent read[kMaxBuffers + 1], written[kMaxBuffers];
+  read[args.num_buffers] = extent_of(indices);
   for (int i = 0; i < args.num_buffers; ++i) {
     const std::string place = "[" + std::to_string(i) + "]";
-    const size_t index = static_cast<size_t>(i);
-    args.rows[i] = parse_rows(check, place, tensor_at(buffers, index), tensor_at(out, index), indices);
+    const Tensor buffer = tensor_at(buffers, static_cast<size_t>(i)), target = tensor_at(out, static_cast<size_t>(i));
+    args.rows[i] = parse_rows(check, place, buffer, target, indices);
     in_range(check, "indices", indices, args.rows[i].num_rows, ("the rows of buffers" + place).c_str());
+    read[i] = extent_of(buffer);
+    written[i] = extent_of(target);
   }
-  apart(check, indices, buffers, out);
+  apart(check, read, written, args.num_buffers);
   run(indices, args, num_threads, cpu::compact, FLOWGRPO_ON_CUDA(compact));
 }
 

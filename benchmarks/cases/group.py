@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Case, Size, nbytes
 from flowgrpo_fast.ops import (
     best_variance_subset,
     compact,
@@ -17,11 +17,6 @@ from flowgrpo_fast.ops import (
     reference,
     top_bottom,
 )
-
-if TYPE_CHECKING or __package__:
-    from benchmarks.cases import Case, Size, nbytes
-else:
-    from cases import Case, Size, nbytes
 
 NUM_PROMPTS = 48
 NUM_REWARDS = 3

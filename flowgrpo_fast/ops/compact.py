@@ -12,7 +12,8 @@ from flowgrpo_fast.ops._binding import bind, require_tensor
 
 
 def _allocate(indices: Tensor, buffers: Sequence[Tensor]) -> list[Tensor]:
-    return [buffer.new_empty((indices.numel(), *buffer.shape[1:])) for buffer in buffers]
+    num_rows = indices.numel()
+    return [buffer.new_empty(num_rows, *buffer.shape[1:]) for buffer in buffers]
 
 
 def _forward(indices: Tensor, buffers: Sequence[Tensor]) -> list[Tensor]:
