@@ -195,8 +195,12 @@ def test_compact_on_any_row_size(widths, rows, indices):
 
 
 def test_compact_of_rows_longer_than_a_piece_on_any_number_of_threads():
-    buffers = [torch.randn(5, 100_001), torch.randn(6, 2, 33), torch.randn(5, 70_000).bfloat16()]
-    indices = torch.tensor([4, 0, 0, 3])
+    buffers = [
+        torch.arange(3 * 1_048_577).view(3, -1).int(),
+        torch.randn(6, 2, 33),
+        torch.randn(5, 70_000).bfloat16(),
+    ]
+    indices = torch.tensor([2, 0, 0, 1])
     before = torch.get_num_threads()
     for num_threads in (1, 3, 4):
         torch.set_num_threads(num_threads)
