@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   bind_flow(module);
   bind_preview(module);
+  bind_group(module);
 }
 
 }  // namespace flowgrpo_fast

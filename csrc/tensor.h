@@ -102,6 +102,13 @@ class Tensor {
     return true;
   }
 
+  int64_t itemsize() const { return (view_.dtype.bits * view_.dtype.lanes + 7) / 8; }
+
+  bool same_dtype(const Tensor& other) const {
+    const dlpack::DataType &a = view_.dtype, &b = other.view_.dtype;
+    return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+  }
+
   bool is_int64() const { return view_.dtype.code == dlpack::kInt && view_.dtype.bits == 64; }
 
   // True and the dtype if it is one the kernels store.

@@ -1,5 +1,5 @@
 """Credit: rewards -> advantages, and which samples count."""
 
-from flowgrpo_fast.credit.advantages import assign_credit, group_advantages
+from flowgrpo_fast.credit.advantages import assign_credit
 
-__all__ = ["assign_credit", "group_advantages"]
+__all__ = ["assign_credit"]

@@ -5,72 +5,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowgrpo_fast.ops import group_advantages
 from flowgrpo_fast.recipe import Credit, RewardTerm
 from flowgrpo_fast.types import RewardOutput
 
 
-def group_advantages(rewards: Tensor, group_id: Tensor, credit: Credit) -> Tensor:
-    """`(reward - mean of its group) / (std + eps)`, std of the group or of the whole batch; not clipped.
-
-    Population std (no Bessel correction), as the published trainers use.
-
-    Args:
-        rewards: `[B]` floating point.
-        group_id: `[B]` int64 in 0..P-1.
-
-    Returns:
-        `[B]`, in the dtype of `rewards`.
-
-    Raises:
-        ValueError: shapes differ, or a reward is NaN or infinite.
-    """
-    if rewards.ndim != 1 or rewards.shape != group_id.shape:
-        raise ValueError(
-            f"rewards {tuple(rewards.shape)} and group_id {tuple(group_id.shape)} must both be [B]"
-        )
-    if not torch.isfinite(rewards).all():
-        sample = int((~torch.isfinite(rewards)).nonzero()[0])
-        raise ValueError(f"reward of sample {sample} is {float(rewards[sample])}; rewards must be finite")
-    centred = rewards - _group_mean(rewards, group_id)
-    if credit.std == "batch":
-        return centred / (rewards.std(correction=0) + credit.eps)
-    variance = _group_mean(centred.square(), group_id)
-    return centred / (variance.sqrt() + credit.eps)
-
-
-def _group_mean(values: Tensor, group_id: Tensor) -> Tensor:
-    """The mean of each sample's group, `[B]`."""
-    num_groups = int(group_id.max()) + 1
-    sums = values.new_zeros(num_groups).index_add_(0, group_id, values)
-    counts = values.new_zeros(num_groups).index_add_(0, group_id, torch.ones_like(values))
-    return (sums / counts)[group_id]
-
-
 def assign_credit(
-    rewards: RewardOutput, group_id: Tensor, credit: Credit, terms: tuple[RewardTerm, ...]
+    rewards: RewardOutput,
+    group_id: Tensor,
+    credit: Credit,
+    terms: tuple[RewardTerm, ...],
+    num_groups: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages `[B]` fp32, clipped, and weights `[B]`: 0 drops a sample, 1 keeps it.
+    """Advantages `[B]` fp32, clipped, and weights `[B]`: 0 drops a sample, 1 keeps it. Waits for no device.
 
     Per objective (MixGRPO, DanceGRPO): each reward is normalised within its group, then the weighted sum is
     taken. Otherwise (Flow-GRPO) the weighted sum itself is normalised. A group whose rewards are all equal
     teaches nothing and is dropped.
+
+    Raises:
+        ValueError: shapes differ, or a reward on the host is NaN or infinite. (One on a device gives its group NaN.)
     """
     names = list(rewards.objectives)
-    if credit.per_objective and names:
-        weighted = [
-            term.weight * group_advantages(rewards.objectives[name].double(), group_id, credit)
-            for name, term in zip(names, terms, strict=True)
-        ]
-        advantages = torch.stack(weighted).sum(0)
-    else:
-        advantages = group_advantages(rewards.total.double(), group_id, credit)
-    advantages = advantages.clamp(-credit.clip, credit.clip).float()
+    per_objective = credit.per_objective and bool(names)
+    values = torch.stack([rewards.objectives[name] for name in names], 1) if per_objective else rewards.total
+    _require_finite(values)
+    advantages = group_advantages(
+        values.double(),
+        group_id,
+        num_groups,
+        [term.weight for _, term in zip(names, terms, strict=True)] if per_objective else None,
+        "per_objective" if per_objective else "sum",
+        credit.std,
+        credit.eps,
+        credit.clip,
+    ).float()
     weight = torch.ones_like(advantages)
     if credit.drop_zero_variance:
-        largest = _group_mean(advantages.abs(), group_id)
-        weight = (largest > _ZERO).float()
+        largest = torch.zeros_like(advantages).scatter_reduce_(0, group_id, advantages.abs(), "amax")
+        weight = (largest[group_id] > _ZERO).float()
     return advantages, weight
 
 
-# Equal rewards leave at most rounding behind after the mean is taken off; a real difference leaves order 1.
+def _require_finite(rewards: Tensor) -> None:
+    """Raises ValueError for a reward `[B]` or `[B, R]` on the host that is NaN or infinite."""
+    if rewards.device.type == "cpu" and not torch.isfinite(rewards).all():
+        place = tuple((~torch.isfinite(rewards)).nonzero()[0].tolist())
+        raise ValueError(f"reward of sample {place[0]} is {float(rewards[place])}; rewards must be finite")
+
+
+# A weighted sum of rewards that are equal but for rounding leaves at most this; a real difference leaves order 1.
 _ZERO = 1e-6

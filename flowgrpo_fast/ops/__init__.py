@@ -10,23 +10,32 @@ from typing import Any
 
 from flowgrpo_fast import _C
 from flowgrpo_fast.ops._binding import Guidance
+from flowgrpo_fast.ops.compact import compact
 from flowgrpo_fast.ops.flow_log_prob import Extras, FlowLogProbOutput, flow_log_prob
 from flowgrpo_fast.ops.flow_step import FlowStepOutput, flow_step
+from flowgrpo_fast.ops.group_advantages import Clip, group_advantages
 from flowgrpo_fast.ops.philox import philox_normal, philox_uint32
 from flowgrpo_fast.ops.preview import PreviewOutput, preview
+from flowgrpo_fast.ops.selection import best_variance_subset, pareto_fronts, top_bottom
 
 __all__ = [
+    "Clip",
     "Extras",
     "FlowLogProbOutput",
     "FlowStepOutput",
     "Guidance",
     "PreviewOutput",
+    "best_variance_subset",
     "build_info",
+    "compact",
     "flow_log_prob",
     "flow_step",
+    "group_advantages",
+    "pareto_fronts",
     "philox_normal",
     "philox_uint32",
     "preview",
+    "top_bottom",
 ]
 
 

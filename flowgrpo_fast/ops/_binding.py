@@ -59,6 +59,16 @@ def require_tensor(op: str, argument: str, value: object) -> None:
         raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be a torch.Tensor")
 
 
+def require_int(op: str, argument: str, value: int) -> int:
+    """The value as an int; raises ``ValueError`` if it is none. A symbolic one stays as it is."""
+    if torch.compiler.is_compiling() or isinstance(value, torch.SymInt):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be an int") from None
+
+
 def split_step(op: str, argument: str, step: int | Tensor) -> tuple[int, Tensor | None]:
     """A step given as an integer or as a tensor, as the pair (integer, tensor or None) of the op schemas."""
     if isinstance(step, Tensor):
@@ -108,7 +118,13 @@ def workspace(latents: Tensor, chunk: int) -> Tensor | None:
 def _is_traced(flat: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or _dispatch_modes():
         return True
-    return any(isinstance(value, Tensor) and type(value) not in _plain_types for value in flat)
+    return any(
+        type(value) not in _plain_types
+        if isinstance(value, Tensor)
+        # Lists of tensors come as tuples; other lists hold numbers.
+        else isinstance(value, tuple) and _is_traced(value)
+        for value in flat
+    )
 
 
 def _needs_grad(flat: tuple[Any, ...]) -> bool:

@@ -98,7 +98,7 @@ def score_images(engine: Engine, images: Tensor, prompts: list[str]) -> RewardOu
     objectives: dict[str, Tensor] = {}
     total = torch.zeros(len(prompts), device=engine.device)
     for term, function in zip(engine.recipe.task.rewards, engine.rewards, strict=True):
-        values = function(images, prompts).to(engine.device, torch.float32)
+        values = function(images, prompts)
         if values.shape != total.shape:
             raise ValueError(
                 f"reward {term.function!r} returned shape {tuple(values.shape)} for {len(prompts)} images; "
@@ -107,6 +107,7 @@ def score_images(engine: Engine, images: Tensor, prompts: list[str]) -> RewardOu
         if not torch.isfinite(values).all():
             sample = int((~torch.isfinite(values)).nonzero()[0])
             raise ValueError(f"reward {term.function!r} of sample {sample} is {float(values[sample])}")
+        values = values.to(engine.device, torch.float32)
         objectives[term.function.rpartition(":")[2]] = values
         total = total + term.weight * values
     return RewardOutput(total=total, objectives=objectives)
@@ -121,7 +122,10 @@ def make_batch(
 ) -> TrainBatch:
     """Joins a trajectory with its credit and with the steps each sample trains on."""
     recipe = engine.recipe
-    advantages, weight = assign_credit(rewards, trajectory.draws.group_id, recipe.credit, recipe.task.rewards)
+    draws = trajectory.draws
+    advantages, weight = assign_credit(
+        rewards, draws.group_id, recipe.credit, recipe.task.rewards, len(draws.prompt_index)
+    )
     position = draw_step_positions(recipe, len(schedule.kept), schedule.num_trained, engine.step)
     return TrainBatch(
         trajectory=trajectory,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowgrpo_fast.credit import assign_credit, group_advantages
+from flowgrpo_fast.credit import assign_credit
+from flowgrpo_fast.ops import group_advantages
 from flowgrpo_fast.recipe import Credit, RewardTerm
 from flowgrpo_fast.types import RewardOutput
 
@@ -14,7 +15,7 @@ A, B = RewardTerm(function="m:a", weight=1.0), RewardTerm(function="m:b", weight
 @pytest.mark.parametrize(("std", "key"), [("group", "adv_group_std"), ("batch", "adv_global_std")])
 def test_recorded_advantages(golden, std: str, key: str) -> None:
     rewards, ids = (torch.from_numpy(golden[k]) for k in ("adv_rewards", "adv_group_ids"))
-    ours = group_advantages(rewards, ids, Credit(std=std))
+    ours = group_advantages(rewards, ids, std=std)
     np.testing.assert_allclose(ours, golden[key], rtol=1e-10, atol=1e-12)
 
 
@@ -22,7 +23,7 @@ def test_groups_of_any_size_and_order() -> None:
     rng = np.random.default_rng(0)
     ids = rng.permutation(np.repeat(np.arange(5), [2, 3, 7, 4, 1]))
     rewards = rng.normal(size=17)
-    ours = group_advantages(torch.from_numpy(rewards), torch.from_numpy(ids), Credit())
+    ours = group_advantages(torch.from_numpy(rewards), torch.from_numpy(ids), 5)
     for group in range(5):
         own = rewards[ids == group]
         np.testing.assert_allclose(ours[ids == group], (own - own.mean()) / (own.std() + 1e-4), rtol=1e-10)
@@ -65,9 +66,21 @@ def test_groups_without_variance_are_dropped(drop: bool) -> None:
     assert weight.tolist() == ([0, 0, 0, 1, 1, 1] if drop else [1] * 6)
 
 
+def test_advantages_of_the_middle_of_a_group_are_kept() -> None:
+    rewards = torch.tensor([0.0, 1.0, 2.0, 5.0, 5.0, 5.0])
+    ids = torch.tensor([0, 0, 0, 1, 1, 1])
+    advantages, weight = assign_credit(RewardOutput(total=rewards), ids, Credit(), (), 2)
+    assert advantages[1] == 0
+    assert weight.tolist() == [1, 1, 1, 0, 0, 0]
+
+
 def test_bad_rewards() -> None:
     ids = torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"rewards \(2,\) and group_id \(3,\) must both be \[B\]"):
-        group_advantages(torch.zeros(2), ids, Credit())
+    with pytest.raises(ValueError, match=r"group_id has shape \[3\], must have \[2\]"):
+        assign_credit(RewardOutput(total=torch.zeros(2)), ids, Credit(), ())
+    bad = torch.tensor([0.0, float("nan"), 1.0])
     with pytest.raises(ValueError, match="reward of sample 1 is nan"):
-        group_advantages(torch.tensor([0.0, float("nan"), 1.0]), ids, Credit())
+        assign_credit(RewardOutput(total=bad), ids, Credit(), ())
+    objectives = {"a": torch.zeros(3), "b": torch.tensor([0.0, 1.0, float("inf")])}
+    with pytest.raises(ValueError, match="reward of sample 2 is inf"):
+        assign_credit(RewardOutput(total=torch.zeros(3), objectives=objectives), ids, Credit(), (A, B))

@@ -1,0 +1,131 @@
+"""Rewards -> group-relative advantages, in one call and without a host sync."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowgrpo_fast import _C
+from flowgrpo_fast.ops._binding import bind, require_int, require_tensor
+
+Aggregate = Literal["sum", "per_objective", "gdpo", "separate"]
+AGGREGATES = ("sum", "per_objective", "gdpo", "separate")  # in the order of the kernels' enum
+MAX_REWARDS = 16
+
+_SCHEMA = (
+    "(Tensor rewards, Tensor group_id, SymInt num_groups, float[]? weights, int aggregate, bool batch_std, float eps, "
+    "float clip, float soft_clip) -> Tensor"
+)
+
+
+class Clip(NamedTuple):
+    """Bounds of an advantage: cut at ``+-hard``, then bent as ``soft * tanh(A / soft)``; None leaves one out."""
+
+    hard: float | None = None
+    soft: float | None = None
+
+
+def _allocate(*flat: Any) -> Tensor:
+    rewards, aggregate = flat[0], flat[4]
+    return torch.empty_like(rewards if aggregate == 3 else rewards.reshape(*rewards.shape[:1], -1)[..., 0])
+
+
+def _forward(*flat: Any) -> Tensor:
+    rewards, group_id = flat[:2]
+    advantages = rewards.new_empty(rewards.shape if flat[4] == 3 else rewards.shape[:1])
+    workspaces: tuple[Tensor | None, Tensor | None] = (None, None)
+    if rewards.is_cuda:
+        batch = rewards.shape[0] if rewards.ndim else 1
+        sums = rewards.new_empty(MAX_REWARDS + batch, dtype=torch.float64)
+        workspaces = (rewards.new_empty(batch, dtype=torch.int64), sums)
+    _C.group_advantages(rewards, group_id, flat[2:], advantages, workspaces, torch.get_num_threads())
+    return advantages
+
+
+_op = bind("group_advantages", _SCHEMA, _forward, _allocate)
+
+
+def _bound(argument: str, value: float | None) -> float:
+    """0 for no bound, as the kernels take it."""
+    if value is None:
+        return 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"group_advantages: {argument} is {value}, must be positive and finite, or None")
+    return float(value)
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_id: Tensor,
+    num_groups: int | None = None,
+    weights: Sequence[float] | None = None,
+    aggregate: Aggregate = "sum",
+    std: Literal["group", "batch"] = "group",
+    eps: float = 1e-4,
+    clip: Clip | float | None = None,
+) -> Tensor:
+    r"""How much better than its group each sample did, ``[B]``.
+
+    A reward ``r``, or a sum of rewards, is normalised as ``z(r) = (r - mean of its group) / (std + eps)``, with the
+    population's standard deviation (no Bessel correction) of the group or of the whole batch. With weights ``w``:
+
+    ===============  =====================================  ==========================================
+    `aggregate`      advantage                              used by
+    ===============  =====================================  ==========================================
+    "sum"            ``z(sum_r w_r r)``                     Flow-GRPO, Flow-Factory ("sum")
+    "per_objective"  ``sum_r w_r z(r)``                     MixGRPO, DanceGRPO
+    "gdpo"           ``z_batch(sum_r w_r z(r))``            Flow-Factory ("gdpo"), GDPO
+    "separate"       ``w_r z(r)``, ``[B, R]``, not summed   losses that mix the objectives themselves
+    ===============  =====================================  ==========================================
+
+    where ``z_batch`` takes mean and standard deviation over the batch. Then ``A = clamp(A, +-hard)`` and
+    ``A = soft * tanh(A / soft)`` (V-GRPO, eq. 17). All arithmetic is float64. A group whose rewards are all equal gets
+    exactly 0 (before ``z_batch``).
+
+    A NaN or infinite reward makes its whole group NaN, and nothing else; with ``std="batch"`` and with "gdpo", where
+    every advantage depends on it, the whole batch. It is not an error, since nobody on the host reads the rewards.
+
+    Not differentiable.
+
+    Args:
+        rewards: ``[B]`` or ``[B, R]``, R at most 16, contiguous; float32 or float64.
+        group_id: ``[B]`` int64 in ``0..num_groups - 1``, in any order; groups of any size, also empty ones.
+        num_groups: None takes B. On a GPU a block a group runs, so the true number is cheaper.
+        weights: one a reward; None is all 1.
+        aggregate: see above.
+        std: standard deviation of the group or of the batch; "gdpo" needs "group".
+        eps: added to every standard deviation; where the sum is 0 the result is 0.
+        clip: both bounds, the hard one alone, or None.
+
+    Returns:
+        Advantages ``[B]`` (``[B, R]`` for "separate") in the dtype of `rewards`.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, layout or option, or a group outside the range. (One in a CUDA tensor
+            gives its sample NaN and leaves the others alone.)
+    """
+    require_tensor("group_advantages", "rewards", rewards)
+    if aggregate not in AGGREGATES:
+        raise ValueError(
+            f"group_advantages: aggregate is {aggregate!r}, must be one of {', '.join(AGGREGATES)}"
+        )
+    if std not in ("group", "batch") or (std == "batch" and aggregate == "gdpo"):
+        must = "'group' with aggregate='gdpo'" if std == "batch" else "'group' or 'batch'"
+        raise ValueError(f"group_advantages: std is {std!r}, must be {must}")
+    hard, soft = clip if isinstance(clip, tuple) else (clip, None)
+    if num_groups is None:
+        num_groups = rewards.shape[0] if rewards.ndim else 1
+    return _op(
+        rewards,
+        group_id,
+        require_int("group_advantages", "num_groups", num_groups),
+        None if weights is None else [float(weight) for weight in weights],
+        AGGREGATES.index(aggregate),
+        std == "batch",
+        float(eps),
+        _bound("clip.hard", hard),
+        _bound("clip.soft", soft),
+    )

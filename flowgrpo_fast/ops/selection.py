@@ -1,0 +1,102 @@
+"""Which samples of a prompt survive, and which are best: selections and Pareto fronts, without a host sync."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowgrpo_fast import _C
+from flowgrpo_fast.ops._binding import bind, require_int, require_tensor
+
+
+def _indices(rewards: Tensor, size: int) -> Tensor:
+    return rewards.new_empty((*rewards.shape[:1], size), dtype=torch.int64)
+
+
+def _subset_forward(rewards: Tensor, k: int) -> Tensor:
+    indices = _indices(rewards, max(k, 0))  # the kernel's check names a bad number
+    _C.best_variance_subset(rewards, k, indices, torch.get_num_threads())
+    return indices
+
+
+def _top_bottom_forward(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
+    indices = _indices(rewards, max(num_top + num_bottom, 0))
+    _C.top_bottom(rewards, num_top, num_bottom, indices, torch.get_num_threads())
+    return indices
+
+
+def _fronts(objectives: Tensor) -> Tensor:
+    return objectives.new_empty(objectives.shape[:2], dtype=torch.int64)
+
+
+def _fronts_forward(objectives: Tensor) -> Tensor:
+    fronts = _fronts(objectives)
+    _C.pareto_fronts(objectives, fronts, torch.get_num_threads())
+    return fronts
+
+
+_subset_op = bind("best_variance_subset", "(Tensor rewards, SymInt k) -> Tensor", _subset_forward, _indices)
+_top_bottom_op = bind(
+    "top_bottom",
+    "(Tensor rewards, SymInt num_top, SymInt num_bottom) -> Tensor",
+    _top_bottom_forward,
+    lambda rewards, num_top, num_bottom: _indices(rewards, num_top + num_bottom),
+)
+_fronts_op = bind("pareto_fronts", "(Tensor objectives) -> Tensor", _fronts_forward, _fronts)
+
+
+def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
+    r"""The `k` samples of each prompt whose rewards vary most, ``[P, k]`` int64, ascending.
+
+    Pro-GRPO's survivors. The subset of maximal variance is always the ``i`` lowest and the ``k - i`` highest rewards
+    for some ``i``, so after one sort a scan over ``i`` with running sums finds it. Of equally good ``i`` the smallest
+    is taken, that is the most high rewards; of equal rewards, those with the lower index. Where a prompt has a NaN or
+    infinite reward, its `k` highest are taken, NaN counting as lower than everything.
+
+    Args:
+        rewards: ``[P, G]``, G at most 1024, contiguous; float32 or float64.
+        k: how many survive, in ``1..G``.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, layout or number.
+    """
+    require_tensor("best_variance_subset", "rewards", rewards)
+    return _subset_op(rewards, require_int("best_variance_subset", "k", k))
+
+
+def top_bottom(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
+    """The best samples of each prompt, best first, then the worst of the others, worst first: ``[P, num]`` int64.
+
+    Of equal rewards those with the lower index come first. NaN counts as lower than everything.
+
+    Args:
+        rewards: ``[P, G]``, G at most 1024, contiguous; float32 or float64.
+        num_top: how many of the best.
+        num_bottom: how many of the worst; together 1 to G.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, layout or number.
+    """
+    require_tensor("top_bottom", "rewards", rewards)
+    return _top_bottom_op(
+        rewards,
+        require_int("top_bottom", "num_top", num_top),
+        require_int("top_bottom", "num_bottom", num_bottom),
+    )
+
+
+def pareto_fronts(objectives: Tensor) -> Tensor:
+    """The Pareto front each sample of a prompt is in, ``[P, G]`` int64; every objective is to be maximised.
+
+    A sample dominates another if it is at least as high in every objective and higher in one. Front 0 holds the samples
+    nobody dominates, front 1 those nobody dominates once front 0 is gone, and so on; equal samples share a front. NaN
+    counts as lower than everything. The fronts of ``-objectives`` begin with the worst samples (POCA's ``P-``).
+
+    Args:
+        objectives: ``[P, G, R]``, G at most 64 and R at most 8, contiguous; float32 or float64.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or layout.
+    """
+    require_tensor("pareto_fronts", "objectives", objectives)
+    return _fronts_op(objectives)
