@@ -30,6 +30,7 @@ PYBIND11_MODULE(_C, module) {
   cpu::chosen_isa();  // a bad FLOWGRPO_FAST_ISA is an ImportError that says so
   module.def("build_info", &build_info);
   bind_flow(module);
+  bind_quantize(module);
 }
 
 }  // namespace flowgrpo_fast

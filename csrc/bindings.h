@@ -41,5 +41,6 @@ inline void run(const Tensor& where, const Args& args, int num_threads, void (*o
 #endif
 
 void bind_flow(py::module_& module);
+void bind_quantize(py::module_& module);
 
 }  // namespace flowgrpo_fast

@@ -12,16 +12,32 @@ from flowgrpo_fast import _C
 from flowgrpo_fast.ops._binding import Guidance
 from flowgrpo_fast.ops.flow_log_prob import flow_log_prob
 from flowgrpo_fast.ops.flow_step import FlowStepOutput, flow_step
+from flowgrpo_fast.ops.merge_lora import merge_lora_quantize_
 from flowgrpo_fast.ops.philox import philox_normal, philox_uint32
+from flowgrpo_fast.ops.quantize import (
+    Fp8Rows,
+    Nvfp4,
+    dequantize_fp8_rows,
+    dequantize_nvfp4,
+    quantize_fp8_rows,
+    quantize_nvfp4,
+)
 
 __all__ = [
     "FlowStepOutput",
+    "Fp8Rows",
     "Guidance",
+    "Nvfp4",
     "build_info",
+    "dequantize_fp8_rows",
+    "dequantize_nvfp4",
     "flow_log_prob",
     "flow_step",
+    "merge_lora_quantize_",
     "philox_normal",
     "philox_uint32",
+    "quantize_fp8_rows",
+    "quantize_nvfp4",
 ]
 
 

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 from flowgrpo_fast.ops.reference.flow import flow_log_prob, flow_step, guided_velocity, transition_mean
 from flowgrpo_fast.ops.reference.philox import normal_of_words, philox4x32_10
+from flowgrpo_fast.ops.reference.quantize import (
+    dequantize_fp8_rows,
+    dequantize_nvfp4,
+    merge_lora_quantize,
+    quantize_fp8_rows,
+    quantize_nvfp4,
+)
 
 __all__ = [
+    "dequantize_fp8_rows",
+    "dequantize_nvfp4",
     "flow_log_prob",
     "flow_step",
     "guided_velocity",
+    "merge_lora_quantize",
     "normal_of_words",
     "philox4x32_10",
+    "quantize_fp8_rows",
+    "quantize_nvfp4",
     "transition_mean",
 ]
