@@ -120,6 +120,7 @@ void dequantize_nvfp4_row(const DequantizeNvfp4Args& args, int64_t index) {
   const float global_scale = *args.global_scale;
   float scratch[kTile], scale[kTileBlocks] = {};
   uint8_t padded[kTile / 2] = {}, unpacked[kTile];
+  uint16_t pairs[kTile / 2];  // the first value of two in the low half, as in memory
   for (int64_t element = 0; element < args.columns; element += kTile) {
     const Span span = span_of_row(index, element, args.columns);
     memcpy(padded, codes + element / 2, span.count / 2);
@@ -128,12 +129,12 @@ void dequantize_nvfp4_row(const DequantizeNvfp4Args& args, int64_t index) {
       scale[i] =
           e4m3_to_float(args.scales[scale_offset(index, block, args.scale_columns, args.swizzle)]) * global_scale;
     }
-    for (int i = 0; i < kTile; ++i) unpacked[i] = static_cast<uint8_t>(padded[i / 2] >> (i % 2 * 4) & 0xf);
+    for (int i = 0; i < kTile / 2; ++i) pairs[i] = static_cast<uint16_t>((padded[i] & 0xf) | (padded[i] & 0xf0) << 4);
+    memcpy(unpacked, pairs, sizeof unpacked);
     float* values = tile_target(args.values, span, scratch);
+    for (int i = 0; i < kTile; ++i) values[i] = e2m1_to_float(unpacked[i]);
     for (int block = 0; block < kTileBlocks; ++block) {
-      for (int i = block * kBlockSize; i < (block + 1) * kBlockSize; ++i) {
-        values[i] = e2m1_to_float(unpacked[i]) * scale[block];
-      }
+      for (int i = 0; i < kBlockSize; ++i) values[block * kBlockSize + i] *= scale[block];
     }
     store_tile(args.values, span, values);
   }
