@@ -74,6 +74,9 @@ Matrix parse_matrix(const QuantizeParser& parsed, const py::tuple& fields) {
   matrix.rows = values.numel() / matrix.columns;
   if (lora_a.is_none()) return matrix;
   parsed.check.dense("lora_a", lora_a);
+  if (lora_a.ndim() != 2) {
+    parsed.check.fail("lora_a", "has " + std::to_string(lora_a.ndim()) + " dimension(s)", "be [rank, columns]");
+  }
   matrix.rank = lora_a.size(0);
   if (matrix.rank > kMaxRank) {
     parsed.check.fail("lora_a", "has rank " + std::to_string(matrix.rank),
