@@ -31,13 +31,6 @@ static inline float row_amax(const Buffer& values, int64_t row, int64_t columns)
   return values.dtype == DType::kBFloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
 }
 
-// Asks for a tile of the next row, whose maximum would otherwise wait for memory. Past the array's end it does nothing.
-static inline void prefetch_tile(const Buffer& buffer, int64_t offset) {
-  const int64_t size = size_of(buffer.dtype);
-  const uintptr_t first = reinterpret_cast<uintptr_t>(buffer.data) + offset * size;
-  for (int64_t line = 0; line < kTile * size; line += 64) __builtin_prefetch(reinterpret_cast<void*>(first + line));
-}
-
 void quantize_fp8_row(const QuantizeFp8Args& args, int64_t index) {
   const Matrix& matrix = args.matrix;
   const int64_t row = matrix.first_row + index;
@@ -52,7 +45,6 @@ void quantize_fp8_row(const QuantizeFp8Args& args, int64_t index) {
     for (int i = 0; i < kTile; ++i) rounded[i] = float_to_e4m3(values[i] / scale);
     for (int i = 0; i < kTile; ++i) narrow[i] = static_cast<uint8_t>(rounded[i]);
     memcpy(codes + element, narrow, span.count);
-    prefetch_tile(matrix.values, span.offset + matrix.columns);
   }
   args.scale[row] = scale;
 }
