@@ -32,6 +32,7 @@ PYBIND11_MODULE(_C, module) {
   bind_flow(module);
   bind_preview(module);
   bind_group(module);
+  bind_quantize(module);
 }
 
 }  // namespace flowgrpo_fast

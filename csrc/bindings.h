@@ -43,5 +43,6 @@ inline void run(const Tensor& where, const Args& args, int num_threads, void (*o
 void bind_flow(py::module_& module);
 void bind_preview(py::module_& module);
 void bind_group(py::module_& module);
+void bind_quantize(py::module_& module);
 
 }  // namespace flowgrpo_fast

@@ -16,7 +16,7 @@ namespace flowgrpo_fast {
 namespace dlpack {
 
 enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
-enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 
 struct Device {
   int32_t type, id;
@@ -110,6 +110,7 @@ class Tensor {
   }
 
   bool is_int64() const { return view_.dtype.code == dlpack::kInt && view_.dtype.bits == 64; }
+  bool is_uint8() const { return view_.dtype.code == dlpack::kUInt && view_.dtype.bits == 8; }
 
   // True and the dtype if it is one the kernels store.
   bool floating(DType* out) const {
@@ -197,6 +198,10 @@ class Checker {
 
   void int64(const char* argument, const Tensor& tensor) const {
     if (!tensor.is_int64()) fail(argument, "has dtype " + attribute_text(tensor, "dtype"), "have torch.int64");
+  }
+
+  void uint8(const char* argument, const Tensor& tensor) const {
+    if (!tensor.is_uint8()) fail(argument, "has dtype " + attribute_text(tensor, "dtype"), "have torch.uint8");
   }
 
   void shape(const char* argument, const Tensor& tensor, std::initializer_list<int64_t> wanted) const {

@@ -14,8 +14,17 @@ from flowgrpo_fast.ops.compact import compact
 from flowgrpo_fast.ops.flow_log_prob import Extras, FlowLogProbOutput, flow_log_prob
 from flowgrpo_fast.ops.flow_step import FlowStepOutput, flow_step
 from flowgrpo_fast.ops.group_advantages import Clip, group_advantages
+from flowgrpo_fast.ops.merge_lora import merge_lora_quantize_
 from flowgrpo_fast.ops.philox import philox_normal, philox_uint32
 from flowgrpo_fast.ops.preview import PreviewOutput, preview
+from flowgrpo_fast.ops.quantize import (
+    Fp8Rows,
+    Nvfp4,
+    dequantize_fp8_rows,
+    dequantize_nvfp4,
+    quantize_fp8_rows,
+    quantize_nvfp4,
+)
 from flowgrpo_fast.ops.selection import best_variance_subset, pareto_fronts, top_bottom
 
 __all__ = [
@@ -23,18 +32,25 @@ __all__ = [
     "Extras",
     "FlowLogProbOutput",
     "FlowStepOutput",
+    "Fp8Rows",
     "Guidance",
+    "Nvfp4",
     "PreviewOutput",
     "best_variance_subset",
     "build_info",
     "compact",
+    "dequantize_fp8_rows",
+    "dequantize_nvfp4",
     "flow_log_prob",
     "flow_step",
     "group_advantages",
+    "merge_lora_quantize_",
     "pareto_fronts",
     "philox_normal",
     "philox_uint32",
     "preview",
+    "quantize_fp8_rows",
+    "quantize_nvfp4",
     "top_bottom",
 ]
 

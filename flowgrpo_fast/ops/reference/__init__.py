@@ -20,29 +20,35 @@ from flowgrpo_fast.ops.reference.group import (
     pareto_fronts,
     top_bottom,
 )
-from flowgrpo_fast.ops.reference.philox import (
-    normal_of_words,
-    philox4x32_10,
-)
-from flowgrpo_fast.ops.reference.preview import (
-    centred_gram,
-    preview,
+from flowgrpo_fast.ops.reference.philox import normal_of_words, philox4x32_10
+from flowgrpo_fast.ops.reference.preview import centred_gram, preview
+from flowgrpo_fast.ops.reference.quantize import (
+    dequantize_fp8_rows,
+    dequantize_nvfp4,
+    merge_lora_quantize,
+    quantize_fp8_rows,
+    quantize_nvfp4,
 )
 
 __all__ = [
     "best_variance_subset",
     "centred_gram",
     "compact",
+    "dequantize_fp8_rows",
+    "dequantize_nvfp4",
     "flow_drift",
     "flow_log_prob",
     "flow_log_prob_map",
     "flow_step",
     "group_advantages",
     "guided_velocity",
+    "merge_lora_quantize",
     "normal_of_words",
     "pareto_fronts",
     "philox4x32_10",
     "preview",
+    "quantize_fp8_rows",
+    "quantize_nvfp4",
     "top_bottom",
     "transition_mean",
 ]

@@ -1,0 +1,218 @@
+"""Every code of the conversions: all 16-bit inputs, and all floats around every rounding boundary."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowgrpo_fast.ops import (
+    build_info,
+    dequantize_fp8_rows,
+    dequantize_nvfp4,
+    quantize_fp8_rows,
+    quantize_nvfp4,
+    reference,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE = torch.tensor(1.0)
+E4M3 = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # 0 to 448
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def neighbourhoods(values, reach=600):
+    """All floats within `reach` steps of each value and of each middle between two, of either sign."""
+    centers = torch.cat([values, (values[1:] + values[:-1]) / 2])
+    bits = centers.view(torch.int32)[:, None] + torch.arange(-reach, reach + 1, dtype=torch.int32)
+    near = bits.clamp(min=0).flatten().view(torch.float32)
+    near = near[near <= values.max()]
+    return torch.cat([near, -near])
+
+
+def every_pattern(dtype):
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def random_bits(count):
+    generator = torch.Generator().manual_seed(4)
+    return torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32).view(torch.float32)
+
+
+def e4m3_codes(x):
+    """The kernel's conversion alone: a last value of 448 makes the scale of its row 1."""
+    row = torch.cat([x, x.new_tensor([448.0])])[None]
+    codes, scale = quantize_fp8_rows(row)
+    assert scale.item() == 1
+    return codes[0, :-1].view(torch.uint8)
+
+
+def e2m1_codes(x):
+    """The kernel's conversion alone: a last value of 6 in each block, and a global scale of 1."""
+    padded = torch.nn.functional.pad(x.float(), (0, -len(x) % 15)).view(-1, 15)
+    blocks = torch.cat([padded, torch.full((len(padded), 1), 6.0)], dim=1)
+    codes, scales, _ = quantize_nvfp4(blocks.to(x.dtype).view(1, -1), ONE, swizzle=False)
+    assert (scales.float() == 1).all()
+    packed = codes.view(torch.uint8)[0]
+    return torch.stack([packed & 15, packed >> 4], -1).view(-1, 16)[:, :15].flatten()[: len(x)]
+
+
+def e4m3_inputs():
+    for dtype in (torch.bfloat16, torch.float16):
+        patterns = every_pattern(dtype)
+        yield patterns[patterns.abs() <= 448]
+    yield neighbourhoods(E4M3)
+    spread = random_bits(300_000)
+    yield spread[spread.abs() <= 448]
+
+
+def e2m1_inputs():
+    for dtype in (torch.bfloat16, torch.float16):
+        patterns = every_pattern(dtype)
+        yield patterns[patterns.abs() <= 6]
+    yield neighbourhoods(E2M1, reach=5000)
+    spread = random_bits(300_000)
+    yield spread[spread.abs() <= 6]
+
+
+def test_e4m3_codes_are_torchs():
+    for x in e4m3_inputs():
+        assert torch.equal(e4m3_codes(x), x.float().to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+def test_e4m3_codes_are_ml_dtypes():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    for x in e4m3_inputs():
+        want = x.float().numpy().astype(ml_dtypes.float8_e4m3fn).view("uint8")
+        assert torch.equal(e4m3_codes(x), torch.from_numpy(want))
+
+
+def test_e2m1_codes_are_the_references():
+    for x in e2m1_inputs():
+        assert torch.equal(e2m1_codes(x), reference.quantize.e2m1_codes(x.float()))
+
+
+def test_e2m1_codes_are_ml_dtypes():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    for x in e2m1_inputs():
+        want = x.float().numpy().astype(ml_dtypes.float4_e2m1fn).view("uint8")
+        assert torch.equal(e2m1_codes(x), torch.from_numpy(want))
+
+
+def test_ties_go_to_even():
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    assert E2M1[e2m1_codes(ties).long()].tolist() == [0, 1, 1, 2, 2, 4, 4]
+    ties = torch.tensor([2.0**-10, 3 * 2.0**-10, 17 / 16, 19 / 16, 400.0, 432.0])
+    want = [0, 2.0**-8, 1, 1.25, 384, 448]
+    assert e4m3_codes(ties).view(torch.float8_e4m3fn).float().tolist() == want
+
+
+def test_every_code_decodes():
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = dequantize_fp8_rows(codes.view(torch.float8_e4m3fn)[None], torch.ones(1, 1), torch.float32)[0]
+    want = codes.view(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(values.signbit(), want.signbit())
+    packed = codes.view(1, 256).view(torch.float4_e2m1fn_x2)
+    scales = torch.ones(1, 32).to(torch.float8_e4m3fn)
+    values = dequantize_nvfp4(packed, scales, ONE, torch.float32, swizzle=False)[0]
+    signed = torch.cat([E2M1, -E2M1])
+    pairs = torch.stack([signed[(codes & 15).long()], signed[(codes >> 4).long()]], -1).flatten()
+    assert torch.equal(values, pairs)
+    assert torch.equal(values.signbit(), pairs.signbit())
+
+
+@pytest.mark.parametrize("columns", [16, 256, 65536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_pattern_in_a_row(dtype, columns):
+    """Subnormals, infinities and NaNs included: neighbours in a row have the same exponent, or all have a row."""
+    x = every_pattern(dtype).view(-1, columns)
+    for tensor in (x, x[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))].t().contiguous()):
+        codes, scale = quantize_fp8_rows(tensor)
+        want_codes, want_scale = reference.quantize_fp8_rows(tensor)
+        torch.testing.assert_close(scale, want_scale, rtol=0, atol=0, equal_nan=True)
+        nan = want_codes.float().isnan()
+        assert (codes.view(torch.uint8)[nan] == 0x7F).all()
+        assert torch.equal(codes.view(torch.uint8)[~nan], want_codes.view(torch.uint8)[~nan])
+
+
+def test_block_scales_are_torchs():
+    """Scales below 2^-6, in every neighbourhood of a boundary, and above 448; then codes that saturate."""
+    amax = torch.cat([6 * neighbourhoods(E4M3, 100).abs(), torch.logspace(-30, 30, 4001)])
+    x = amax[:, None] * torch.linspace(-1, 1, 16)
+    for global_scale in (1.0, 0.37, 1e-20, 1e20):
+        ours = quantize_nvfp4(x, torch.tensor(global_scale), swizzle=False)
+        want = reference.quantize_nvfp4(x, torch.tensor(global_scale), swizzle=False)
+        assert torch.equal(ours.scales.view(torch.uint8), want[1].view(torch.uint8))
+        assert torch.equal(ours.codes.view(torch.uint8), want[0].view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nvfp4_is_torchaos(dtype):
+    formats = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+    generator = torch.Generator().manual_seed(2)
+    ties = torch.randint(-48, 49, (256, 512), generator=generator) / 8
+    for x in (
+        torch.randn(256, 512, generator=generator).to(dtype),
+        ties.to(dtype),
+        every_pattern(dtype)[:32640].view(-1, 16) if dtype is torch.bfloat16 else 1e-9 * ties,
+    ):
+        x = x[x.isfinite().all(-1)].contiguous()
+        global_scale = formats.per_tensor_amax_to_scale(x.abs().max())
+        scales, codes = formats.nvfp4_quantize(x, 16, global_scale)
+        ours = quantize_nvfp4(x, swizzle=False)
+        assert torch.equal(ours.global_scale, global_scale)
+        assert torch.equal(ours.scales.view(torch.uint8), scales.view(torch.uint8))
+        assert torch.equal(ours.codes.view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fp8_rows_are_torchaos(dtype):
+    quantization = pytest.importorskip("torchao.quantization")
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(2)).to(dtype)
+    theirs = quantization.Float8Tensor.from_hp(x.float(), granularity=quantization.PerRow())
+    ours = quantize_fp8_rows(x)
+    assert torch.equal(ours.scale, theirs.scale)
+    assert torch.equal(ours.codes.view(torch.uint8), theirs.qdata.view(torch.uint8))
+
+
+DIGEST = """
+import sys
+sys.path[:0] = [{root!r}, {here!r}]
+from test_low_precision import digest
+print(digest())
+"""
+
+
+def digest():
+    """One hash over codes, scales and values for every dtype and awkward lengths."""
+    sha = hashlib.sha256()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for x in (
+            random_bits(130 * 272).view(130, 272).nan_to_num(1.0),
+            torch.randn(5, 48, generator=torch.Generator().manual_seed(0)),
+        ):
+            x = x.to(dtype)
+            fp8, nvfp4 = quantize_fp8_rows(x), quantize_nvfp4(x)
+            values = dequantize_fp8_rows(*fp8, dtype), dequantize_nvfp4(*nvfp4, dtype)
+            for tensor in (*fp8, *nvfp4, *values):
+                sha.update(tensor.contiguous().view(-1).view(torch.uint8).nan_to_num(0).numpy().tobytes())
+    return sha.hexdigest()
+
+
+@pytest.mark.parametrize("isa", build_info()["isas"])
+def test_every_instruction_set_gives_the_same_bits(isa):
+    code = DIGEST.format(root=str(ROOT), here=str(Path(__file__).parent))
+    environment = {**os.environ, "FLOWGRPO_FAST_ISA": isa}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if "must be one of" in result.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == digest()
