@@ -1,0 +1,96 @@
+"""A measured case as a row of the results, and the machine it was measured on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case, Run
+from benchmarks.counters import count
+from benchmarks.timing import copy_bandwidth, copy_of, graph_seconds, interleaved, rounds_within
+from flowgrpo_fast.ops import build_info
+
+MOST_ROUNDS = 200
+Row = dict[str, Any]
+
+
+def measured_row(case: Case, device: torch.device, seconds: float, copy_bytes_a_second: float) -> Row:
+    """Medians and minima of the contenders in turns, and what follows from them.
+
+    Next to them runs a copy of as many bytes ("copy"): the share of the large copy's bandwidth may exceed 1 for what
+    fits into a cache, the share of the equal copy tells how far the op is from one pass over its data.
+    """
+    functions: dict[str, Run] = dict(case.contenders)
+    if case.bytes:
+        functions["copy"] = copy_of(case.bytes, device)
+    rounds = rounds_within(functions, seconds, MOST_ROUNDS, device)
+    times = interleaved(functions, rounds, device=device)
+    row: Row = {
+        "operation": case.operation,
+        "size": case.size.name,
+        "shape": list(case.size.shape),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "bytes": case.bytes,
+        "rounds": rounds,
+    }
+    for kind in ("median", "min"):
+        row[f"{kind}_ms"] = {name: rounded(1e3 * t) for name, t in times[kind].items()}
+        row[f"speedup_by_{kind}"] = speedups(times[kind])
+    ours = times["median"]["ours"]
+    row["gbps"] = rounded(case.bytes / ours / 1e9) if case.bytes else None
+    row["share_of_copy"] = rounded(case.bytes / ours / copy_bytes_a_second) if case.bytes else None
+    row["share_of_equal_copy"] = rounded(times["median"]["copy"] / ours) if case.bytes else None
+    row["counts"] = {n: count(f).as_dict() for n, f in case.contenders.items() if n in ("ours", "eager")}
+    if device.type == "cuda":
+        graph = graph_seconds(case.contenders["ours"])
+        row["graph_us"] = None if graph is None else rounded(1e6 * graph)
+    return row
+
+
+def speedups(times: dict[str, float]) -> dict[str, float]:
+    """How many times ours is faster than each other contender."""
+    return {name: rounded(t / times["ours"]) for name, t in times.items() if name not in ("ours", "copy")}
+
+
+def rounded(value: float) -> float:
+    """Four digits."""
+    return float(f"{value:.4g}")
+
+
+def machine(device: torch.device) -> Row:
+    """What a result was measured on; load is the number of runnable processes, copies the roof in GB/s."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": build_info()["isa"],
+        "torch": torch.__version__,
+        "load_before": load(),
+        "copy_gbps_before": rounded(copy_bandwidth(device) / 1e9),
+    }
+
+
+def machine_afterwards(before: Row, device: torch.device) -> Row:
+    """Adds load and copy bandwidth at the end."""
+    copy = rounded(copy_bandwidth(device) / 1e9)
+    return before | {"copy_gbps_after": copy, "load_after": load()}
+
+
+def load() -> float:
+    """Runnable processes, averaged over the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+def cpu_model() -> str:
+    """The CPU's model as the system names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
