@@ -7,9 +7,7 @@ pytest benchmarks/bench_ops.py -k "replay and FLUX"
 from __future__ import annotations
 
 import pytest
-import torch
 
-from benchmarks.rows import measured_row
 from benchmarks.suite import Maker, requests
 
 SECONDS = 0.2  # for the interleaved rounds of one case
@@ -28,10 +26,10 @@ def rows():
 
 @pytest.mark.parametrize("contender", ["ours", "eager", "compiled"])
 @pytest.mark.parametrize("request_", requests(), ids=lambda request: request.name)
-def bench_op(timed, made, rows, roof, device, request_, contender):
+def bench_op(timed, measured, made, rows, request_, contender):
     case = made(request_)
     if contender not in case.contenders:
         pytest.skip(f"{request_.name}: nothing to compare as {contender!r}")
     if request_.name not in rows:
-        rows[request_.name] = measured_row(case, device, SECONDS, roof)
+        rows[request_.name] = measured(case, SECONDS)
     timed(rows[request_.name], contender, case.contenders[contender])

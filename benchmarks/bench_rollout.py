@@ -8,16 +8,15 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.loops import rollout_cases
-from benchmarks.rows import measured_row
 
 SECONDS = 2.0
 
 
 @pytest.fixture(scope="session")
-def rollouts(device, roof):
+def rollouts(device, measured):
     """Cases and their interleaved rows, by the model's name."""
     cases = {case.size.name.split()[0]: case for case in rollout_cases(device)}
-    return {name: (case, measured_row(case, device, SECONDS, roof)) for name, case in cases.items()}
+    return {name: (case, measured(case, SECONDS)) for name, case in cases.items()}
 
 
 @pytest.mark.parametrize("contender", ["ours", "eager", "compiled", "network"])

@@ -8,16 +8,15 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.loops import train_step_cases
-from benchmarks.rows import measured_row
 
 SECONDS = 4.0
 
 
 @pytest.fixture(scope="session")
-def training(device, roof):
+def training(device, measured):
     """The case and its interleaved row."""
     (case,) = train_step_cases(device)
-    return case, measured_row(case, device, SECONDS, roof)
+    return case, measured(case, SECONDS)
 
 
 @pytest.mark.parametrize("contender", ["ours", "eager", "compiled"])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.rows import machine, machine_afterwards
+from benchmarks.cases import Case
+from benchmarks.rows import machine, machine_afterwards, measured_row, roof, with_share
 
 THREADS = min(4, os.cpu_count() or 1)
 MACHINE = pytest.StashKey[dict[str, Any]]()
@@ -33,10 +34,17 @@ def four_threads():
 
 
 @pytest.fixture(scope="session")
-def roof(request, device, four_threads):
-    """Measured copy bandwidth, bytes a second; measured again at the end, both stand in the machine's description."""
+def measured(request, device, four_threads):
+    """Makes rows with their share of the measured copy bandwidth.
+
+    The copy is measured again at the end; both stand in the machine's description.
+    """
     before = machine(device)
-    yield before["copy_gbps_before"] * 1e9
+
+    def measure(case: Case, seconds: float) -> dict[str, Any]:
+        return with_share(measured_row(case, device, seconds), roof(before))
+
+    yield measure
     request.config.stash[MACHINE] = machine_afterwards(before, device)
 
 
@@ -55,9 +63,10 @@ def timed(benchmark, device):
     def run(row: dict[str, Any], contender: str, function) -> None:
         benchmark.group = f"{row['operation']} {row['size']} {row['dtype']}"
         benchmark.name = contender
+        slower = row["median_ms"][contender] / row["median_ms"]["ours"]
         benchmark.extra_info |= {
-            "GB/s": rate(row, contender, row["bytes"] / 1e6),
-            "share_of_copy": rate(row, contender, row["share_of_copy"] and row["share_of_copy"] * row["median_ms"]["ours"]),
+            "GB/s": row["gbps"] and round(row["gbps"] / slower, 2),
+            "share_of_copy": row["share_of_copy"] and round(row["share_of_copy"] / slower, 3),
             "speedup_of_ours": row["speedup_by_median"],
             "threads": torch.get_num_threads(),
             "device": str(device),
@@ -73,7 +82,3 @@ def timed(benchmark, device):
 
     return run
 
-
-def rate(row: dict[str, Any], contender: str, of_one_ms: float | None) -> float | None:
-    """What moves `of_one_ms` in a millisecond, at the contender's median."""
-    return round(of_one_ms / row["median_ms"][contender], 3) if of_one_ms else None

@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:  # run as a script, perhaps where nothing is insta
 
 from benchmarks import loops, report, suite  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
-from benchmarks.rows import Row, machine, machine_afterwards, measured_row, rounded  # noqa: E402
+from benchmarks.rows import Row, machine, machine_afterwards, measured_row, roof, rounded, with_share  # noqa: E402
 from benchmarks.timing import host_seconds, interleaved  # noqa: E402
 
 LEVELS = ("ops", "rollout", "train_step")
@@ -60,13 +60,13 @@ def call_overhead(device: torch.device) -> dict[str, dict[str, float]]:
 def measure(level: str, only: str, device: torch.device, seconds: float) -> dict[str, Any]:
     """Machine, rows and, for ops, the cost of a call."""
     before = machine(device)
-    roof = before["copy_gbps_before"] * 1e9
     rows: list[Row] = []
     for case in cases_of(level, only, device):
         print(f"\r{case.group:70}", end="", file=sys.stderr, flush=True)
-        rows.append(measured_row(case, device, seconds if level == "ops" else LOOP_SECONDS, roof))
+        rows.append(measured_row(case, device, seconds if level == "ops" else LOOP_SECONDS))
     print(f"\r{'':70}\r", end="", file=sys.stderr)
-    result = {"machine": machine_afterwards(before, device), "rows": rows}
+    machine_row = machine_afterwards(before, device)
+    result = {"machine": machine_row, "rows": [with_share(row, roof(machine_row)) for row in rows]}
     return result | {"call_overhead_us": call_overhead(device)} if level == "ops" and not only else result
 
 

@@ -19,11 +19,11 @@ MOST_ROUNDS = 200
 Row = dict[str, Any]
 
 
-def measured_row(case: Case, device: torch.device, seconds: float, copy_bytes_a_second: float) -> Row:
+def measured_row(case: Case, device: torch.device, seconds: float) -> Row:
     """Medians and minima of the contenders in turns, and what follows from them.
 
-    Next to them runs a copy of as many bytes ("copy"): the share of the large copy's bandwidth may exceed 1 for what
-    fits into a cache, the share of the equal copy tells how far the op is from one pass over its data.
+    Next to them runs a copy of as many bytes ("copy"): the share of the large copy's bandwidth (`with_share`) may
+    exceed 1 for what fits into a cache, that of the equal copy tells how far the op is from one pass over its data.
     """
     functions: dict[str, Run] = dict(case.contenders)
     if case.bytes:
@@ -43,13 +43,17 @@ def measured_row(case: Case, device: torch.device, seconds: float, copy_bytes_a_
         row[f"speedup_by_{kind}"] = speedups(times[kind])
     ours = times["median"]["ours"]
     row["gbps"] = rounded(case.bytes / ours / 1e9) if case.bytes else None
-    row["share_of_copy"] = rounded(case.bytes / ours / copy_bytes_a_second) if case.bytes else None
     row["share_of_equal_copy"] = rounded(times["median"]["copy"] / ours) if case.bytes else None
     row["counts"] = {n: count(f).as_dict() for n, f in case.contenders.items() if n in ("ours", "eager")}
     if device.type == "cuda":
         graph = graph_seconds(case.contenders["ours"])
         row["graph_us"] = None if graph is None else rounded(1e6 * graph)
     return row
+
+
+def with_share(row: Row, copy_gbps: float) -> Row:
+    """Adds the share of the large copy's bandwidth."""
+    return row | {"share_of_copy": None if row["gbps"] is None else rounded(row["gbps"] / copy_gbps)}
 
 
 def speedups(times: dict[str, float]) -> dict[str, float]:
@@ -81,6 +85,11 @@ def machine_afterwards(before: Row, device: torch.device) -> Row:
     """Adds load and copy bandwidth at the end."""
     copy = rounded(copy_bandwidth(device) / 1e9)
     return before | {"copy_gbps_after": copy, "load_after": load()}
+
+
+def roof(machine: Row) -> float:
+    """The better of the two copies, GB/s."""
+    return max(machine[f"copy_gbps_{when}"] for when in ("before", "after") if f"copy_gbps_{when}" in machine)
 
 
 def load() -> float:

@@ -91,8 +91,9 @@ def copy_bandwidth(device: torch.device, rounds: int = 11) -> float:
 
 def copy_of(moved: int, device: torch.device) -> Callable[[], Any]:
     """A copy that reads and writes `moved` bytes together."""
-    source = torch.zeros(max(moved // 8, 1), dtype=torch.float32, device=device)
-    target = torch.ones_like(source)
+    # Written, not only allocated: pages of zeros that nobody has touched are all one page, read from the cache.
+    source = torch.full((max(moved // 8, 1),), 1.0, device=device)
+    target = torch.full_like(source, 2.0)
     return lambda: target.copy_(source)
 
 
