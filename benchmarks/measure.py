@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ if str(ROOT) not in sys.path:  # run as a script, perhaps where nothing is insta
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import loops, report, suite  # noqa: E402
-from benchmarks.cases import Case  # noqa: E402
+from benchmarks.cases import SIZES, Case  # noqa: E402
 from benchmarks.rows import Row, machine, machine_afterwards, measured_row, roof, rounded, with_share  # noqa: E402
 from benchmarks.timing import host_seconds, interleaved  # noqa: E402
 
 LEVELS = ("ops", "rollout", "train_step")
 RESULTS = ROOT / "benchmarks" / "results"
 LOOP_SECONDS = 4.0  # a rollout or a training step is long; this gives them some rounds
+SIZE_NAMES = [size.name for size in SIZES]
 
 
 def cases_of(level: str, only: str, device: torch.device) -> Iterator[Case]:
@@ -57,16 +59,20 @@ def call_overhead(device: torch.device) -> dict[str, dict[str, float]]:
     return found
 
 
-def measure(level: str, only: str, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Machine, rows and, for ops, the cost of a call."""
-    before = machine(device)
+def measure(level: str, only: str, device: torch.device, seconds: float, limit: float) -> dict[str, Any]:
+    """Machine, rows and, for ops, the cost of a call; cases left when `limit` seconds are over are not measured."""
+    before, start = machine(device), time.perf_counter()
     rows: list[Row] = []
     for case in cases_of(level, only, device):
+        if time.perf_counter() - start > limit:
+            print("\nout of time: the cases that are left are not measured", file=sys.stderr)
+            break
         print(f"\r{case.group:70}", end="", file=sys.stderr, flush=True)
         rows.append(measured_row(case, device, seconds if level == "ops" else LOOP_SECONDS))
     print(f"\r{'':70}\r", end="", file=sys.stderr)
-    machine_row = machine_afterwards(before, device)
-    result = {"machine": machine_row, "rows": [with_share(row, roof(machine_row)) for row in rows]}
+    afterwards = machine_afterwards(before, device)
+    rows.sort(key=lambda row: (SIZE_NAMES.index(row["size"]) if row["size"] in SIZE_NAMES else len(SIZE_NAMES)))
+    result = {"machine": afterwards, "rows": [with_share(row, roof(afterwards)) for row in rows]}
     return result | {"call_overhead_us": call_overhead(device)} if level == "ops" and not only else result
 
 
@@ -94,6 +100,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=0.6, help="for the rounds of one op case")
+    parser.add_argument("--limit", type=float, default=360, help="seconds for the rows of a level")
     parser.add_argument("--only", default="", help="cases whose name contains this; nothing is written")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--print-only", action="store_true")
@@ -104,7 +111,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     for level in arguments.levels:
-        result = measure(level, arguments.only, device, arguments.seconds)
+        result = measure(level, arguments.only, device, arguments.seconds, arguments.limit)
         show(level, result)
         if not (arguments.only or arguments.print_only):
             arguments.output.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ def measured_row(case: Case, device: torch.device, seconds: float) -> Row:
     Next to them runs a copy of as many bytes ("copy"): the share of the large copy's bandwidth (`with_share`) may
     exceed 1 for what fits into a cache, that of the equal copy tells how far the op is from one pass over its data.
     """
-    functions: dict[str, Run] = dict(case.contenders)
+    functions, failed = runnable(case)
     if case.bytes:
         functions["copy"] = copy_of(case.bytes, device)
     rounds = rounds_within(functions, seconds, MOST_ROUNDS, device)
@@ -44,11 +44,25 @@ def measured_row(case: Case, device: torch.device, seconds: float) -> Row:
     ours = times["median"]["ours"]
     row["gbps"] = rounded(case.bytes / ours / 1e9) if case.bytes else None
     row["share_of_equal_copy"] = rounded(times["median"]["copy"] / ours) if case.bytes else None
-    row["counts"] = {n: count(f).as_dict() for n, f in case.contenders.items() if n in ("ours", "eager")}
+    row["counts"] = {n: count(f).as_dict() for n, f in functions.items() if n in ("ours", "eager")}
     if device.type == "cuda":
         graph = graph_seconds(case.contenders["ours"])
         row["graph_us"] = None if graph is None else rounded(1e6 * graph)
-    return row
+    return row | ({"failed": failed} if failed else {})
+
+
+def runnable(case: Case) -> tuple[dict[str, Run], dict[str, str]]:
+    """The contenders that run here, compiled by now, and why another does not. Ours must."""
+    functions, failed = dict(case.contenders), {}
+    for name, function in case.contenders.items():
+        try:
+            function()
+        except Exception as error:  # torch.compile fails in many ways
+            if name == "ours":
+                raise
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            del functions[name]
+    return functions, failed
 
 
 def with_share(row: Row, copy_gbps: float) -> Row:
