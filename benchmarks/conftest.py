@@ -78,7 +78,8 @@ def timed(benchmark, device):
             torch.cuda.synchronize()
 
         rounds = max(5, min(100, int(100 / row["median_ms"][contender])))
-        benchmark.pedantic(synchronised if device.type == "cuda" else function, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(
+            synchronised if device.type == "cuda" else function, rounds=rounds, warmup_rounds=1
+        )
 
     return run
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,10 +16,23 @@ KERNELS = {
     "flow_log_prob_backward": 1,
     "philox": 1,
 }
-_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}
+_NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "_unsafe_view",
+}
 _SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
 _OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}
-_GATHERS = {"index", "index_select", "gather", "embedding"}  # read as much of their first operand as they give
+_GATHERS = {
+    "index",
+    "index_select",
+    "gather",
+    "embedding",
+}  # read as much of their first operand as they give
 
 
 class Counter(TorchDispatchMode):
@@ -48,7 +60,9 @@ class Counter(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if namespace == "flowgrpo_fast":
             if name not in KERNELS:
-                raise ValueError(f"benchmarks/counters.py: KERNELS does not say how many kernels {name!r} launches")
+                raise ValueError(
+                    f"benchmarks/counters.py: KERNELS does not say how many kernels {name!r} launches"
+                )
             self.ours.append(name)
             self.launches += KERNELS[name]
         elif name in _SYNCS or _to_host(name, args, outputs):

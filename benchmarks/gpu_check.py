@@ -190,7 +190,11 @@ def commands(folder: Path, arch: str) -> list[Command]:
     python, junit = sys.executable, folder / "tests.xml"
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     gpu = [*pytest, "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}", "tests"]
-    build = {"FLOWGRPO_FAST_ARCHS": arch, "FLOWGRPO_FAST_BUILD": str(WORK / "objects"), "FLOWGRPO_FAST_CUDA": "1"}
+    build = {
+        "FLOWGRPO_FAST_ARCHS": arch,
+        "FLOWGRPO_FAST_BUILD": str(WORK / "objects"),
+        "FLOWGRPO_FAST_CUDA": "1",
+    }
     found = [
         Command("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 110, build),
         Command("tests", gpu, 140, read=read_tests(junit)),
@@ -198,14 +202,31 @@ def commands(folder: Path, arch: str) -> list[Command]:
     found += [
         Command(
             tool,
-            [*sanitizer(tool), *pytest, "-x", "-m", "gpu and witness", "--continue-on-collection-errors", "tests/ops"],
+            [
+                *sanitizer(tool),
+                *pytest,
+                "-x",
+                "-m",
+                "gpu and witness",
+                "--continue-on-collection-errors",
+                "tests/ops",
+            ],
             60,
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             read_sanitizer,
         )
         for tool in ("memcheck", "racecheck")
     ]
-    measure = [python, "benchmarks/measure.py", "--device", "cuda", "--output", str(folder), "--seconds", "0.1"]
+    measure = [
+        python,
+        "benchmarks/measure.py",
+        "--device",
+        "cuda",
+        "--output",
+        str(folder),
+        "--seconds",
+        "0.1",
+    ]
     return [
         *found,
         Command("ops", [*measure, "ops", "--limit", "90"], 120),
@@ -287,7 +308,10 @@ def show(stage: Stage) -> None:
     """One line a stage, at once."""
     counts = {k: v for k, v in stage.numbers.items() if isinstance(v, int)}
     numbers = "  ".join(f"{name} {value}" for name, value in counts.items())
-    print(f"{stage.name:12} {stage.status:10} {stage.seconds:6.1f} s  {numbers}  {stage.detail[:600]}", flush=True)
+    print(
+        f"{stage.name:12} {stage.status:10} {stage.seconds:6.1f} s  {numbers}  {stage.detail[:600]}",
+        flush=True,
+    )
 
 
 def main() -> int:

@@ -29,7 +29,9 @@ class SyntheticModel:
     def __init__(self, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         channels = self.latent_shape[0]
-        self.module = nn.Sequential(nn.Conv2d(channels, 32, 1), nn.SiLU(), nn.Conv2d(32, channels, 1)).to(device)
+        self.module = nn.Sequential(nn.Conv2d(channels, 32, 1), nn.SiLU(), nn.Conv2d(32, channels, 1)).to(
+            device
+        )
         for parameter in self.module.parameters():
             parameter.data = (0.2 * torch.randn(parameter.shape, generator=generator)).to(device)
 

@@ -71,7 +71,7 @@ def measure(level: str, only: str, device: torch.device, seconds: float, limit: 
         rows.append(measured_row(case, device, seconds if level == "ops" else LOOP_SECONDS))
     print(f"\r{'':70}\r", end="", file=sys.stderr)
     afterwards = machine_afterwards(before, device)
-    rows.sort(key=lambda row: (SIZE_NAMES.index(row["size"]) if row["size"] in SIZE_NAMES else len(SIZE_NAMES)))
+    rows.sort(key=lambda row: SIZE_NAMES.index(row["size"]) if row["size"] in SIZE_NAMES else len(SIZE_NAMES))
     result = {"machine": afterwards, "rows": [with_share(row, roof(afterwards)) for row in rows]}
     return result | {"call_overhead_us": call_overhead(device)} if level == "ops" and not only else result
 

@@ -28,7 +28,18 @@ README = {
     "replay": "replay: log-prob",
     "replay_and_backward": "replay with gradient",
 }
-HEADER = ["operation", "size", "dtype", "ours", "GB/s", "of copy", "x eager", "x compiled", "launches", "syncs"]
+HEADER = [
+    "operation",
+    "size",
+    "dtype",
+    "ours",
+    "GB/s",
+    "of copy",
+    "x eager",
+    "x compiled",
+    "launches",
+    "syncs",
+]
 
 INTRODUCTION = """# Benchmarks
 
@@ -137,15 +148,15 @@ def targets(ops: Result | None, device: str) -> list[list[str]]:
             for row in rows
             if row["size"] in IMAGE_GROUPS and row.get("graph_us") is not None
         ]
-        overhead = [(name, times["ours"]) for name, times in ((ops or {}).get("call_overhead_us") or {}).items()]
+        overhead = [
+            (name, times["ours"]) for name, times in ((ops or {}).get("call_overhead_us") or {}).items()
+        ]
         return [
             judged("85 % of copy bandwidth from 100 MB", share, 85),
             judged("at most 10 us of GPU time for image groups", image, 10, below=True),
             judged("at most 3 us of host time for an eager call", overhead, 3, below=True),
         ]
-    noise = [
-        (label[id(row)], row["speedup_by_median"]["eager"]) for row in rows if row["operation"] == NOISE
-    ]
+    noise = [(label[id(row)], row["speedup_by_median"]["eager"]) for row in rows if row["operation"] == NOISE]
     return [
         judged("5 times faster than unfused eager", ratios("eager"), 5),
         judged("never slower than torch.compile", ratios("compiled"), 1),

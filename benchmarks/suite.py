@@ -80,7 +80,9 @@ class Maker:
         if key != self._key:
             self._cases = {}  # frees the data before the next is made
             torch._dynamo.reset()  # each size is compiled for itself, not for a range of sizes
-            self._cases = {case.group: case for case in families()[request.family](*request.asked, self.device)}
+            self._cases = {
+                case.group: case for case in families()[request.family](*request.asked, self.device)
+            }
             self._key = key
         return self._cases[request.name]
 

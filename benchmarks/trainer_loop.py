@@ -1,4 +1,4 @@
-"""Rollout and training step as published trainers write them: a scheduler asked per sample, one PyTorch op after another.
+"""Rollout and training step as published trainers write them: a look-up per sample, one PyTorch op after another.
 
 The same model, recipe, draws' prompts, steps trained, micro-batches and optimiser as ours; only the way differs. Noise
 comes from torch's generator.
