@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.rows import machine, machine_afterwards, measured_row, roof, with_share
+from benchmarks.rows import machine, machine_afterwards, measured_row
+from benchmarks.timing import Roof
 
 THREADS = min(4, os.cpu_count() or 1)
 MACHINE = pytest.StashKey[dict[str, Any]]()
@@ -35,17 +35,10 @@ def four_threads():
 
 @pytest.fixture(scope="session")
 def measured(request, device, four_threads):
-    """Makes rows with their share of the measured copy bandwidth.
-
-    The copy is measured again at the end; both stand in the machine's description.
-    """
-    before = machine(device)
-
-    def measure(case: Case, seconds: float) -> dict[str, Any]:
-        return with_share(measured_row(case, device, seconds), roof(before))
-
-    yield measure
-    request.config.stash[MACHINE] = machine_afterwards(before, device)
+    """Makes rows; what the copy gave over the session stands in the machine's description."""
+    before, roof = machine(device), Roof(device)
+    yield lambda case, seconds: measured_row(case, device, seconds, roof)
+    request.config.stash[MACHINE] = machine_afterwards(before, roof)
 
 
 @pytest.hookimpl(optionalhook=True)

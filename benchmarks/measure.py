@@ -23,8 +23,8 @@ if str(ROOT) not in sys.path:  # run as a script, perhaps where nothing is insta
 
 from benchmarks import loops, report, suite  # noqa: E402
 from benchmarks.cases import SIZES, Case  # noqa: E402
-from benchmarks.rows import Row, machine, machine_afterwards, measured_row, roof, rounded, with_share  # noqa: E402
-from benchmarks.timing import host_seconds, interleaved  # noqa: E402
+from benchmarks.rows import Row, machine, machine_afterwards, measured_row, rounded  # noqa: E402
+from benchmarks.timing import Roof, host_seconds, interleaved  # noqa: E402
 
 LEVELS = ("ops", "rollout", "train_step")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,18 +61,17 @@ def call_overhead(device: torch.device) -> dict[str, dict[str, float]]:
 
 def measure(level: str, only: str, device: torch.device, seconds: float, limit: float) -> dict[str, Any]:
     """Machine, rows and, for ops, the cost of a call; cases left when `limit` seconds are over are not measured."""
-    before, start = machine(device), time.perf_counter()
+    before, roof, start = machine(device), Roof(device), time.perf_counter()
     rows: list[Row] = []
     for case in cases_of(level, only, device):
         if time.perf_counter() - start > limit:
             print("\nout of time: the cases that are left are not measured", file=sys.stderr)
             break
         print(f"\r{case.group:70}", end="", file=sys.stderr, flush=True)
-        rows.append(measured_row(case, device, seconds if level == "ops" else LOOP_SECONDS))
+        rows.append(measured_row(case, device, seconds if level == "ops" else LOOP_SECONDS, roof))
     print(f"\r{'':70}\r", end="", file=sys.stderr)
-    afterwards = machine_afterwards(before, device)
     rows.sort(key=lambda row: SIZE_NAMES.index(row["size"]) if row["size"] in SIZE_NAMES else len(SIZE_NAMES))
-    result = {"machine": afterwards, "rows": [with_share(row, roof(afterwards)) for row in rows]}
+    result = {"machine": machine_afterwards(before, roof), "rows": rows}
     return result | {"call_overhead_us": call_overhead(device)} if level == "ops" and not only else result
 
 

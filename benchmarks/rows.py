@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,27 @@ import torch
 
 from benchmarks.cases import Case, Run
 from benchmarks.counters import count
-from benchmarks.timing import copy_bandwidth, copy_of, graph_seconds, interleaved, rounds_within
+from benchmarks.timing import Roof, copy_of, graph_seconds, interleaved, rounds_within
 from flowgrpo_fast.ops import build_info
 
 MOST_ROUNDS = 200
 Row = dict[str, Any]
 
 
-def measured_row(case: Case, device: torch.device, seconds: float) -> Row:
+def measured_row(case: Case, device: torch.device, seconds: float, roof: Roof) -> Row:
     """Medians and minima of the contenders in turns, and what follows from them.
 
-    Next to them runs a copy of as many bytes ("copy"): the share of the large copy's bandwidth (`with_share`) may
-    exceed 1 for what fits into a cache, that of the equal copy tells how far the op is from one pass over its data.
+    The large copy is measured just before and just after; the share of its bandwidth may exceed 1 for what fits into
+    a cache. In turns with the contenders runs a copy of as many bytes ("copy"): the share of that equal copy tells how
+    far the op is from one pass over its data, wherever that lies.
     """
     functions, failed = runnable(case)
     if case.bytes:
         functions["copy"] = copy_of(case.bytes, device)
     rounds = rounds_within(functions, seconds, MOST_ROUNDS, device)
+    before = roof.sample()
     times = interleaved(functions, rounds, device=device)
+    copy_gbps = (before + roof.sample()) / 2e9
     row: Row = {
         "operation": case.operation,
         "size": case.size.name,
@@ -37,12 +41,14 @@ def measured_row(case: Case, device: torch.device, seconds: float) -> Row:
         "dtype": str(case.dtype).removeprefix("torch."),
         "bytes": case.bytes,
         "rounds": rounds,
+        "copy_gbps": rounded(copy_gbps),
     }
     for kind in ("median", "min"):
         row[f"{kind}_ms"] = {name: rounded(1e3 * t) for name, t in times[kind].items()}
         row[f"speedup_by_{kind}"] = speedups(times[kind])
     ours = times["median"]["ours"]
     row["gbps"] = rounded(case.bytes / ours / 1e9) if case.bytes else None
+    row["share_of_copy"] = rounded(case.bytes / ours / 1e9 / copy_gbps) if case.bytes else None
     row["share_of_equal_copy"] = rounded(times["median"]["copy"] / ours) if case.bytes else None
     row["counts"] = {n: count(f).as_dict() for n, f in functions.items() if n in ("ours", "eager")}
     if device.type == "cuda":
@@ -65,11 +71,6 @@ def runnable(case: Case) -> tuple[dict[str, Run], dict[str, str]]:
     return functions, failed
 
 
-def with_share(row: Row, copy_gbps: float) -> Row:
-    """Adds the share of the large copy's bandwidth."""
-    return row | {"share_of_copy": None if row["gbps"] is None else rounded(row["gbps"] / copy_gbps)}
-
-
 def speedups(times: dict[str, float]) -> dict[str, float]:
     """How many times ours is faster than each other contender."""
     return {name: rounded(t / times["ours"]) for name, t in times.items() if name not in ("ours", "copy")}
@@ -81,7 +82,7 @@ def rounded(value: float) -> float:
 
 
 def machine(device: torch.device) -> Row:
-    """What a result was measured on; load is the number of runnable processes, copies the roof in GB/s."""
+    """What a result is measured on; load is the number of runnable processes."""
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
@@ -91,19 +92,14 @@ def machine(device: torch.device) -> Row:
         "isa": build_info()["isa"],
         "torch": torch.__version__,
         "load_before": load(),
-        "copy_gbps_before": rounded(copy_bandwidth(device) / 1e9),
     }
 
 
-def machine_afterwards(before: Row, device: torch.device) -> Row:
-    """Adds load and copy bandwidth at the end."""
-    copy = rounded(copy_bandwidth(device) / 1e9)
-    return before | {"copy_gbps_after": copy, "load_after": load()}
-
-
-def roof(machine: Row) -> float:
-    """The better of the two copies, GB/s."""
-    return max(machine[f"copy_gbps_{when}"] for when in ("before", "after") if f"copy_gbps_{when}" in machine)
+def machine_afterwards(before: Row, roof: Roof) -> Row:
+    """Adds the load at the end, and the large copy in GB/s over the session: median, least and most."""
+    copies = [sample / 1e9 for sample in roof.samples]
+    found = [rounded(function(copies)) for function in (statistics.median, min, max)] if copies else None
+    return before | {"load_after": load(), "copy_gbps": found}
 
 
 def load() -> float:

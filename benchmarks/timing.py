@@ -83,10 +83,22 @@ def host_seconds(function: Callable[[], Any], rounds: int, calls: int = 50) -> f
     return statistics.median(samples[3:])
 
 
-def copy_bandwidth(device: torch.device, rounds: int = 11) -> float:
-    """Bytes a second, read and written, of torch's copy of a large tensor: the roof of a memory-bound op."""
-    copy = copy_of(_COPY_BYTES, device)
-    return _COPY_BYTES / interleaved({"copy": copy}, rounds, 2, device)["median"]["copy"]
+class Roof:
+    """torch's copy of a large tensor, the roof of a memory-bound op, measured again and again next to what it is for.
+
+    Memory bandwidth is shared with whatever else the machine does, so one number for a session would be luck.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copy = copy_of(_COPY_BYTES, device)
+        self.samples: list[float] = []
+
+    def sample(self) -> float:
+        """Bytes a second, read and written, now."""
+        seconds = interleaved({"copy": self._copy}, 3, 1, self._device)["median"]["copy"]
+        self.samples.append(_COPY_BYTES / seconds)
+        return self.samples[-1]
 
 
 def copy_of(moved: int, device: torch.device) -> Callable[[], Any]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import baselines, measure, report, suite, trainer_loop
+from benchmarks import baselines, measure, report, suite, timing, trainer_loop
 from benchmarks.cases import SD3, SIZES, Case
-from benchmarks.rows import measured_row, with_share
-from benchmarks.timing import interleaved, rounds_within
+from benchmarks.rows import machine, machine_afterwards, measured_row
+from benchmarks.timing import Roof, interleaved, rounds_within
 from flowgrpo_fast.ops import flow_log_prob
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
@@ -119,7 +119,13 @@ def test_every_family_is_found_and_every_case_asked_for_once():
 
 
 @pytest.fixture
-def result() -> dict:
+def small_roof(monkeypatch):
+    monkeypatch.setattr(timing, "_COPY_BYTES", 1 << 20)
+    return Roof(CPU)
+
+
+@pytest.fixture
+def result(small_roof) -> dict:
     """Two rows measured here: one real op, and one of sleeps with known times."""
     case = next(suite.toy_cases(CPU))
     real = Case(
@@ -127,17 +133,8 @@ def result() -> dict:
     )
     waits = {"ours": lambda: time.sleep(0.002), "eager": lambda: time.sleep(0.008)}
     known = Case("waiting", SD3, torch.float32, 40_000_000, waits)
-    rows = [with_share(measured_row(each, CPU, 0.05), 40.0) for each in (real, known)]
-    described = {
-        "device": "a CPU",
-        "threads": 1,
-        "cores": 2,
-        "isa": "avx2",
-        "torch": "2",
-        "date": "2000-01-01",
-    }
-    described |= {f"{name}_{when}": 40.0 for name in ("load", "copy_gbps") for when in ("before", "after")}
-    return {"machine": described, "rows": rows}
+    rows = [measured_row(each, CPU, 0.05, small_roof) for each in (real, known)]
+    return {"machine": machine_afterwards(machine(CPU), small_roof), "rows": rows}
 
 
 def test_rows_say_what_was_measured(result):
@@ -147,33 +144,38 @@ def test_rows_say_what_was_measured(result):
     assert known["median_ms"]["ours"] == pytest.approx(2, rel=0.5)
     assert known["speedup_by_median"] == {"eager": pytest.approx(4, rel=0.4)}
     assert known["gbps"] == pytest.approx(0.04 / known["median_ms"]["ours"] * 1e3, rel=0.01)
-    assert known["share_of_copy"] == pytest.approx(known["gbps"] / 40, rel=0.01)
+    assert known["share_of_copy"] == pytest.approx(known["gbps"] / known["copy_gbps"], rel=0.01)
     assert known["share_of_equal_copy"] == pytest.approx(
         known["median_ms"]["copy"] / known["median_ms"]["ours"], rel=0.01
     )
 
 
 def test_targets_are_computed_from_the_rows(result):
-    faster, compiled, share, noise = report.targets(result, "cpu")
+    faster, compiled, share, equal, noise = report.targets(result, "cpu")
     assert faster[1:3] == ["missed", "1 of 2"]  # sleeping is only four times faster
     assert faster[3].endswith(f"(waiting, {SD3.name}, float32)")
     assert compiled[1] == "not measured"
-    assert share[1:3] == ["missed", "0 of 1"]
+    assert share[1:3] == equal[1:3] == ["missed", "0 of 1"]
     assert noise[1] == "not measured"
-    assert [line[1] for line in report.targets(None, "cuda")] == ["not measured"] * 3
-    row = result["rows"][1] | {"graph_us": 12.0, "share_of_copy": 0.9, "bytes": 2e8}
+    assert [line[1] for line in report.targets(None, "cuda")] == ["not measured"] * 4
+    row = result["rows"][1] | {
+        "graph_us": 12.0,
+        "share_of_copy": 0.9,
+        "share_of_equal_copy": 0.8,
+        "bytes": 2e8,
+    }
     cuda = {"rows": [row], "call_overhead_us": {"waiting": {"ours": 2.5}}}
-    assert [line[1] for line in report.targets(cuda, "cuda")] == ["met", "missed", "met"]
+    assert [line[1] for line in report.targets(cuda, "cuda")] == ["met", "missed", "missed", "met"]
 
 
-def test_a_contender_that_fails_is_left_out_and_named():
+def test_a_contender_that_fails_is_left_out_and_named(small_roof):
     case = next(suite.toy_cases(CPU))
 
     def broken():
         raise RuntimeError("no compiler here")
 
     contenders = {"ours": case.contenders["ours"], "compiled": broken}
-    row = measured_row(Case("step", SD3, case.dtype, case.bytes, contenders), CPU, 0.01)
+    row = measured_row(Case("step", SD3, case.dtype, case.bytes, contenders), CPU, 0.01, small_roof)
     assert row["failed"] == {"compiled": "RuntimeError: no compiler here"}
     assert "compiled" not in row["speedup_by_median"]
 
