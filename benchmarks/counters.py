@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Kernels that one call of an op of this package launches on CUDA; `tests/ops/test_gpu_cases.py` holds it against a GPU.
+# The most kernels that one call of an op of this package launches on CUDA; tests/ops/test_gpu_cases.py counts them.
 KERNELS = {
     "flow_step": 2,  # the step, then the ordered sum of its partial sums
     "flow_log_prob": 2,
     "flow_log_prob_backward": 1,
     "philox": 1,
+    "group_advantages": 3,  # one, and one each for the batch's std and for GDPO's second normalisation
+    "best_variance_subset": 1,
+    "top_bottom": 1,
+    "pareto_fronts": 1,
+    "compact": 1,
+    "compact_out": 1,
 }
 _NO_KERNEL = {
     "empty",
@@ -27,12 +33,8 @@ _NO_KERNEL = {
 }
 _SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
 _OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}
-_GATHERS = {
-    "index",
-    "index_select",
-    "gather",
-    "embedding",
-}  # read as much of their first operand as they give
+# Position of the operand of which no more is read than is written.
+_GATHERED = {"index": 0, "index_select": 0, "gather": 0, "embedding": 0, "compact": 1, "compact_out": 1}
 
 
 class Counter(TorchDispatchMode):
@@ -57,7 +59,6 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         namespace, _, name = function._schema.name.partition("::")
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if namespace == "flowgrpo_fast":
             if name not in KERNELS:
                 raise ValueError(
@@ -65,14 +66,14 @@ class Counter(TorchDispatchMode):
                 )
             self.ours.append(name)
             self.launches += KERNELS[name]
-        elif name in _SYNCS or _to_host(name, args, outputs):
+        elif name in _SYNCS or _to_host(name, args, result):
             self.syncs += 1
         elif name in _NO_KERNEL or _is_view(function):
             return result
         else:
             self.others.append(name)
             self.launches += 1
-        self.bytes += sum(map(_touched, _operands(name, args, kwargs, outputs)))
+        self.bytes += _bytes(function._schema, name, (args, kwargs), result)
         return result
 
     def as_dict(self) -> dict[str, int]:
@@ -93,24 +94,35 @@ def _is_view(function: Any) -> bool:
     return any(alias is not None and not alias.is_write for alias in returned)
 
 
-def _to_host(name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> bool:
-    if name not in ("_to_copy", "copy_") or not outputs or outputs[0].device.type != "cpu":
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _to_host(name: str, args: tuple[Any, ...], result: Any) -> bool:
+    given = _tensors(result)
+    if name not in ("_to_copy", "copy_") or not given or given[0].device.type != "cpu":
         return False
-    return any(isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in tree_leaves(args))
+    return any(tensor.device.type != "cpu" for tensor in _tensors(args))
 
 
-def _operands(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
-) -> Iterator[Tensor]:
-    """Tensors read and tensors written; one that is both comes twice."""
-    read = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-    first = args[0] if args else None
-    if name in _OVERWRITES or name in _GATHERS:
-        read.pop(id(first), None)
-    yield from read.values()
-    yield from outputs
-    if name in _GATHERS:
-        yield from outputs
+def _bytes(schema: Any, name: str, call: tuple[tuple[Any, ...], dict[str, Any]], result: Any) -> int:
+    """Operands read, each once however often it is given, and results and changed operands written."""
+    args, kwargs = call
+    read: dict[int, Tensor] = {}
+    written: list[Tensor] = []
+    for position, argument in enumerate(schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        if changed:
+            written += _tensors(value)
+        if not (
+            changed and (name in _OVERWRITES or argument.name == "out") or _GATHERED.get(name) == position
+        ):
+            read |= {id(tensor): tensor for tensor in _tensors(value)}
+    if all(returned.alias_info is None for returned in schema.returns):
+        written += _tensors(result)
+    gathered = written if name in _GATHERED else []
+    return sum(map(_touched, [*read.values(), *written, *gathered]))
 
 
 def _touched(tensor: Tensor) -> int:

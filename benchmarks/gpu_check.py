@@ -197,7 +197,7 @@ def commands(folder: Path, arch: str) -> list[Command]:
     }
     found = [
         Command("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 110, build),
-        Command("tests", gpu, 140, read=read_tests(junit)),
+        Command("tests", gpu, 130, read=read_tests(junit)),
     ]
     found += [
         Command(
@@ -229,9 +229,9 @@ def commands(folder: Path, arch: str) -> list[Command]:
     ]
     return [
         *found,
-        Command("ops", [*measure, "ops", "--limit", "90"], 120),
-        Command("rollout", [*measure, "rollout"], 40),
-        Command("train_step", [*measure, "train_step"], 40),
+        Command("ops", [*measure, "ops", "--limit", "110", "--compiled", "SD3.5 512 x24 bfloat16"], 140),
+        Command("rollout", [*measure, "rollout"], 35),
+        Command("train_step", [*measure, "train_step"], 35),
     ]
 
 

@@ -87,11 +87,12 @@ def rollout_case(
     rows = recipe.rollout_rows
     latents = torch.zeros(rows, *model.latent_shape, device=device)
     part = conditioning.rows(torch.arange(rows, device=device))
+    sigma = torch.ones(rows, device=device)
 
     @torch.no_grad()
     def network() -> None:
         for _ in range(len(draws.seed) // rows * schedule.num_steps):
-            model.velocity(latents, schedule.sigmas[:1].to(device).expand(rows), part)
+            model.velocity(latents, sigma, part)
 
     return Case("rollout", size, torch.float32, 0, contenders | {"network": network})
 

@@ -11,7 +11,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +34,47 @@ LOOP_SECONDS = 4.0  # a rollout or a training step is long; this gives them some
 SIZE_NAMES = [size.name for size in SIZES]
 
 
-def cases_of(level: str, only: str, device: torch.device) -> Iterator[Case]:
-    """The cases of a level whose name contains `only`, one after another: each frees the one before."""
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and for how long."""
+
+    device: torch.device
+    only: str = ""  # cases whose name contains this
+    compiled: str = ""  # torch.compile for cases whose name contains this; compiling is what takes the time
+    seconds: float = 0.6  # for the rounds of one op case
+    limit: float = 360.0  # seconds for the rows of a level
+
+
+def cases_of(level: str, options: Options) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Names of a level's cases, and what makes each: it frees the one before. Those to be compiled come last."""
     if level == "ops":
-        make = suite.Maker(device)
-        for request in suite.requests(device=device):
-            if only in request.name:
-                yield make(request)
+        make = suite.Maker(options.device)
+        requests = suite.requests(device=options.device)
+        for request in sorted(requests, key=lambda request: options.compiled in request.name):
+            if options.only in request.name:
+                yield request.name, partial(make, request)
         return
-    for case in loops.LEVELS[level](device):
-        if only in case.group:
-            yield case
+    for case in loops.LEVELS[level](options.device):
+        if options.only in case.group:
+            yield case.group, partial(replace, case)
 
 
-def call_overhead(device: torch.device) -> dict[str, dict[str, float]]:
+def fitted(case: Case, options: Options) -> Case:
+    """Without the compiled contender, where it is not asked for."""
+    if options.compiled in case.group:
+        return case
+    return replace(case, contenders={n: run for n, run in case.contenders.items() if n != "compiled"})
+
+
+def call_overhead(options: Options) -> dict[str, dict[str, float]]:
     """Microseconds a call costs before it moves any data: the toy size. On CUDA the host's part alone."""
     found = {}
-    for case in suite.toy_cases(device):
+    torch._dynamo.reset()
+    for case in suite.toy_cases(options.device):
         if case.size != suite.TOY:
             continue
-        if device.type == "cuda":
+        case = fitted(case, options)
+        if options.device.type == "cuda":
             times = {name: host_seconds(run, 21) for name, run in case.contenders.items()}
         else:
             times = interleaved(case.contenders, 300)["median"]
@@ -59,26 +82,39 @@ def call_overhead(device: torch.device) -> dict[str, dict[str, float]]:
     return found
 
 
-def measure(level: str, only: str, device: torch.device, seconds: float, limit: float) -> dict[str, Any]:
-    """Machine, rows and, for ops, the cost of a call; cases left when `limit` seconds are over are not measured."""
+def measure(level: str, options: Options) -> dict[str, Any]:
+    """Machine, rows and, for ops, the cost of a call; what could not be measured, and why."""
+    device = options.device
     before, roof, start = machine(device), Roof(device), time.perf_counter()
+    seconds = options.seconds if level == "ops" else LOOP_SECONDS
     rows: list[Row] = []
-    for case in cases_of(level, only, device):
-        if time.perf_counter() - start > limit:
-            print("\nout of time: the cases that are left are not measured", file=sys.stderr)
-            break
-        print(f"\r{case.group:70}", end="", file=sys.stderr, flush=True)
-        rows.append(measured_row(case, device, seconds if level == "ops" else LOOP_SECONDS, roof))
+    failed: dict[str, str] = {}
+    left: list[str] = []
+    for name, make in cases_of(level, options):
+        if time.perf_counter() - start > options.limit:
+            left.append(name)
+            continue
+        print(f"\r{name:70}", end="", file=sys.stderr, flush=True)
+        try:
+            rows.append(measured_row(fitted(make(), options), device, seconds, roof))
+        except Exception as error:  # the other cases are worth having
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     print(f"\r{'':70}\r", end="", file=sys.stderr)
     rows.sort(key=lambda row: SIZE_NAMES.index(row["size"]) if row["size"] in SIZE_NAMES else len(SIZE_NAMES))
-    result = {"machine": machine_afterwards(before, roof), "rows": rows}
-    return result | {"call_overhead_us": call_overhead(device)} if level == "ops" and not only else result
+    result = {"machine": machine_afterwards(before, roof), "rows": rows, "failed": failed, "left": left}
+    return (
+        result | {"call_overhead_us": call_overhead(options)}
+        if level == "ops" and not options.only
+        else result
+    )
 
 
 def show(level: str, result: dict[str, Any]) -> None:
     """The table on the terminal."""
     header, lines = report.table(result)
     print(f"{level}: {report.described(result['machine'])}")
+    for line in report.unmeasured(result):
+        print(line)
     try:
         from rich.console import Console
         from rich.table import Table
@@ -93,14 +129,19 @@ def show(level: str, result: dict[str, Any]) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table, highlight=False)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("levels", nargs="*", metavar="level", default=LEVELS, help=", ".join(LEVELS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=min(4, os.cpu_count() or 1))
-    parser.add_argument("--seconds", type=float, default=0.6, help="for the rounds of one op case")
-    parser.add_argument("--limit", type=float, default=360, help="seconds for the rows of a level")
+    parser.add_argument(
+        "--seconds", type=float, default=Options.seconds, help="for the rounds of one op case"
+    )
+    parser.add_argument("--limit", type=float, default=Options.limit, help="seconds for the rows of a level")
     parser.add_argument("--only", default="", help="cases whose name contains this; nothing is written")
+    parser.add_argument(
+        "--compiled", default="", help="torch.compile only for cases whose name contains this"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--print-only", action="store_true")
     arguments = parser.parse_args()
@@ -109,15 +150,19 @@ def main() -> None:
         parser.error(f"level is {unknown[0]!r}, must be one of {', '.join(LEVELS)}")
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
+    options = Options(device, arguments.only, arguments.compiled, arguments.seconds, arguments.limit)
+    failed = False
     for level in arguments.levels:
-        result = measure(level, arguments.only, device, arguments.seconds, arguments.limit)
+        result = measure(level, options)
+        failed |= bool(result["failed"])
         show(level, result)
         if not (arguments.only or arguments.print_only):
             arguments.output.mkdir(parents=True, exist_ok=True)
             path = arguments.output / f"{level}_{device.type}.json"
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(f"wrote {path}")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -66,6 +66,13 @@ def load(level: str, device: str) -> Result | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def unmeasured(result: Result) -> list[str]:
+    """What is missing from a result, a line a case that failed and one for all that time ran out for."""
+    lines = [f"not measured, {name}: {why}" for name, why in (result.get("failed") or {}).items()]
+    left = result.get("left")
+    return lines + ([f"not measured, out of time: {', '.join(left)}"] if left else [])
+
+
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """Header and cells of a result."""
     return HEADER, [cells(row) for row in result["rows"]]
@@ -198,6 +205,8 @@ def sections() -> Iterator[str]:
                 yield "Not measured."
                 continue
             yield described(result["machine"])
+            if unmeasured(result):
+                yield "\n".join(f"- {line}" for line in unmeasured(result))
             yield from level_sections(level, result)
 
 

@@ -51,7 +51,7 @@ def measured_row(case: Case, device: torch.device, seconds: float, roof: Roof) -
     row["share_of_copy"] = rounded(case.bytes / ours / 1e9 / copy_gbps) if case.bytes else None
     row["share_of_equal_copy"] = rounded(times["median"]["copy"] / ours) if case.bytes else None
     row["counts"] = {n: count(f).as_dict() for n, f in functions.items() if n in ("ours", "eager")}
-    if device.type == "cuda":
+    if device.type == "cuda" and case.bytes:
         graph = graph_seconds(case.contenders["ours"])
         row["graph_us"] = None if graph is None else rounded(1e6 * graph)
     return row | ({"failed": failed} if failed else {})

@@ -86,6 +86,9 @@ def test_the_rules_of_counting():
         x[torch.tensor([1, 1])]  # two rows of it and their indices
     assert counter.bytes == 64 + 16 + 64
     with Counter() as counter:
+        torch.add(x, x, out=x.new_empty(4, 8))  # one operand, given twice
+    assert counter.as_dict() == {"launches": 1, "bytes": 256, "syncs": 0}
+    with Counter() as counter:
         bool(x.sum() > 3)
         x.nonzero()
     assert counter.syncs == 2
