@@ -116,7 +116,7 @@ def _bytes(schema: Any, name: str, call: tuple[tuple[Any, ...], dict[str, Any]],
         if changed:
             written += _tensors(value)
         if not (
-            changed and (name in _OVERWRITES or argument.name == "out") or _GATHERED.get(name) == position
+            (changed and (name in _OVERWRITES or argument.name == "out")) or _GATHERED.get(name) == position
         ):
             read |= {id(tensor): tensor for tensor in _tensors(value)}
     if all(returned.alias_info is None for returned in schema.returns):
