@@ -32,7 +32,7 @@ def measured_row(case: Case, device: torch.device, seconds: float, roof: Roof) -
         functions["copy"] = copy_of(case.bytes, device)
     rounds = rounds_within(functions, seconds, MOST_ROUNDS, device)
     before = roof.sample()
-    times = interleaved(functions, rounds, device=device)
+    times = interleaved(functions, rounds, min(3, rounds // 5), device)
     copy_gbps = (before + roof.sample()) / 2e9
     row: Row = {
         "operation": case.operation,
