@@ -41,8 +41,8 @@ class Options:
     device: torch.device
     only: str = ""  # cases whose name contains this
     compiled: str = ""  # torch.compile for cases whose name contains this; compiling is what takes the time
-    seconds: float = 0.6  # for the rounds of one op case
-    limit: float = 360.0  # seconds for the rows of a level
+    seconds: float = 0.3  # for the rounds of one op case
+    limit: float = 390.0  # seconds for the rows of a level
 
 
 def cases_of(level: str, options: Options) -> Iterator[tuple[str, Callable[[], Case]]]:

@@ -56,7 +56,7 @@ bytes run in turns in one process. **GB/s** counts the least a call has to move 
 written once); **of copy** is its share of torch's copy of 512 MiB just before and after, more than 100 % where the data
 stays in a cache; **of equal** is the time of the copy of as many bytes over the op's, in a cache or not like the op.
 **launches** (CUDA kernels) and **syncs** (the host waiting for a number) are counted, not timed: ours, then
-eager's.
+eager's. What eager does in numpy, on tensors of the CPU, nobody counts.
 """
 
 
@@ -173,7 +173,11 @@ def targets(ops: Result | None, device: str) -> list[list[str]]:
             judged("at most 10 us of GPU time for image groups", image, 10, below=True),
             judged("at most 3 us of host time for an eager call", overhead, 3, below=True),
         ]
-    noise = [(label[id(row)], row["speedup_by_median"]["eager"]) for row in rows if row["operation"] == NOISE]
+    noise = [
+        (label[id(row)], row["speedup_by_median"]["eager"])
+        for row in rows
+        if row["operation"].startswith(NOISE)
+    ]
     return [
         judged("5 times faster than unfused eager", ratios("eager"), 5),
         judged("never slower than torch.compile", ratios("compiled"), 1),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.cases import Size
-from benchmarks.counters import Counter, count
+from benchmarks.counters import KERNELS, Counter, count
 from benchmarks.loops import SyntheticModel, rollout_case, synthetic_recipe
 from benchmarks.suite import Maker, requests
 
@@ -17,6 +17,7 @@ COUNTED = Size(
     "counted x24", 24, (16, 16, 16)
 )  # large enough that a coefficient table is no part of its bytes
 REQUESTS = requests(((COUNTED, torch.float32), (COUNTED, torch.bfloat16)))
+LATENT_SIZED = 1 << 18
 ANY_LAUNCHES = 4  # of PyTorch's around ours: the loss's sum and its gradient
 
 
@@ -32,8 +33,10 @@ def test_our_calls_never_wait_and_touch_their_data_once(made, request_):
     assert ours.syncs == 0
     assert ours.ours, "ours calls no op of this package"
     assert len(ours.others) <= ANY_LAUNCHES, ours.others
-    assert ours.launches <= eager.launches
-    assert ours.bytes <= eager.bytes
+    assert ours.launches <= sum(KERNELS[name] for name in ours.ours) + ANY_LAUNCHES
+    if case.bytes >= LATENT_SIZED:  # eager mathematics on rewards goes to numpy, where nobody counts
+        assert ours.launches < eager.launches
+        assert ours.bytes <= eager.bytes
     backward = any(name.endswith("_backward") for name in ours.ours)
     if backward:  # the inputs once for the value and once for the gradient, and nothing saved in between
         assert ours.bytes <= 2 * case.bytes
