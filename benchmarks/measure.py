@@ -126,7 +126,7 @@ def show(level: str, result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if number < 3 else "right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 140).print(table, highlight=False)
+    Console(width=None if sys.stdout.isatty() else 180).print(table, highlight=False)
 
 
 def main() -> int:
