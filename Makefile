@@ -11,7 +11,7 @@ PIP   := $(BIN)/pip --disable-pip-version-check
 SETUP := $(VENV)/.torch-$(TORCH)
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format build figures clean
+.PHONY: demo test lint format build figures benchmarks gpu-check clean
 
 demo: build
 	$(BIN)/flowgrpo-fast train
@@ -39,6 +39,16 @@ figures: build
 	rm -rf runs/figures
 	$(BIN)/flowgrpo-fast train --out runs/figures
 	$(BIN)/flowgrpo-fast report runs/figures --figures docs/images
+
+# measures every level on this machine (idle, please: about eight minutes), then writes docs/benchmarks.md
+benchmarks: build
+	$(BIN)/python benchmarks/measure.py
+	$(BIN)/python benchmarks/report.py
+
+# on a machine with a GPU, torch and nvcc, without a network: builds, tests and measures with its own Python;
+# what that lacks is taken from ./wheels. Results go to benchmarks/results, or to OUT=folder.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--output $(OUT))
 
 $(READY): pyproject.toml $(SETUP)
 	$(PIP) install --quiet "setuptools>=77" "pybind11>=3.0" "ninja>=1.11"

@@ -1,103 +1,168 @@
-"""Interleaved timing: every contender once a round, so that all of them meet the same machine."""
+"""Measures ours, unfused eager PyTorch and torch.compile side by side, prints a table and writes JSON.
+
+python benchmarks/measure.py                       every level, into benchmarks/results/<level>_<device>.json
+python benchmarks/measure.py ops --only replay     a part, printed only
+"""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowgrpo_fast.monitor.cost import cpu_name
-from flowgrpo_fast.ops import build_info
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(ROOT))
 
-if __package__:
-    from benchmarks.baselines import contenders, make_workload
-else:
-    from baselines import contenders, make_workload
+from benchmarks import loops, report, suite  # noqa: E402
+from benchmarks.cases import SIZES, Case  # noqa: E402
+from benchmarks.rows import Row, machine, machine_afterwards, measured_row, rounded  # noqa: E402
+from benchmarks.timing import Roof, host_seconds, interleaved  # noqa: E402
 
-Functions = dict[str, Callable[[], Any]]
-RESULTS = Path(__file__).parent / "results"
-
-
-def interleaved(functions: Functions, rounds: int, warmup: int = 3) -> dict[str, dict[str, float]]:
-    """Median and minimum seconds of each function.
-
-    Each is called twice a round and the second call counts: the first puts its data into the caches and lets the
-    threads of the one before settle, as in a loop that repeats one of them.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(warmup + rounds):
-        for name, function in functions.items():
-            function()
-            start = time.perf_counter()
-            function()
-            if number >= warmup:
-                samples[name].append(time.perf_counter() - start)
-    return {
-        "median": {name: statistics.median(times) for name, times in samples.items()},
-        "min": {name: min(times) for name, times in samples.items()},
-    }
+LEVELS = ("ops", "rollout", "train_step")
+RESULTS = ROOT / "benchmarks" / "results"
+LOOP_SECONDS = 4.0  # a rollout or a training step is long; this gives them some rounds
+SIZE_NAMES = [size.name for size in SIZES]
 
 
-def speedups(times: dict[str, float]) -> dict[str, float]:
-    """How many times ours is faster than each other contender."""
-    return {name: round(times[name] / times["ours"], 2) for name in times if name != "ours"}
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and for how long."""
+
+    device: torch.device
+    only: str = ""  # cases whose name contains this
+    compiled: str = ""  # torch.compile for cases whose name contains this; compiling is what takes the time
+    seconds: float = 0.3  # for the rounds of one op case
+    limit: float = 390.0  # seconds for the rows of a level
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """Medians and ratios of all operations, with what they were measured on."""
-    workload = make_workload()
-    report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": build_info()["isa"],
-        "torch": torch.__version__,
-        "latents": [*workload.latents.shape],
-        "dtype": str(workload.latents.dtype),
-        "rounds": rounds,
-        # Runnable processes: other work on the machine slows both sides.
-        "load_before": round(os.getloadavg()[0], 2),
-        "operations": {},
-        "call_overhead_us": {},
-    }
-    for operation, functions in contenders(workload).items():
-        times = interleaved(functions, rounds)
-        report["operations"][operation] = {
-            f"{kind}_ms": {name: round(1e3 * t, 4) for name, t in times[kind].items()} for kind in times
-        } | {f"speedup_by_{kind}": speedups(times[kind]) for kind in times}
-    for operation, functions in contenders(make_workload((1, 4))).items():
-        overhead = interleaved(functions, 10 * rounds)["median"]
-        report["call_overhead_us"][operation] = {name: round(1e6 * t, 2) for name, t in overhead.items()}
-    report["load_after"] = round(os.getloadavg()[0], 2)
-    return report
+def cases_of(level: str, options: Options) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Names of a level's cases, and what makes each: it frees the one before. Those to be compiled come last."""
+    if level == "ops":
+        make = suite.Maker(options.device)
+        requests = suite.requests(device=options.device)
+        for request in sorted(requests, key=lambda request: options.compiled in request.name):
+            if options.only in request.name:
+                yield request.name, partial(make, request)
+        return
+    for case in loops.LEVELS[level](options.device):
+        if options.only in case.group:
+            yield case.group, partial(replace, case)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=4)
-    parser.add_argument("--output", type=Path, default=RESULTS / "ops_cpu.json")
+def fitted(case: Case, options: Options) -> Case:
+    """Without the compiled contender, where it is not asked for."""
+    if options.compiled in case.group:
+        return case
+    return replace(case, contenders={n: run for n, run in case.contenders.items() if n != "compiled"})
+
+
+def call_overhead(options: Options) -> dict[str, dict[str, float]]:
+    """Microseconds a call costs before it moves any data: the toy size. On CUDA the host's part alone."""
+    found = {}
+    torch._dynamo.reset()
+    for case in suite.toy_cases(options.device):
+        if case.size != suite.TOY:
+            continue
+        case = fitted(case, options)
+        if options.device.type == "cuda":
+            times = {name: host_seconds(run, 21) for name, run in case.contenders.items()}
+        else:
+            times = interleaved(case.contenders, 300)["median"]
+        found[case.operation] = {name: rounded(1e6 * seconds) for name, seconds in times.items()}
+    return found
+
+
+def measure(level: str, options: Options) -> dict[str, Any]:
+    """Machine, rows and, for ops, the cost of a call; what could not be measured, and why."""
+    device = options.device
+    before, roof, start = machine(device), Roof(device), time.perf_counter()
+    seconds = options.seconds if level == "ops" else LOOP_SECONDS
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    left: list[str] = []
+    for name, make in cases_of(level, options):
+        if time.perf_counter() - start > options.limit:
+            left.append(name)
+            continue
+        print(f"\r{name:70}", end="", file=sys.stderr, flush=True)
+        try:
+            rows.append(measured_row(fitted(make(), options), device, seconds, roof))
+        except Exception as error:  # the other cases are worth having
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    print(f"\r{'':70}\r", end="", file=sys.stderr)
+    rows.sort(key=lambda row: SIZE_NAMES.index(row["size"]) if row["size"] in SIZE_NAMES else len(SIZE_NAMES))
+    result = {"machine": machine_afterwards(before, roof), "rows": rows, "failed": failed, "left": left}
+    return (
+        result | {"call_overhead_us": call_overhead(options)}
+        if level == "ops" and not options.only
+        else result
+    )
+
+
+def show(level: str, result: dict[str, Any]) -> None:
+    """The table on the terminal."""
+    header, lines = report.table(result)
+    print(f"{level}: {report.described(result['machine'])}")
+    for line in report.unmeasured(result):
+        print(line)
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:  # a bare machine
+        print("\n".join(" | ".join(line) for line in [header, *lines]))
+        return
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(header):
+        table.add_column(column, justify="left" if number < 3 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 180).print(table, highlight=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("levels", nargs="*", metavar="level", default=LEVELS, help=", ".join(LEVELS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument(
+        "--seconds", type=float, default=Options.seconds, help="for the rounds of one op case"
+    )
+    parser.add_argument("--limit", type=float, default=Options.limit, help="seconds for the rows of a level")
+    parser.add_argument("--only", default="", help="cases whose name contains this; nothing is written")
+    parser.add_argument(
+        "--compiled", default="", help="torch.compile only for cases whose name contains this"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--print-only", action="store_true")
     arguments = parser.parse_args()
+    unknown = [level for level in arguments.levels if level not in LEVELS]
+    if unknown:
+        parser.error(f"level is {unknown[0]!r}, must be one of {', '.join(LEVELS)}")
     torch.set_num_threads(arguments.threads)
-    report = measure(arguments.rounds)
-    for operation, result in report["operations"].items():
-        for kind in ("median", "min"):
-            times = ", ".join(f"{name} {value:.3f} ms" for name, value in result[f"{kind}_ms"].items())
-            ratios = ", ".join(f"{ratio:.1f}x {name}" for name, ratio in result[f"speedup_by_{kind}"].items())
-            print(f"{operation:20} {kind:6} {times}  ->  {ratios}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))
+    device = torch.device(arguments.device)
+    options = Options(device, arguments.only, arguments.compiled, arguments.seconds, arguments.limit)
+    failed = False
+    for level in arguments.levels:
+        result = measure(level, options)
+        failed |= bool(result["failed"])
+        show(level, result)
+        if not (arguments.only or arguments.print_only):
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            path = arguments.output / f"{level}_{device.type}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"wrote {path}")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

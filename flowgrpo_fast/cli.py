@@ -180,16 +180,19 @@ def sample(
     print("  ".join([out, *(f"{name.removeprefix('eval/')} {v:.4f}" for name, v in result.metrics.items())]))
 
 
-def bench(level: tyro.conf.Positional[Literal["ops"]] = "ops", /) -> None:
-    """Times the ops against unfused PyTorch with pytest-benchmark, from a source checkout.
+def bench(
+    level: tyro.conf.Positional[Literal["ops", "rollout", "train_step"]] = "ops", /, *, only: str = ""
+) -> None:
+    """Times ours against unfused PyTorch and torch.compile and prints the table, from a source checkout.
 
     Args:
-        level: which suite.
+        level: single ops, a whole rollout, or a training step.
+        only: cases whose name contains this, e.g. "replay" or "toy".
     """
-    suite = Path(__file__).parents[1] / "benchmarks" / f"bench_{level}.py"
+    suite = Path(__file__).parents[1] / "benchmarks" / "measure.py"
     if not suite.exists():
         raise ValueError(f"no benchmark suite at {str(suite)!r}; run this in a source checkout")
-    command = [sys.executable, "-m", "pytest", str(suite), "--benchmark-group-by=group", "-q"]
+    command = [sys.executable, str(suite), level, "--print-only", "--only", only]
     raise SystemExit(subprocess.call(command))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
@@ -36,12 +38,17 @@ def test_the_readme_recipe_is_the_recipe() -> None:
 
 
 def test_the_readme_speed_ups_are_the_checked_in_ones() -> None:
-    results = json.loads((ROOT / "benchmarks/results/ops_cpu.json").read_text())
-    for operation in ("sampling", "replay", "replay_and_backward"):
-        for baseline in ("eager", "compiled"):
-            for kind in ("median", "min"):
-                ratio = results["operations"][operation][f"speedup_by_{kind}"][baseline]
-                assert f"{ratio:.1f}" in README, (operation, kind, baseline, ratio)
+    results = report.load("ops", "cpu")
+    for line in report.readme_lines(results):
+        assert line in README
+    headline = report.find(results, "sampling")["speedup_by_median"]["eager"]
+    assert f"[{headline:.1f} in the checked-in run]" in README
+
+
+def test_the_benchmark_page_is_the_checked_in_results() -> None:
+    assert report.PAGE.read_text() == report.page(), "run python benchmarks/report.py"
+    for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", report.page()):
+        assert (report.PAGE.parent / target).exists()
 
 
 def test_the_readme_demo_is_the_checked_in_one() -> None:

@@ -1,31 +1,32 @@
-"""The benchmarks' baselines compute what the ops compute, and the ops stay clearly faster. Real ratios: benchmarks/."""
+"""The benchmarks' contenders compute the same, their rows say what was measured, and the ops stay clearly faster."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import baselines, measure, report, suite, timing, trainer_loop
+from benchmarks.cases import SD3, SIZES, Case
+from benchmarks.rows import machine, machine_afterwards, measured_row
+from benchmarks.timing import Roof, interleaved, rounds_within
 from flowgrpo_fast.ops import flow_log_prob
+from flowgrpo_fast.sampling.sampler import rollout
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.draws import draw
+from flowgrpo_fast.training.engine import build_engine
+from flowgrpo_fast.training.loop import make_batch, score
+from flowgrpo_fast.training.update import _Tally, accumulate_share
 
-BASELINES = Path(__file__).resolve().parents[2] / "benchmarks" / "baselines.py"
-
-
-@pytest.fixture(scope="module")
-def baselines():
-    import sys
-
-    spec = importlib.util.spec_from_file_location("flowgrpo_fast_baselines", BASELINES)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+CPU = torch.device("cpu")
 
 
-def test_baselines_agree_with_the_op(baselines):
+def test_baselines_agree_with_the_op():
     w = baselines.make_workload((3, 4, 16, 16))
     ours = flow_log_prob(w.latents, w.velocity, w.next_latents, w.coeffs, w.step_index)
     _, unfused = baselines.unfused_step(w, w.velocity, w.next_latents)
@@ -36,6 +37,200 @@ def test_baselines_agree_with_the_op(baselines):
     fresh, log_prob = baselines.unfused_step(w, w.velocity)
     replayed = flow_log_prob(w.latents, w.velocity, fresh, w.coeffs, w.step_index)
     torch.testing.assert_close(log_prob, replayed, rtol=1e-5, atol=2e-6)
+
+
+@pytest.fixture
+def engine(toy_recipe):
+    return build_engine(
+        toy_recipe(num_prompts=2), CPU
+    )  # each prompt once: trainers group by the prompt's text
+
+
+def schedule_of(engine):
+    return resolve_schedule(engine.recipe, 0)
+
+
+@pytest.mark.parametrize(
+    "make_step", [trainer_loop.eager_step, pytest.param(trainer_loop.compiled_step, marks=pytest.mark.slow)]
+)
+def test_the_steps_of_the_trainers_loop_agree_with_the_op(engine, make_step):
+    schedule = schedule_of(engine)
+    step = make_step(schedule, engine.recipe, CPU)
+    latents, velocity = torch.randn(2, 5, 6)
+    index = schedule.kept[0]
+    timestep = (1000 * schedule.sigmas[index]).expand(5)
+    following, log_prob = step(latents, velocity, timestep, None)
+    ours = flow_log_prob(latents, velocity, following, schedule.coeffs, index)
+    torch.testing.assert_close(log_prob, ours, rtol=1e-5, atol=2e-6)
+    _, replayed = step(latents, velocity, timestep, following)
+    torch.testing.assert_close(replayed, ours, rtol=1e-5, atol=2e-6)
+
+
+def test_the_trainers_update_has_our_gradient(engine):
+    """Same transitions, same credit: the loss written the long way gives the gradient of ours."""
+    recipe, schedule = engine.recipe, schedule_of(engine)
+    draws = draw(recipe, len(engine.prompts), 0, CPU)
+    conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
+    trajectory = rollout(engine.model, conditioning, draws, schedule, recipe)
+    rewards = score(engine, trajectory)
+    batch = make_batch(engine, trajectory, conditioning, rewards, schedule)
+    whole = slice(0, len(batch.advantages))
+    accumulate_share(engine, batch, whole, _Tally())
+    ours = [p.grad.clone() for p in engine.model.module.parameters()]
+    engine.model.module.zero_grad()
+
+    prompts = [engine.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
+    advantages = trainer_loop.advantages_of(rewards.total, prompts, recipe)
+    torch.testing.assert_close(advantages, batch.advantages, rtol=1e-5, atol=1e-6)
+    kept = trajectory.step_index
+    samples = trainer_loop.Samples(
+        trajectory.latents,
+        trajectory.next_latents,
+        trajectory.log_prob,
+        (1000 * schedule.sigmas[kept]).expand(len(advantages), -1),
+        trajectory.x0,
+    )
+    trainer = trainer_loop.Trainer(engine)
+    trainer.info = {"loss": [], "ratio": [], "clip_fraction": []}
+    step = trainer_loop.eager_step(schedule, recipe, CPU)
+    for j in range(len(kept)):
+        (trainer.loss(samples, conditioning, advantages, (whole, j), step) / len(kept)).backward()
+    for want, parameter in zip(ours, engine.model.module.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, want, rtol=1e-3, atol=1e-6)
+
+
+def test_the_trainers_loop_trains(engine):
+    before = [p.clone() for p in engine.model.module.parameters()]
+    info = trainer_loop.Trainer(engine).step()
+    assert info["ratio"] == pytest.approx(1, abs=0.05)
+    assert any(not torch.equal(a, b) for a, b in zip(before, engine.model.module.parameters(), strict=True))
+
+
+def test_every_family_is_found_and_every_case_asked_for_once():
+    names = [request.name for request in suite.requests()]
+    assert len(names) == len(set(names))
+    assert {"flow"} <= set(suite.families())
+    for size in SIZES:
+        assert f"sampling {size.name} float32" in names
+    assert f"replay {SD3.name} bfloat16" in names
+    request = next(r for r in suite.requests() if r.size_name == suite.TOY.name)
+    made = suite.Maker(CPU)(request)
+    assert (made.group, made.operation) == (request.name, request.operation)
+
+
+@pytest.fixture
+def small_roof(monkeypatch):
+    monkeypatch.setattr(timing, "_COPY_BYTES", 1 << 20)
+    return Roof(CPU)
+
+
+@pytest.fixture
+def result(small_roof) -> dict:
+    """Two rows measured here: one real op, and one of sleeps with known times."""
+    case = next(suite.toy_cases(CPU))
+    real = Case(
+        case.operation, SD3, case.dtype, case.bytes, {n: case.contenders[n] for n in ("ours", "eager")}
+    )
+    waits = {"ours": lambda: time.sleep(0.002), "eager": lambda: time.sleep(0.008)}
+    known = Case("waiting", SD3, torch.float32, 40_000_000, waits)
+    rows = [measured_row(each, CPU, 0.05, small_roof) for each in (real, known)]
+    return {"machine": machine_afterwards(machine(CPU), small_roof), "rows": rows}
+
+
+def test_rows_say_what_was_measured(result):
+    real, known = json.loads(json.dumps(result["rows"]))
+    assert real["counts"]["ours"]["syncs"] == 0
+    assert real["counts"]["eager"]["launches"] > real["counts"]["ours"]["launches"]
+    assert known["median_ms"]["ours"] == pytest.approx(2, rel=0.5)
+    assert known["speedup_by_median"] == {"eager": pytest.approx(4, rel=0.4)}
+    assert known["gbps"] == pytest.approx(0.04 / known["median_ms"]["ours"] * 1e3, rel=0.01)
+    assert known["share_of_copy"] == pytest.approx(known["gbps"] / known["copy_gbps"], rel=0.01)
+    assert known["share_of_equal_copy"] == pytest.approx(
+        known["median_ms"]["copy"] / known["median_ms"]["ours"], rel=0.01
+    )
+
+
+def test_targets_are_computed_from_the_rows(result):
+    faster, compiled, share, equal, noise = report.targets(result, "cpu")
+    assert faster[1:3] == ["missed", "1 of 2"]  # sleeping is only four times faster
+    assert faster[3].endswith(f"(waiting, {SD3.name}, float32)")
+    assert compiled[1] == "not measured"
+    assert share[1:3] == equal[1:3] == ["missed", "0 of 1"]
+    assert noise[1] == "not measured"
+    assert [line[1] for line in report.targets(None, "cuda")] == ["not measured"] * 4
+    row = result["rows"][1] | {
+        "graph_us": 12.0,
+        "share_of_copy": 0.9,
+        "share_of_equal_copy": 0.8,
+        "bytes": 2e8,
+    }
+    cuda = {"rows": [row], "call_overhead_us": {"waiting": {"ours": 2.5}}}
+    assert [line[1] for line in report.targets(cuda, "cuda")] == ["met", "missed", "missed", "met"]
+
+
+def test_a_contender_that_fails_is_left_out_and_named(small_roof):
+    case = next(suite.toy_cases(CPU))
+
+    def broken():
+        raise RuntimeError("no compiler here")
+
+    contenders = {"ours": case.contenders["ours"], "compiled": broken}
+    row = measured_row(Case("step", SD3, case.dtype, case.bytes, contenders), CPU, 0.01, small_roof)
+    assert row["failed"] == {"compiled": "RuntimeError: no compiler here"}
+    assert "compiled" not in row["speedup_by_median"]
+
+
+def test_the_table_prints_with_and_without_rich(result, capsys, monkeypatch):
+    measure.show("ops", result)
+    rich = capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    measure.show("ops", result)
+    plain = capsys.readouterr().out
+    for out in (rich, plain):
+        assert "waiting" in out
+        assert "of copy" in out
+
+
+def test_timing_takes_turns():
+    order = []
+    interleaved({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, warmup=1)
+    assert "".join(order) == "aabb" * 3
+    assert rounds_within({"a": lambda: time.sleep(0.01)}, seconds=0.5, most=200) == pytest.approx(25, abs=10)
+
+
+@pytest.mark.slow
+def test_measure_runs_as_a_script_from_anywhere(tmp_path):
+    script = Path(measure.__file__)
+    command = [
+        sys.executable,
+        str(script),
+        "ops",
+        "--only",
+        "replay toy",
+        "--seconds",
+        "0.02",
+        "--threads",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "toy x8" in done.stdout
+    done = subprocess.run([sys.executable, str(script), "opz"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "level is 'opz', must be one of ops, rollout, train_step" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_suites_are_collected():
+    root = Path(measure.__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "benchmarks"]
+    listed = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300).stdout
+    for test in (
+        f"bench_ops.py::bench_op[sampling {SD3.name} float32-ours]",
+        "bench_rollout.py::bench_rollout[digits-network]",
+        "bench_train_step.py::bench_train_step[eager]",
+    ):
+        assert test in listed
 
 
 def best_seconds(function, repeats=7):
@@ -51,7 +246,7 @@ def best_seconds(function, repeats=7):
 @pytest.mark.parametrize(
     ("operation", "at_least"), [("sampling", 2), ("replay", 3), ("replay_and_backward", 2)]
 )
-def test_faster_than_eager(baselines, operation, at_least):
+def test_faster_than_eager(operation, at_least):
     """Best of several on one thread, three tries: measured 7, 9 and 6 times, asked for a fraction of it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,0 +1,361 @@
+"""Builds, tests and measures on a machine with a GPU, and writes one JSON file. Needs torch and nvcc, no network.
+
+make gpu-check                                  or, the same: python benchmarks/gpu_check.py --output FOLDER
+
+Stages run one after another, each with a time limit; a failing one does not stop the others. Packages the machine
+lacks are taken from a folder of wheels, by default `wheels/` next to the Makefile, made where there is a network with
+
+    pip download --dest wheels --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 diffusers ...
+
+and installed beside the machine's own, into build/gpu_check/site. What is still missing is skipped and listed. Exit
+status: 0 all passed, 1 something failed, 2 no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import report  # noqa: E402
+
+WORK = ROOT / "build" / "gpu_check"
+NEEDED = {  # import name: what goes without it
+    "pybind11": "the build",
+    "ninja": "the build",
+    "pytest": "every test",
+    "hypothesis": "tests with generated shapes",
+    "numpy": "rollout, training, their tests and benchmarks",
+    "diffusers": "the digits model, the scheduler, the rollout and train-step benchmarks",
+    "safetensors": "checkpoints and the digits model",
+    "transformers": "what diffusers loads with it",
+    "peft": "LoRA",
+    "PIL": "sample grids",
+    "matplotlib": "figures",
+    "sklearn": "the digits' data and judge",
+    "scipy": "tests of distributions",
+    "pynvml": "the energy of a run",
+    "pytest_benchmark": "pytest benchmarks/ (the measurements here do without)",
+    "triton": "torch.compile on the GPU, so the speed-ups over it",
+    "rich": "coloured tables",
+    "tyro": "the command line and its tests",
+    "ml_dtypes": "comparisons of the low-precision codes",
+}
+
+
+@dataclass
+class Stage:
+    """What came of one stage."""
+
+    name: str
+    status: str = "passed"  # passed | failed | timed out | skipped
+    seconds: float = 0.0
+    detail: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One program with a limit, and how its result is read beyond the exit status."""
+
+    name: str
+    arguments: list[str]
+    limit: int  # seconds
+    environment: dict[str, str] = field(default_factory=dict)
+    read: Callable[[Stage, str], None] | None = None
+
+
+def run(command: Command, folder: Path) -> Stage:
+    """Runs a command to its end or its limit; its output goes to <folder>/<name>.log, and the tail into the result."""
+    stage, start = Stage(command.name), time.perf_counter()
+    log = folder / f"{command.name}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command.arguments,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment() | command.environment,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=command.limit)
+            stage.status = "passed" if code == 0 else "failed"
+            stage.detail = "" if code == 0 else f"exit status {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)  # the session this process started, with everything in it
+            process.wait()
+            stage.status, stage.detail = "timed out", f"stopped after {command.limit} s"
+    text = log.read_text(errors="replace")
+    if command.read:
+        command.read(stage, text)
+    if stage.status in ("failed", "timed out"):
+        stage.detail += "; " + " | ".join(text.strip().splitlines()[-8:])
+    stage.seconds = round(time.perf_counter() - start, 1)
+    return stage
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the checkout and the unpacked wheels importable."""
+    path = [str(ROOT), str(WORK / "site"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}
+
+
+def install(wheels: Path) -> Stage:
+    """Installs the wheels whose packages the machine lacks, and lists what is still missing."""
+    stage, start = Stage("packages"), time.perf_counter()
+    wanted = [str(path) for path in sorted(wheels.glob("*.whl")) if not installed(path.name.split("-")[0])]
+    if wanted:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
+        done = subprocess.run(
+            [*command, "--target", str(WORK / "site"), *wanted], capture_output=True, text=True, timeout=30
+        )
+        if done.returncode:
+            stage.status, stage.detail = "failed", done.stderr.strip()[-500:]
+    stage.numbers = {"installed": [Path(name).name for name in wanted], "missing": missing()}
+    stage.seconds = round(time.perf_counter() - start, 1)
+    return stage
+
+
+def installed(distribution: str) -> bool:
+    """Whether the machine itself has a package."""
+    try:
+        importlib.metadata.version(distribution.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def missing() -> dict[str, str]:
+    """Packages that cannot be imported, and what goes without them."""
+    code = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n) is None])"
+    found = subprocess.run(
+        [sys.executable, "-c", code, *NEEDED], capture_output=True, text=True, env=environment(), cwd=ROOT
+    )
+    return {name: NEEDED[name] for name in found.stdout.split()}
+
+
+def read_tests(junit: Path) -> Callable[[Stage, str], None]:
+    """Counts of a JUnit report. A file that cannot be imported for a missing package counts as skipped, by name."""
+
+    def read(stage: Stage, _: str) -> None:
+        passed, skips, failed, lacking = 0, 0, [], {}
+        for case in ElementTree.parse(junit).iter("testcase") if junit.exists() else ():
+            name = f"{case.get('classname')}::{case.get('name')}"
+            problem = next((child for child in case if child.tag in ("failure", "error")), None)
+            text = "" if problem is None else (problem.get("message") or "") + (problem.text or "")
+            package = re.search(r"No module named '(\w+)", text)
+            if package and package[1] in NEEDED:
+                lacking[name] = f"needs {package[1]}"
+            elif problem is not None:
+                failed.append(name)
+            elif case.find("skipped") is not None:
+                skips += 1
+            else:
+                passed += 1
+        counts = {"passed": passed, "failed": len(failed), "skipped": skips + len(lacking)}
+        stage.numbers = counts | {"failed_tests": failed[:50], "skipped_for_packages": lacking}
+        if stage.status == "failed" and lacking and passed and not failed:
+            stage.status, stage.detail = "passed", f"{len(lacking)} files skipped for missing packages"
+        if stage.status == "passed" and not passed:
+            stage.status, stage.detail = "failed", "no test ran"
+
+    return read
+
+
+def read_sanitizer(stage: Stage, text: str) -> None:
+    """The errors compute-sanitizer counted."""
+    found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
+    stage.numbers = {"errors": sum(int(a or b) for a, b in found) if found else None}
+    if "Device not supported" in text:
+        stage.status, stage.detail = "skipped", "compute-sanitizer: device not supported"
+    elif stage.status == "passed" and (not found or stage.numbers["errors"]):
+        stage.status, stage.detail = "failed", "compute-sanitizer found errors, or gave no summary"
+
+
+def commands(folder: Path, arch: str) -> list[Command]:
+    """The stages after the packages; limits add up to less than ten minutes."""
+    python, junit = sys.executable, folder / "tests.xml"
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    gpu = [*pytest, "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}", "tests"]
+    build = {
+        "FLOWGRPO_FAST_ARCHS": arch,
+        "FLOWGRPO_FAST_BUILD": str(WORK / "objects"),
+        "FLOWGRPO_FAST_CUDA": "1",
+    }
+    found = [
+        Command("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 110, build),
+        Command("tests", gpu, 130, read=read_tests(junit)),
+    ]
+    found += [
+        Command(
+            tool,
+            [
+                *sanitizer(tool),
+                *pytest,
+                "-x",
+                "-m",
+                "gpu and witness",
+                "--continue-on-collection-errors",
+                "tests/ops",
+            ],
+            60,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            read_sanitizer,
+        )
+        for tool in ("memcheck", "racecheck")
+    ]
+    measure = [
+        python,
+        "benchmarks/measure.py",
+        "--device",
+        "cuda",
+        "--output",
+        str(folder),
+        "--seconds",
+        "0.1",
+    ]
+    return [
+        *found,
+        Command("ops", [*measure, "ops", "--limit", "110", "--compiled", "SD3.5 512 x24 bfloat16"], 140),
+        Command("rollout", [*measure, "rollout"], 35),
+        Command("train_step", [*measure, "train_step"], 35),
+    ]
+
+
+def sanitizer(tool: str) -> list[str]:
+    """compute-sanitizer on our kernels alone, where it can tell them apart; empty where there is none."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    program = shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
+    if program is None:
+        return []
+    known = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
+    only = ["--kernel-name", "kernel_substring=flowgrpo_fast"] if "--kernel-name" in known else []
+    return [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *only]
+
+
+def absent(command: Command, lacking: dict[str, str]) -> str:
+    """Why a stage cannot run here, or nothing."""
+    if command.name in ("memcheck", "racecheck") and not command.arguments[0].endswith("compute-sanitizer"):
+        return "compute-sanitizer not found"
+    needs = {
+        "build": ("pybind11", "ninja"),
+        "tests": ("pytest",),
+        "memcheck": ("pytest",),
+        "racecheck": ("pytest",),
+        "rollout": ("numpy", "diffusers"),
+        "train_step": ("numpy", "diffusers", "sklearn"),
+    }
+    names = [name for name in needs.get(command.name, ()) if name in lacking]
+    return f"needs {', '.join(names)}" if names else ""
+
+
+def gpu() -> dict[str, str] | None:
+    """The GPU and what drives it; None without one."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "arch": f"{major}{minor}" + ("a" if (major, minor) in ((9, 0), (10, 0)) else ""),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+def summary(machine: dict[str, str], stages: list[Stage]) -> dict[str, Any]:
+    """What is written: machine, date, every stage, and in one place everything that was skipped."""
+    skipped = {stage.name: stage.detail for stage in stages if stage.status == "skipped"}
+    for stage in stages:
+        skipped |= stage.numbers.get("skipped_for_packages", {})
+        skipped |= {f"package {name}": why for name, why in stage.numbers.get("missing", {}).items()}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+        "seconds": round(sum(stage.seconds for stage in stages), 1),
+        "failed": [stage.name for stage in stages if stage.status in ("failed", "timed out")],
+        "skipped": skipped,
+        "targets": targets(),
+        "stages": [asdict(stage) for stage in stages],
+    }
+
+
+def targets() -> list[dict[str, str]]:
+    """The GPU's goals against what was measured just now."""
+    path = WORK / "ops_cuda.json"
+    result = json.loads(path.read_text()) if path.exists() else None
+    keys = ("target", "verdict", "rows", "worst")
+    return [dict(zip(keys, line, strict=True)) for line in report.targets(result, "cuda")]
+
+
+def show(stage: Stage) -> None:
+    """One line a stage, at once."""
+    counts = {k: v for k, v in stage.numbers.items() if isinstance(v, int)}
+    numbers = "  ".join(f"{name} {value}" for name, value in counts.items())
+    print(
+        f"{stage.name:12} {stage.status:10} {stage.seconds:6.1f} s  {numbers}  {stage.detail[:600]}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels")
+    parser.add_argument("--dry-run", action="store_true", help="list the stages, run nothing")
+    arguments = parser.parse_args()
+    machine = gpu()
+    if arguments.dry_run:
+        for command in commands(WORK, machine["arch"] if machine else "<arch>"):
+            print(f"{command.name:12} {command.limit:4} s  {' '.join(command.arguments)}")
+        return 0
+    if machine is None:
+        print("gpu-check: no CUDA device", file=sys.stderr)
+        return 2
+    for folder in (WORK, arguments.output):
+        folder.mkdir(parents=True, exist_ok=True)
+    for stale in [*WORK.glob("*_cuda.json"), *WORK.glob("*.xml")]:
+        stale.unlink()
+    print(f"{machine['gpu']}, torch {machine['torch']}, Python {machine['python']}, sm_{machine['arch']}")
+    stages = [install(arguments.wheels)]
+    show(stages[0])
+    lacking = stages[0].numbers["missing"]
+    for command in commands(WORK, machine["arch"]):
+        why = absent(command, lacking)
+        stages.append(Stage(command.name, "skipped", detail=why) if why else run(command, WORK))
+        show(stages[-1])
+    result = summary(machine, stages)
+    for name, why in result["skipped"].items():
+        print(f"skipped: {name}: {why}")
+    path = arguments.output / "gpu_check.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for measured in WORK.glob("*_cuda.json"):
+        shutil.copy(measured, arguments.output)
+    for target in result["targets"]:
+        print("  ".join(target.values()))
+    print(f"wrote {path} after {result['seconds']:.0f} s; failed: {', '.join(result['failed']) or 'nothing'}")
+    return 1 if result["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

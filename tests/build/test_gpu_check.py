@@ -1,0 +1,173 @@
+"""The GPU check's machinery, on a machine without a GPU: stages, limits, what is missing, what is reported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Command, Stage
+
+SCRIPT = Path(gpu_check.__file__)
+
+
+def python(name, code, limit=30, **more):
+    return Command(name, [sys.executable, "-c", code], limit, **more)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_in_one_line():
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "gpu-check: no CUDA device\n")
+
+
+def test_the_dry_run_lists_stages_of_less_than_ten_minutes(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--dry-run"]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path).stdout
+    names = [line.split()[0] for line in listed.splitlines()]
+    assert names == ["build", "tests", "memcheck", "racecheck", "ops", "rollout", "train_step"]
+    assert sum(int(line.split()[1]) for line in listed.splitlines()) < 600
+
+
+def test_a_stage_passes_fails_or_is_stopped(tmp_path):
+    assert gpu_check.run(python("good", "print(1)"), tmp_path).status == "passed"
+    bad = gpu_check.run(python("bad", "print('why it broke'); raise SystemExit(3)"), tmp_path)
+    assert bad.status == "failed"
+    assert "exit status 3" in bad.detail
+    assert "why it broke" in bad.detail
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    late = gpu_check.run(python("late", child, limit=1), tmp_path)
+    assert late.status == "timed out"
+    assert late.seconds < 20
+
+
+def test_stages_see_the_checkout_and_the_unpacked_wheels(tmp_path):
+    code = "import sys, flowgrpo_fast; print(sys.path)"
+    assert gpu_check.run(python("path", code), tmp_path).status == "passed"
+    log = (tmp_path / "path.log").read_text()
+    assert str(gpu_check.ROOT) in log
+    assert str(gpu_check.WORK / "site") in log
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="a" name="one"/><testcase classname="a" name="two"><skipped message="no"/></testcase>
+<testcase classname="" name="tests.models.test_digits"><error message="collection failure">
+E   ModuleNotFoundError: No module named 'diffusers'</error></testcase>{more}
+</testsuite></testsuites>"""
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "failed"),
+    [
+        ("", "passed", []),
+        (
+            '<testcase classname="a" name="three"><failure message="1 != 2">x</failure></testcase>',
+            "failed",
+            ["a::three"],
+        ),
+        (
+            '<testcase classname="" name="b"><error message="c">No module named \'flowgrpo_fast.new\'</error></testcase>',
+            "failed",
+            ["::b"],
+        ),
+    ],
+)
+def test_a_missing_package_skips_its_tests_visibly_and_nothing_else(tmp_path, more, status, failed):
+    (tmp_path / "tests.xml").write_text(REPORT.format(more=more))
+    stage = Stage("tests", "failed")
+    gpu_check.read_tests(tmp_path / "tests.xml")(stage, "")
+    assert stage.status == status
+    assert stage.numbers["failed_tests"] == failed
+    assert (stage.numbers["passed"], stage.numbers["skipped"]) == (1, 2)
+    result = gpu_check.summary({}, [stage])
+    assert result["skipped"] == {"::tests.models.test_digits": "needs diffusers"}
+    assert result["failed"] == (["tests"] if failed else [])
+
+
+def test_no_tests_at_all_is_a_failure(tmp_path):
+    stage = Stage("tests")
+    gpu_check.read_tests(tmp_path / "none.xml")(stage, "")
+    assert (stage.status, stage.detail) == ("failed", "no test ran")
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "after", "errors"),
+    [
+        ("3 passed\n========= ERROR SUMMARY: 0 errors", "passed", "passed", 0),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed", "passed", 0),
+        ("========= ERROR SUMMARY: 2 errors", "failed", "failed", 2),
+        ("========= RACECHECK SUMMARY: 1 hazard displayed", "passed", "failed", 1),
+        ("3 passed", "passed", "failed", None),
+        ("Error: Device not supported", "failed", "skipped", None),
+    ],
+)
+def test_the_sanitizers_summary_decides(text, before, after, errors):
+    stage = Stage("memcheck", before)
+    gpu_check.read_sanitizer(stage, text)
+    assert (stage.status, stage.numbers["errors"]) == (after, errors)
+
+
+def wheel(folder, name):
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{name}/__init__.py", "")
+        info = f"{name}-1.0.dist-info"
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        file.writestr(f"{info}/RECORD", "")
+
+
+def test_wheels_fill_in_what_is_missing_beside_the_machines_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
+    monkeypatch.setattr(
+        gpu_check, "NEEDED", {"torch": "all", "not_here_a": "its tests", "not_here_b": "its own"}
+    )
+    wheel(tmp_path, "not_here_a")
+    wheel(tmp_path, "torch")  # the machine's own stays
+    stage = gpu_check.install(tmp_path)
+    assert stage.status == "passed", stage.detail
+    assert stage.numbers == {
+        "installed": ["not_here_a-1.0-py3-none-any.whl"],
+        "missing": {"not_here_b": "its own"},
+    }
+    assert (tmp_path / "work/site/not_here_a/__init__.py").exists()
+
+
+def test_a_stage_without_its_packages_is_skipped_and_listed(tmp_path):
+    commands = {command.name: command for command in gpu_check.commands(tmp_path, "90a")}
+    assert commands["build"].environment["FLOWGRPO_FAST_ARCHS"] == "90a"
+    assert gpu_check.absent(commands["rollout"], {"diffusers": ""}) == "needs diffusers"
+    assert gpu_check.absent(commands["ops"], {"diffusers": ""}) == ""
+    bare = Command("memcheck", [sys.executable], 1)
+    assert gpu_check.absent(bare, {}) == "compute-sanitizer not found"
+
+
+@pytest.mark.slow
+def test_a_whole_check_goes_on_after_a_failure_and_writes_one_file(tmp_path, monkeypatch, capsys):
+    machine = {"gpu": "pretended", "arch": "90a", "torch": "2", "python": "3"}
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
+    monkeypatch.setattr(gpu_check, "gpu", lambda: machine)
+    stages = [
+        python("build", "1 / 0"),
+        Command("memcheck", ["python"], 1),
+        python("ops", "print('measured')"),
+    ]
+    monkeypatch.setattr(gpu_check, "commands", lambda folder, arch: stages)
+    monkeypatch.setattr(
+        sys, "argv", ["gpu_check.py", "--output", str(tmp_path / "out"), "--wheels", str(tmp_path)]
+    )
+    assert gpu_check.main() == 1
+    result = json.loads((tmp_path / "out/gpu_check.json").read_text())
+    assert [stage["status"] for stage in result["stages"][1:]] == ["failed", "skipped", "passed"]
+    assert result["failed"] == ["build"]
+    assert result["skipped"]["memcheck"] == "compute-sanitizer not found"
+    assert {target["verdict"] for target in result["targets"]} == {"not measured"}
+    assert "ZeroDivisionError" in capsys.readouterr().out
