@@ -1,0 +1,77 @@
+"""A recipe: one algorithm of the literature as data. Orthogonal frozen parts, validated on construction.
+
+A part says *what*; the rooms below say *how* (`sampling.windows` turns a window into step indices, ...).
+Paper numbers live in `recipes.py`; this room holds no algorithm.
+"""
+
+from __future__ import annotations
+
+from flowgrpo_fast.recipe.learning import ClippedRatio, Credit, Optimizer
+from flowgrpo_fast.recipe.network import FullFineTuning, LoRA, Network, Train
+from flowgrpo_fast.recipe.rollout import (
+    Exploring,
+    KeepAll,
+    LowPrecision,
+    NoScouts,
+    Prune,
+    Pruning,
+    RolloutPrecision,
+    Scouts,
+    TrainingPrecision,
+)
+from flowgrpo_fast.recipe.schedule import (
+    CPS,
+    AllSteps,
+    DanceSDE,
+    DPMSolver2M,
+    Dynamics,
+    DynamicShift,
+    Euler,
+    FlowSDE,
+    FractionOfSteps,
+    FrozenWindow,
+    RandomWindow,
+    Sigmas,
+    SlidingWindow,
+    Solver,
+    Window,
+)
+from flowgrpo_fast.recipe.task import RewardTerm, Task
+from flowgrpo_fast.recipe.whole import Recipe
+
+__all__ = [
+    "CPS",
+    "AllSteps",
+    "ClippedRatio",
+    "Credit",
+    "DPMSolver2M",
+    "DanceSDE",
+    "DynamicShift",
+    "Dynamics",
+    "Euler",
+    "Exploring",
+    "FlowSDE",
+    "FractionOfSteps",
+    "FrozenWindow",
+    "FullFineTuning",
+    "KeepAll",
+    "LoRA",
+    "LowPrecision",
+    "Network",
+    "NoScouts",
+    "Optimizer",
+    "Prune",
+    "Pruning",
+    "RandomWindow",
+    "Recipe",
+    "RewardTerm",
+    "RolloutPrecision",
+    "Scouts",
+    "Sigmas",
+    "SlidingWindow",
+    "Solver",
+    "Task",
+    "Train",
+    "TrainingPrecision",
+    "Window",
+]

@@ -1,0 +1,41 @@
+"""Parts of a recipe: what is trained, on which prompts, by which rewards, and who judges it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flowgrpo_fast.recipe.checks import positive, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardTerm:
+    """One reward: a function `package.module:function (images, prompts) -> [B]` and its weight."""
+
+    function: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is trained, on which prompts, by which rewards, and who judges it."""
+
+    model: str = "digits"  # a module of flowgrpo_fast.models, or package.module:function
+    prompts: str = ""  # a text file, one prompt a line; empty = the model's own
+    rewards: tuple[RewardTerm, ...] = (
+        RewardTerm(function="flowgrpo_fast.rewards.rules:digit_log_prob"),
+        RewardTerm(function="flowgrpo_fast.rewards.rules:ink_contrast", weight=0.2),
+    )
+    judge: str = "flowgrpo_fast.rewards.judges:DigitJudge"  # empty = none
+    num_eval_samples: int = 500
+    eval_every: int = 10
+
+    def __post_init__(self) -> None:
+        """There is something to learn from."""
+        require(len(self.rewards) > 0, "Task.rewards is empty; name at least one reward function")
+        names = [term.function.rpartition(":")[2] for term in self.rewards]
+        for name in names:
+            require(
+                names.count(name) == 1,
+                f"Task.rewards names {name!r} twice; metrics go by that name, so give each its own",
+            )
+        positive(self, num_eval_samples=self.num_eval_samples, eval_every=self.eval_every)

@@ -1,0 +1,97 @@
+"""The recipe itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flowgrpo_fast.recipe.checks import positive, require
+from flowgrpo_fast.recipe.learning import ClippedRatio, Credit, Optimizer
+from flowgrpo_fast.recipe.network import Network
+from flowgrpo_fast.recipe.rollout import (
+    Exploring,
+    KeepAll,
+    NoScouts,
+    Prune,
+    Pruning,
+    RolloutPrecision,
+    Scouts,
+    TrainingPrecision,
+)
+from flowgrpo_fast.recipe.schedule import AllSteps, Dynamics, Euler, FlowSDE, Sigmas, Solver, Window
+from flowgrpo_fast.recipe.task import Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything a run depends on, besides its code."""
+
+    name: str
+    sigmas: Sigmas = field(default_factory=Sigmas)
+    dynamics: Dynamics = field(default_factory=FlowSDE)
+    window: Window = field(default_factory=AllSteps)
+    solver: Solver = field(default_factory=Euler)  # steps after the window; before it Euler
+    share_start_noise: bool = False  # one start noise for a group
+    guidance_scale: float = 1.0
+    group_size: int = 24  # samples a prompt that are trained on; pruning and scouts start from more
+    num_prompts: int = 48  # per training step
+    credit: Credit = field(default_factory=Credit)
+    loss: ClippedRatio = field(default_factory=ClippedRatio)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    network: Network = field(default_factory=Network)
+    explore: Exploring = field(default_factory=NoScouts)
+    prune: Pruning = field(default_factory=KeepAll)
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the network's matrix products
+    rollout_precision: RolloutPrecision = field(
+        default_factory=TrainingPrecision
+    )  # of steps without a log-prob
+    rows_per_forward: int = 0  # samples per forward in rollout and replay; 0 = all of one update's
+    replay_rows: int = 0  # samples per forward of the replay; 0 = as in the rollout: first ratio exactly 1
+    max_ratio_error: float = 0.0  # of the self-test before the first update; 0 = the loss's clip_range
+    num_steps: int = 300
+    seed: int = 0
+    task: Task = field(default_factory=Task)
+
+    def __post_init__(self) -> None:
+        """Whatever the fields alone can break; the rest is checked where the schedule is resolved."""
+        require(
+            self.group_size >= 2,
+            f"Recipe.group_size is {self.group_size}; an advantage needs at least 2 samples per prompt",
+        )
+        positive(self, num_prompts=self.num_prompts, num_steps=self.num_steps)
+        require(
+            self.num_prompts * self.group_size % self.optimizer.num_updates == 0,
+            f"Optimizer.num_updates is {self.optimizer.num_updates}; it must divide "
+            f"num_prompts * group_size = {self.num_prompts * self.group_size}",
+        )
+        require(
+            self.precision in ("fp32", "bf16"),
+            f"Recipe.precision is {self.precision!r}; it must be 'fp32' or 'bf16'",
+        )
+        if isinstance(self.prune, Prune):
+            require(
+                self.prune.sizes[-1] > self.group_size,
+                f"Prune.sizes ends at {self.prune.sizes[-1]}; it must be above group_size = {self.group_size}, "
+                "which the last cut leaves",
+            )
+        if isinstance(self.explore, Scouts):
+            require(
+                self.explore.num_scouts > self.group_size,
+                f"Scouts.num_scouts is {self.explore.num_scouts}; it must be above group_size = {self.group_size}",
+            )
+        for name in ("rows_per_forward", "replay_rows"):
+            rows = getattr(self, name)
+            require(
+                rows >= 0 and self.rows_per_update % (rows or 1) == 0,
+                f"Recipe.{name} is {rows}; it must divide {self.rows_per_update}, the samples of one update",
+            )
+
+    @property
+    def rows_per_update(self) -> int:
+        """Samples behind one optimiser step."""
+        return self.num_prompts * self.group_size // self.optimizer.num_updates
+
+    @property
+    def rollout_rows(self) -> int:
+        """Samples per forward of the rollout."""
+        return self.rows_per_forward or self.rows_per_update
