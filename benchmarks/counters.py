@@ -21,6 +21,8 @@ KERNELS = {
     "pareto_fronts": 1,
     "compact": 1,
     "compact_out": 1,
+    "matching": 2,  # the partial sums, then the ordered sum of each mean
+    "matching_backward": 1,
 }
 _NO_KERNEL = {
     "empty",

@@ -33,6 +33,7 @@ PYBIND11_MODULE(_C, module) {
   bind_preview(module);
   bind_group(module);
   bind_quantize(module);
+  bind_matching(module);
 }
 
 }  // namespace flowgrpo_fast

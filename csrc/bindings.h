@@ -44,5 +44,6 @@ void bind_flow(py::module_& module);
 void bind_preview(py::module_& module);
 void bind_group(py::module_& module);
 void bind_quantize(py::module_& module);
+void bind_matching(py::module_& module);
 
 }  // namespace flowgrpo_fast

@@ -239,13 +239,13 @@ class Checker {
     }
   }
 
- private:
   static std::string shape_of(const Tensor& tensor) {
     std::string text = "[";
     for (int axis = 0; axis < tensor.ndim(); ++axis) text += (axis ? ", " : "") + std::to_string(tensor.size(axis));
     return text + "]";
   }
 
+ private:
   const char* op_;
 };
 

@@ -57,3 +57,18 @@ def pareto_fronts(objectives: Tensor, fronts: Tensor, num_threads: int) -> None:
 def compact(
     indices: Tensor, buffers: tuple[Tensor, ...], out: tuple[Tensor, ...], num_threads: int
 ) -> None: ...
+def matching(
+    inputs: tuple[Any, ...],
+    beta: float,
+    means: tuple[Tensor, ...],
+    workspace: Tensor | None,
+    num_threads: int,
+) -> None: ...
+def matching_backward(
+    inputs: tuple[Any, ...],
+    beta: float,
+    grads: tuple[Tensor | None, ...],
+    grad_velocity: Tensor,
+    num_threads: int,
+) -> None: ...
+def weight_place(element: int, shared: int, inner: int) -> int: ...

@@ -1,0 +1,141 @@
+// The residuals of velocity predictions and their backward on the CPU, compiled once per instruction set.
+#include "matching.h"
+
+#include "cpu_tile.h"
+
+namespace flowgrpo_fast::FLOWGRPO_ISA {
+
+// What a kernel reads of a tile, in the arithmetic dtype and zero behind the sample's end. Without a weight map the
+// weights are one; velocities a kernel does not read are null.
+template <typename Real>
+struct ResidualTile {
+  const Real *velocity, *target, *old, *reference, *weight;
+  Real scratch[4][kTile], weights[kTile];
+};
+
+// The weights of a tile where neighbours share one.
+template <typename Real>
+static void repeat_weights(const Real* source, int64_t shared, const Span& span, Real* weights) {
+  const Real* weight = source + span.element / shared;
+  int64_t left = shared - span.element % shared;
+  for (int i = 0; i < span.count; ++weight, left = shared) {
+    const int run = left < span.count - i ? static_cast<int>(left) : span.count - i;
+    for (int k = 0; k < run; ++k) weights[i + k] = *weight;
+    i += run;
+  }
+}
+
+// The weights of a tile, run by run of neighbours that differ: the map itself where the tile lies in one run.
+template <typename Real>
+static const Real* gather_weights(const Real* source, const WeightMap& map, const Span& span, Real* weights) {
+  for (int i = 0; i < span.count;) {
+    const int64_t element = span.element + i, left = map.inner - element % map.inner;
+    const Real* run_start = source + weight_place(map, element);
+    if (left >= kTile && span.count == kTile && i == 0) return run_start;
+    const int run = left < span.count - i ? static_cast<int>(left) : span.count - i;
+    widen(run_start, weights + i, run);
+    i += run;
+  }
+  return weights;
+}
+
+template <typename Real>
+static const Real* weight_tile(const WeightMap& map, const Span& span, int64_t sample, Real* weights) {
+  if (!map.data) return weights;
+  const Real* source = static_cast<const Real*>(map.data) + sample * map.stride;
+  for (int i = span.count; i < kTile; ++i) weights[i] = 0;
+  if (map.inner > 1) return gather_weights(source, map, span, weights);
+  repeat_weights(source, map.shared, span, weights);
+  return weights;
+}
+
+template <bool kOld, bool kReference, typename Real>
+static inline void load_residuals(const Residuals& residuals, const Span& span, int64_t sample,
+                                  ResidualTile<Real>* tile) {
+  tile->velocity = load_tile(residuals.velocity, span, tile->scratch[0]);
+  tile->target = load_tile(residuals.target, span, tile->scratch[1]);
+  tile->old = kOld ? load_tile(residuals.old_velocity, span, tile->scratch[2]) : nullptr;
+  tile->reference = kReference ? load_tile(residuals.reference_velocity, span, tile->scratch[3]) : nullptr;
+  tile->weight = weight_tile(residuals.weight, span, sample, tile->weights);
+}
+
+template <typename Real, bool kOld, bool kReference>
+static void mean_chunk(const MatchingArgs& args, int64_t index) {
+  const Residuals& residuals = args.residuals;
+  const ChunkRange range = chunk_range(index, residuals.elements);
+  const Real beta = static_cast<Real>(residuals.beta);
+  ResidualTile<Real> tile;
+  Real lanes[kMeans<kOld, kReference>][kLanes] = {};
+  for (int i = 0; i < kTile; ++i) tile.weights[i] = 1;
+  for (int64_t element = range.first; element < range.last; element += kTile) {
+    const Span span = span_of(range, element, residuals.elements);
+    load_residuals<kOld, kReference>(residuals, span, range.sample, &tile);
+    for (int start = 0; start < kTile; start += kLanes) {
+      for (int i = 0; i < kLanes; ++i) {
+        const int place = start + i;
+        add_terms<kOld, kReference>(tile.weight[place], tile.velocity[place], tile.target[place],
+                                    kOld ? tile.old[place] : Real(0), kReference ? tile.reference[place] : Real(0),
+                                    beta, lanes[0] + i, kLanes);
+      }
+    }
+  }
+  const int64_t count = residuals.batch * num_chunks(residuals.elements);
+  for (int mean = 0; mean < kMeans<kOld, kReference>; ++mean) {
+    args.partials[mean * count + index] = sum_lanes(lanes[mean]);
+  }
+}
+
+template <typename Real, bool kOld, bool kReference>
+static void gradient_chunk(const MatchingBackwardArgs& args, int64_t index) {
+  const Residuals& residuals = args.residuals;
+  const ChunkRange range = chunk_range(index, residuals.elements);
+  const Slopes<Real> slopes = slopes_of<Real>(args, range.sample);
+  ResidualTile<Real> tile;
+  Real scratch[kTile];
+  for (int i = 0; i < kTile; ++i) tile.weights[i] = 1;
+  for (int64_t element = range.first; element < range.last; element += kTile) {
+    const Span span = span_of(range, element, residuals.elements);
+    load_residuals<kOld, kReference>(residuals, span, range.sample, &tile);
+    Real* gradient = tile_target(args.grad_velocity, span, scratch);
+    for (int i = 0; i < kTile; ++i) {
+      gradient[i] =
+          gradient_of<kOld, kReference>(slopes, tile.weight[i], tile.velocity[i], tile.target[i],
+                                        kOld ? tile.old[i] : Real(0), kReference ? tile.reference[i] : Real(0));
+    }
+    store_tile(args.grad_velocity, span, gradient);
+  }
+}
+
+template <typename Real>
+static void matching_of(const MatchingArgs& args, int64_t index) {
+  if (args.residuals.old_velocity.data) {
+    args.residuals.reference_velocity.data ? mean_chunk<Real, true, true>(args, index)
+                                           : mean_chunk<Real, true, false>(args, index);
+  } else {
+    args.residuals.reference_velocity.data ? mean_chunk<Real, false, true>(args, index)
+                                           : mean_chunk<Real, false, false>(args, index);
+  }
+}
+
+template <typename Real>
+static void matching_backward_of(const MatchingBackwardArgs& args, int64_t index) {
+  if (needs_old(args)) {
+    args.grad_reference_drift ? gradient_chunk<Real, true, true>(args, index)
+                              : gradient_chunk<Real, true, false>(args, index);
+  } else {
+    args.grad_reference_drift ? gradient_chunk<Real, false, true>(args, index)
+                              : gradient_chunk<Real, false, false>(args, index);
+  }
+}
+
+void matching_chunk(const MatchingArgs& args, int64_t index) {
+  const bool is_double = args.residuals.velocity.dtype == DType::kFloat64;
+  is_double ? matching_of<double>(args, index) : matching_of<float>(args, index);
+}
+
+void matching_backward_chunk(const MatchingBackwardArgs& args, int64_t index) {
+  const bool is_double = args.residuals.velocity.dtype == DType::kFloat64;
+  is_double ? matching_backward_of<double>(args, index) : matching_backward_of<float>(args, index);
+}
+
+}  // namespace flowgrpo_fast::FLOWGRPO_ISA

@@ -1,0 +1,170 @@
+// The residuals of velocity predictions and their backward on a GPU.
+#include "cuda_group.cuh"
+#include "matching.h"
+
+namespace flowgrpo_fast::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / kWarp;
+
+// What a thread reads of a group, zero behind the sample's end; velocities a kernel does not read stay unset.
+template <typename Real>
+struct ResidualGroup {
+  Real velocity[kGroup], target[kGroup], old[kGroup], reference[kGroup], weight[kGroup];
+};
+
+// The weights of a group: one load where its elements share one or have neighbouring ones.
+template <typename Real>
+__device__ __forceinline__ void load_weights(const WeightMap& map, int64_t sample, const Group& group, Real* weights) {
+  if (!map.data) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) weights[i] = 1;
+    return;
+  }
+  const Real* source = static_cast<const Real*>(map.data) + sample * map.stride;
+  if (group.vector && map.inner == 1 && map.shared % kGroup == 0) {
+    const Real weight = source[weight_place(map, group.element)];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) weights[i] = weight;
+  } else if (group.vector && map.inner % kGroup == 0) {
+    const Real* first = source + weight_place(map, group.element);
+    load_group(real_buffer<Real>(first), {0, 0, kGroup, true}, weights);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      weights[i] = i < group.count ? source[weight_place(map, group.element + i)] : Real(0);
+    }
+  }
+}
+
+template <bool kOld, bool kReference, typename Real>
+__device__ __forceinline__ void load_residuals(const Residuals& residuals, int64_t sample, const Group& group,
+                                               ResidualGroup<Real>* tile) {
+  load_group(residuals.velocity, group, tile->velocity);
+  load_group(residuals.target, group, tile->target);
+  if (kOld) load_group(residuals.old_velocity, group, tile->old);
+  if (kReference) load_group(residuals.reference_velocity, group, tile->reference);
+  load_weights(residuals.weight, sample, group, tile->weight);
+}
+
+// Every thread leaves its sums in shared memory, then a warp adds those of one mean.
+template <typename Real, bool kOld, bool kReference>
+__global__ void __launch_bounds__(kThreads) matching_kernel(const __grid_constant__ MatchingArgs args, bool vector) {
+  __shared__ Real shared[kMeans<kOld, kReference>][kThreads];
+  const Residuals& residuals = args.residuals;
+  const ChunkRange range = chunk_range(residuals.elements);
+  const Real beta = static_cast<Real>(residuals.beta);
+  Real sums[kMeans<kOld, kReference>] = {};
+  for (int64_t element = range.first + threadIdx.x * kGroup; element < range.last; element += kThreads * kGroup) {
+    const Group group = group_at(range, element, residuals.elements, vector);
+    ResidualGroup<Real> tile;
+    load_residuals<kOld, kReference>(residuals, range.sample, group, &tile);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      add_terms<kOld, kReference>(tile.weight[i], tile.velocity[i], tile.target[i], kOld ? tile.old[i] : Real(0),
+                                  kReference ? tile.reference[i] : Real(0), beta, sums, 1);
+    }
+  }
+#pragma unroll
+  for (int mean = 0; mean < kMeans<kOld, kReference>; ++mean) shared[mean][threadIdx.x] = sums[mean];
+  __syncthreads();
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int mean = warp; mean < kMeans<kOld, kReference>; mean += kWarps) {
+    double sum = 0.0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += static_cast<double>(shared[mean][i * kWarp + lane]);
+    sum = warp_sum(sum);
+    if (lane == 0) args.partials[mean * static_cast<int64_t>(gridDim.x) + blockIdx.x] = sum;
+  }
+}
+
+// One warp a mean and sample: lane l adds partials l, l + 32, ..., then the lanes are added as a tree.
+template <typename Real>
+__global__ void mean_kernel(const __grid_constant__ MatchingArgs args) {
+  const Residuals& residuals = args.residuals;
+  const int64_t chunks = num_chunks(residuals.elements);
+  const double* partials = args.partials + blockIdx.x * chunks;
+  double sum = 0.0;
+  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kWarp) sum += partials[chunk];
+  sum = warp_sum(sum);
+  if (threadIdx.x == 0) {
+    Real* means = static_cast<Real*>(args.means[blockIdx.x / residuals.batch]);
+    means[blockIdx.x % residuals.batch] = static_cast<Real>(sum / static_cast<double>(residuals.elements));
+  }
+}
+
+template <typename Real, bool kOld, bool kReference>
+__global__ void __launch_bounds__(kThreads)
+    matching_backward_kernel(const __grid_constant__ MatchingBackwardArgs args, bool vector) {
+  const Residuals& residuals = args.residuals;
+  const ChunkRange range = chunk_range(residuals.elements);
+  const Slopes<Real> slopes = slopes_of<Real>(args, range.sample);
+  for (int64_t element = range.first + threadIdx.x * kGroup; element < range.last; element += kThreads * kGroup) {
+    const Group group = group_at(range, element, residuals.elements, vector);
+    ResidualGroup<Real> tile;
+    load_residuals<kOld, kReference>(residuals, range.sample, group, &tile);
+    Real gradient[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      gradient[i] =
+          gradient_of<kOld, kReference>(slopes, tile.weight[i], tile.velocity[i], tile.target[i],
+                                        kOld ? tile.old[i] : Real(0), kReference ? tile.reference[i] : Real(0));
+    }
+    store_group(args.grad_velocity, group, gradient);
+  }
+}
+
+bool can_vectorize(const Residuals& residuals) {
+  return residuals.elements % kGroup == 0 && aligned16(residuals.velocity.data) && aligned16(residuals.target.data) &&
+         aligned16(residuals.old_velocity.data) && aligned16(residuals.reference_velocity.data) &&
+         aligned16(residuals.weight.data);
+}
+
+template <typename Real>
+auto kernel_for(const MatchingArgs& args) {
+  const bool reference = args.residuals.reference_velocity.data != nullptr;
+  if (args.residuals.old_velocity.data) {
+    return reference ? matching_kernel<Real, true, true> : matching_kernel<Real, true, false>;
+  }
+  return reference ? matching_kernel<Real, false, true> : matching_kernel<Real, false, false>;
+}
+
+template <typename Real>
+auto kernel_for(const MatchingBackwardArgs& args) {
+  const bool reference = args.grad_reference_drift != nullptr;
+  if (needs_old(args)) {
+    return reference ? matching_backward_kernel<Real, true, true> : matching_backward_kernel<Real, true, false>;
+  }
+  return reference ? matching_backward_kernel<Real, false, true> : matching_backward_kernel<Real, false, false>;
+}
+
+template <typename Real>
+void launch(const MatchingArgs& args, void* stream) {
+  const Residuals& residuals = args.residuals;
+  const auto sum_kernel = kernel_for<Real>(args);
+  FLOWGRPO_LAUNCH(sum_kernel, residuals.batch * num_chunks(residuals.elements), kThreads, stream, args,
+                  can_vectorize(residuals));
+  FLOWGRPO_LAUNCH(mean_kernel<Real>, num_means(residuals) * residuals.batch, kWarp, stream, args);
+}
+
+template <typename Real>
+void launch_backward(const MatchingBackwardArgs& args, void* stream) {
+  const Residuals& residuals = args.residuals;
+  const auto gradient_kernel = kernel_for<Real>(args);
+  FLOWGRPO_LAUNCH(gradient_kernel, residuals.batch * num_chunks(residuals.elements), kThreads, stream, args,
+                  can_vectorize(residuals) && aligned16(args.grad_velocity.data));
+}
+
+}  // namespace
+
+void matching(const MatchingArgs& args, void* stream) {
+  const bool is_double = args.residuals.velocity.dtype == DType::kFloat64;
+  is_double ? launch<double>(args, stream) : launch<float>(args, stream);
+}
+
+void matching_backward(const MatchingBackwardArgs& args, void* stream) {
+  const bool is_double = args.residuals.velocity.dtype == DType::kFloat64;
+  is_double ? launch_backward<double>(args, stream) : launch_backward<float>(args, stream);
+}
+
+}  // namespace flowgrpo_fast::cuda
