@@ -59,28 +59,40 @@ static inline void load_residuals(const Residuals& residuals, const Span& span, 
   tile->weight = weight_tile(residuals.weight, span, sample, tile->weights);
 }
 
+// Lane by lane, so that a lane's sums stay in registers over the tile.
+template <bool kOld, bool kReference, bool kWeight, typename Real>
+static inline void add_tile(const ResidualTile<Real>& tile, Real beta, Real (*lanes)[kLanes]) {
+  constexpr int kMeans = count_means(kOld, kReference), kReferenceMean = reference_means_at(kOld);
+  const Real *velocity = tile.velocity, *target = tile.target, *old = tile.old, *reference = tile.reference;
+  for (int i = 0; i < kLanes; ++i) {
+    Real sums[kMeans];
+    for (int mean = 0; mean < kMeans; ++mean) sums[mean] = lanes[mean][i];
+    for (int k = i; k < i + kTile; k += kLanes) {
+      const Real weight = kWeight ? tile.weight[k] : Real(1);
+      add_own(weight, velocity[k], target[k], sums, 1);
+      if (kOld) add_old(weight, velocity[k], target[k], old[k], beta, sums + kOwnMeans, 1);
+      if (kReference) add_reference(weight, velocity[k], target[k], reference[k], sums + kReferenceMean, 1);
+    }
+    for (int mean = 0; mean < kMeans; ++mean) lanes[mean][i] = sums[mean];
+  }
+}
+
 template <typename Real, bool kOld, bool kReference>
 static void mean_chunk(const MatchingArgs& args, int64_t index) {
   const Residuals& residuals = args.residuals;
   const ChunkRange range = chunk_range(index, residuals.elements);
   const Real beta = static_cast<Real>(residuals.beta);
   ResidualTile<Real> tile;
-  Real lanes[kMeans<kOld, kReference>][kLanes] = {};
+  Real lanes[count_means(kOld, kReference)][kLanes] = {};
   for (int i = 0; i < kTile; ++i) tile.weights[i] = 1;
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, residuals.elements);
     load_residuals<kOld, kReference>(residuals, span, range.sample, &tile);
-    for (int start = 0; start < kTile; start += kLanes) {
-      for (int i = 0; i < kLanes; ++i) {
-        const int place = start + i;
-        add_terms<kOld, kReference>(tile.weight[place], tile.velocity[place], tile.target[place],
-                                    kOld ? tile.old[place] : Real(0), kReference ? tile.reference[place] : Real(0),
-                                    beta, lanes[0] + i, kLanes);
-      }
-    }
+    residuals.weight.data ? add_tile<kOld, kReference, true>(tile, beta, lanes)
+                          : add_tile<kOld, kReference, false>(tile, beta, lanes);
   }
   const int64_t count = residuals.batch * num_chunks(residuals.elements);
-  for (int mean = 0; mean < kMeans<kOld, kReference>; ++mean) {
+  for (int mean = 0; mean < count_means(kOld, kReference); ++mean) {
     args.partials[mean * count + index] = sum_lanes(lanes[mean]);
   }
 }
@@ -98,9 +110,10 @@ static void gradient_chunk(const MatchingBackwardArgs& args, int64_t index) {
     load_residuals<kOld, kReference>(residuals, span, range.sample, &tile);
     Real* gradient = tile_target(args.grad_velocity, span, scratch);
     for (int i = 0; i < kTile; ++i) {
-      gradient[i] =
-          gradient_of<kOld, kReference>(slopes, tile.weight[i], tile.velocity[i], tile.target[i],
-                                        kOld ? tile.old[i] : Real(0), kReference ? tile.reference[i] : Real(0));
+      Real sum = slopes.error * (tile.velocity[i] - tile.target[i]);
+      if (kOld) sum += slopes.old * (tile.velocity[i] - tile.old[i]);
+      if (kReference) sum += slopes.reference * (tile.velocity[i] - tile.reference[i]);
+      gradient[i] = tile.weight[i] * sum;
     }
     store_tile(args.grad_velocity, span, gradient);
   }

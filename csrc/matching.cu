@@ -7,11 +7,9 @@ namespace {
 
 constexpr int kWarps = kThreads / kWarp;
 
-// What a thread reads of a group, zero behind the sample's end; velocities a kernel does not read stay unset.
+// Blocks that must fit a multiprocessor, which bounds the registers of a thread.
 template <typename Real>
-struct ResidualGroup {
-  Real velocity[kGroup], target[kGroup], old[kGroup], reference[kGroup], weight[kGroup];
-};
+constexpr int kResident = sizeof(Real) == 8 ? 2 : 3;
 
 // The weights of a group: one load where its elements share one or have neighbouring ones.
 template <typename Real>
@@ -37,39 +35,50 @@ __device__ __forceinline__ void load_weights(const WeightMap& map, int64_t sampl
   }
 }
 
+// Adds what a group has to the sums of a thread. A velocity is loaded when it is used: that saves registers.
 template <bool kOld, bool kReference, typename Real>
-__device__ __forceinline__ void load_residuals(const Residuals& residuals, int64_t sample, const Group& group,
-                                               ResidualGroup<Real>* tile) {
-  load_group(residuals.velocity, group, tile->velocity);
-  load_group(residuals.target, group, tile->target);
-  if (kOld) load_group(residuals.old_velocity, group, tile->old);
-  if (kReference) load_group(residuals.reference_velocity, group, tile->reference);
-  load_weights(residuals.weight, sample, group, tile->weight);
+__device__ __forceinline__ void add_group(const Residuals& residuals, int64_t sample, const Group& group, Real* sums) {
+  Real velocity[kGroup], target[kGroup], weight[kGroup];
+  load_group(residuals.velocity, group, velocity);
+  load_group(residuals.target, group, target);
+  load_weights(residuals.weight, sample, group, weight);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) add_own(weight[i], velocity[i], target[i], sums, 1);
+  if (kOld) {
+    Real old[kGroup];
+    const Real beta = static_cast<Real>(residuals.beta);
+    load_group(residuals.old_velocity, group, old);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) add_old(weight[i], velocity[i], target[i], old[i], beta, sums + kOwnMeans, 1);
+  }
+  if (kReference) {
+    Real reference[kGroup];
+    load_group(residuals.reference_velocity, group, reference);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      add_reference(weight[i], velocity[i], target[i], reference[i], sums + reference_means_at(kOld), 1);
+    }
+  }
 }
 
 // Every thread leaves its sums in shared memory, then a warp adds those of one mean.
 template <typename Real, bool kOld, bool kReference>
-__global__ void __launch_bounds__(kThreads) matching_kernel(const __grid_constant__ MatchingArgs args, bool vector) {
-  __shared__ Real shared[kMeans<kOld, kReference>][kThreads];
+__global__ void __launch_bounds__(kThreads, kResident<Real>)
+    matching_kernel(const __grid_constant__ MatchingArgs args, bool vector) {
+  constexpr int kMeans = count_means(kOld, kReference);
+  __shared__ Real shared[kMeans][kThreads];
   const Residuals& residuals = args.residuals;
   const ChunkRange range = chunk_range(residuals.elements);
-  const Real beta = static_cast<Real>(residuals.beta);
-  Real sums[kMeans<kOld, kReference>] = {};
+  Real sums[kMeans] = {};
   for (int64_t element = range.first + threadIdx.x * kGroup; element < range.last; element += kThreads * kGroup) {
     const Group group = group_at(range, element, residuals.elements, vector);
-    ResidualGroup<Real> tile;
-    load_residuals<kOld, kReference>(residuals, range.sample, group, &tile);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      add_terms<kOld, kReference>(tile.weight[i], tile.velocity[i], tile.target[i], kOld ? tile.old[i] : Real(0),
-                                  kReference ? tile.reference[i] : Real(0), beta, sums, 1);
-    }
+    add_group<kOld, kReference>(residuals, range.sample, group, sums);
   }
 #pragma unroll
-  for (int mean = 0; mean < kMeans<kOld, kReference>; ++mean) shared[mean][threadIdx.x] = sums[mean];
+  for (int mean = 0; mean < kMeans; ++mean) shared[mean][threadIdx.x] = sums[mean];
   __syncthreads();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int mean = warp; mean < kMeans<kOld, kReference>; mean += kWarps) {
+  for (int mean = warp; mean < kMeans; mean += kWarps) {
     double sum = 0.0;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) sum += static_cast<double>(shared[mean][i * kWarp + lane]);
@@ -93,23 +102,34 @@ __global__ void mean_kernel(const __grid_constant__ MatchingArgs args) {
   }
 }
 
+// Adds slope * (velocity - other) to the gradient.
+template <typename Real>
+__device__ __forceinline__ void add_slope(const Buffer& other, const Group& group, Real slope, const Real* velocity,
+                                          Real* gradient) {
+  Real values[kGroup];
+  load_group(other, group, values);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) gradient[i] += slope * (velocity[i] - values[i]);
+}
+
 template <typename Real, bool kOld, bool kReference>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<Real>)
     matching_backward_kernel(const __grid_constant__ MatchingBackwardArgs args, bool vector) {
   const Residuals& residuals = args.residuals;
   const ChunkRange range = chunk_range(residuals.elements);
   const Slopes<Real> slopes = slopes_of<Real>(args, range.sample);
   for (int64_t element = range.first + threadIdx.x * kGroup; element < range.last; element += kThreads * kGroup) {
     const Group group = group_at(range, element, residuals.elements, vector);
-    ResidualGroup<Real> tile;
-    load_residuals<kOld, kReference>(residuals, range.sample, group, &tile);
-    Real gradient[kGroup];
+    Real velocity[kGroup], gradient[kGroup], weight[kGroup];
+    load_group(residuals.velocity, group, velocity);
+    load_group(residuals.target, group, gradient);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      gradient[i] =
-          gradient_of<kOld, kReference>(slopes, tile.weight[i], tile.velocity[i], tile.target[i],
-                                        kOld ? tile.old[i] : Real(0), kReference ? tile.reference[i] : Real(0));
-    }
+    for (int i = 0; i < kGroup; ++i) gradient[i] = slopes.error * (velocity[i] - gradient[i]);
+    if (kOld) add_slope(residuals.old_velocity, group, slopes.old, velocity, gradient);
+    if (kReference) add_slope(residuals.reference_velocity, group, slopes.reference, velocity, gradient);
+    load_weights(residuals.weight, range.sample, group, weight);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) gradient[i] *= weight[i];
     store_group(args.grad_velocity, group, gradient);
   }
 }

@@ -34,10 +34,8 @@ struct Residuals {
 
 // The means are numbered: error and error_abs; with an old velocity its error and error_abs, old_drift, positive and
 // negative, each followed by its abs; with a reference velocity its error and drift.
-constexpr int kMaxMeans = 11;
-
-template <bool kOld, bool kReference>
-constexpr int kMeans = 2 + (kOld ? 7 : 0) + (kReference ? 2 : 0);
+constexpr int kOwnMeans = 2, kOldMeans = 7, kReferenceMeans = 2;
+constexpr int kMaxMeans = kOwnMeans + kOldMeans + kReferenceMeans;
 
 struct MatchingArgs {
   Residuals residuals;
@@ -55,8 +53,15 @@ struct MatchingBackwardArgs {
   Buffer grad_velocity;  // out, dtype of velocity
 };
 
+// Where the means with a reference velocity start.
+FLOWGRPO_HD constexpr int reference_means_at(bool with_old) { return kOwnMeans + (with_old ? kOldMeans : 0); }
+
+FLOWGRPO_HD constexpr int count_means(bool with_old, bool with_reference) {
+  return reference_means_at(with_old) + (with_reference ? kReferenceMeans : 0);
+}
+
 FLOWGRPO_HD int num_means(const Residuals& residuals) {
-  return 2 + (residuals.old_velocity.data ? 7 : 0) + (residuals.reference_velocity.data ? 2 : 0);
+  return count_means(residuals.old_velocity.data != nullptr, residuals.reference_velocity.data != nullptr);
 }
 
 // Where the weight of an element is among its sample's.
@@ -74,25 +79,27 @@ FLOWGRPO_HD void add_residual(Real weight, Real residual, Real* sums, int stride
   sums[stride] += weight * absolute(residual);
 }
 
-// Adds what one element has to each mean; the sums lie `stride` apart. Without a velocity its value does not matter.
-template <bool kOld, bool kReference, typename Real>
-FLOWGRPO_HD void add_terms(Real weight, Real velocity, Real target, Real old, Real reference, Real beta, Real* sums,
-                           int stride) {
-  const Real residual = velocity - target;
-  add_residual(weight, residual, sums, stride);
-  if (kOld) {
-    const Real drift = velocity - old;
-    add_residual(weight, old - target, sums + 2 * stride, stride);
-    sums[4 * stride] += weight * (drift * drift);
-    add_residual(weight, residual - (1 - beta) * drift, sums + 5 * stride, stride);
-    add_residual(weight, residual - (1 + beta) * drift, sums + 7 * stride, stride);
-  }
-  if (kReference) {
-    Real* rest = sums + (kOld ? 9 : 2) * stride;
-    const Real error = reference - target, drift = velocity - reference;
-    rest[0] += weight * (error * error);
-    rest[stride] += weight * (drift * drift);
-  }
+// What one element adds to the means of the velocity itself, those with an old and those with a reference velocity; the
+// sums lie `stride` apart.
+template <typename Real>
+FLOWGRPO_HD void add_own(Real weight, Real velocity, Real target, Real* sums, int stride) {
+  add_residual(weight, velocity - target, sums, stride);
+}
+
+template <typename Real>
+FLOWGRPO_HD void add_old(Real weight, Real velocity, Real target, Real old, Real beta, Real* sums, int stride) {
+  const Real residual = velocity - target, drift = velocity - old;
+  add_residual(weight, old - target, sums, stride);
+  sums[2 * stride] += weight * (drift * drift);
+  add_residual(weight, residual - (1 - beta) * drift, sums + 3 * stride, stride);
+  add_residual(weight, residual - (1 + beta) * drift, sums + 5 * stride, stride);
+}
+
+template <typename Real>
+FLOWGRPO_HD void add_reference(Real weight, Real velocity, Real target, Real reference, Real* sums, int stride) {
+  const Real error = reference - target, drift = velocity - reference;
+  sums[0] += weight * (error * error);
+  sums[stride] += weight * (drift * drift);
 }
 
 // d loss / d velocity of an element is its weight times
@@ -121,15 +128,6 @@ FLOWGRPO_HD Slopes<Real> slopes_of(const MatchingBackwardArgs& args, int64_t sam
 // Whether the gradient reads the old velocity.
 FLOWGRPO_HD bool needs_old(const MatchingBackwardArgs& args) {
   return args.grad_old_drift || args.grad_positive || args.grad_negative;
-}
-
-template <bool kOld, bool kReference, typename Real>
-FLOWGRPO_HD Real gradient_of(const Slopes<Real>& slopes, Real weight, Real velocity, Real target, Real old,
-                             Real reference) {
-  Real sum = slopes.error * (velocity - target);
-  if (kOld) sum += slopes.old * (velocity - old);
-  if (kReference) sum += slopes.reference * (velocity - reference);
-  return weight * sum;
 }
 
 FLOWGRPO_DECLARE_OP(matching, MatchingArgs)

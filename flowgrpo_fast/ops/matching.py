@@ -48,9 +48,9 @@ def _allocate(
     weight: Tensor | None,
     beta: float,
 ) -> tuple[Tensor, ...]:
-    real = real_dtype(velocity)
+    first = per_sample(velocity, real_dtype(velocity))
     names = _names(old_velocity is not None, reference_velocity is not None)
-    return tuple(per_sample(velocity, real) for _ in names)
+    return (first, *(torch.empty_like(first) for _ in names[1:]))
 
 
 def _workspace(velocity: Tensor, num_means: int) -> Tensor | None:

@@ -1,0 +1,541 @@
+"""The residuals of velocity predictions against their definitions in float64, written out here."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.cases import Size
+from benchmarks.cases.matching import cases as matching_cases
+from flowgrpo_fast import _C
+from flowgrpo_fast.ops import Matching, build_info, matching, reference
+
+OPS = torch.ops.flowgrpo_fast
+ROOT = Path(__file__).resolve().parents[2]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DIFFERENTIABLE = {"error", "old_drift", "positive", "negative", "reference_drift"}
+# Samples that fill neither a tile (256), a chunk (4096) nor a group of eight, and those that do.
+SHAPES = [
+    (1, 1),
+    (2, 257),
+    (2, 4097),
+    (2, 16, 12, 10),
+    (2, 8, 2, 6, 8),
+    (2, 64, 16),
+    (2, 5, 3, 5),
+    (3, 41, 13),
+]
+# Where the weights repeat.
+REPEATED = {
+    "none": lambda shape: shape,
+    "channels first": lambda shape: (shape[0], 1, *shape[2:]),
+    "channels last": lambda shape: (*shape[:-1], 1),
+    "positions": lambda shape: (*shape[:2], *[1] * (len(shape) - 2)),
+    "batch": lambda shape: (1, *shape[1:]),
+    "batch and channels": lambda shape: (1, 1, *shape[2:]),
+    "everything": lambda shape: (shape[0], *[1] * (len(shape) - 1)),
+}
+
+
+def make(shape, dtypes=(torch.float32,), old=True, other=True, weight=None, device="cpu"):
+    """Arguments of the op; `dtypes` are those of velocity, target, old and reference velocity, in turn."""
+    generator = torch.Generator().manual_seed(sum(shape) + 7 * len(shape))
+    real = torch.float64 if dtypes[0] is torch.float64 else torch.float32
+
+    def normal(place):
+        dtype = dtypes[place % len(dtypes)]
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+    arguments = {"velocity": normal(0), "target": normal(1)}
+    if old:
+        arguments["old_velocity"] = normal(2)
+    if other:
+        arguments["reference_velocity"] = normal(3)
+    if weight is not None:
+        values = torch.rand(REPEATED[weight](shape), generator=generator, dtype=torch.float64) + 0.1
+        arguments["weight"] = values.to(real).to(device)
+    return arguments
+
+
+def exact_means(arguments, beta):
+    """Every mean in float64, from its definition."""
+    tensors = {name: value.double() for name, value in arguments.items()}
+    velocity, target = tensors["velocity"], tensors["target"]
+    old, other = tensors.get("old_velocity"), tensors.get("reference_velocity")
+    weight = tensors.get("weight", torch.ones((), dtype=torch.float64, device=velocity.device))
+    differences = {"error": velocity - target}
+    if old is not None:
+        differences |= {
+            "old_error": old - target,
+            "old_drift": velocity - old,
+            "positive": (1 - beta) * old + beta * velocity - target,
+            "negative": (1 + beta) * old - beta * velocity - target,
+        }
+    if other is not None:
+        differences |= {"reference_error": other - target, "reference_drift": velocity - other}
+    axes = tuple(range(1, velocity.ndim))
+    means = {}
+    for name, difference in differences.items():
+        means[name] = (weight * difference**2).mean(axes)
+        if f"{name}_abs" in Matching._fields:
+            means[f"{name}_abs"] = (weight * difference.abs()).mean(axes).detach()
+    return means
+
+
+def with_gradient(velocity, means):
+    """The means, and the gradient of a fixed function of those that have one."""
+    total = 0
+    for place, name in enumerate(Matching._fields):
+        if means.get(name) is not None and means[name].requires_grad:
+            factors = torch.linspace(-1, 2 + place, means[name].numel(), dtype=torch.float64)
+            total = total + (factors.to(means[name]) * means[name]).sum()
+    (gradient,) = torch.autograd.grad(total, velocity)
+    return {name: mean.detach() for name, mean in means.items() if mean is not None}, gradient
+
+
+def run(arguments, beta=0.3):
+    velocity = arguments["velocity"].detach().clone().requires_grad_()
+    return with_gradient(velocity, matching(**{**arguments, "velocity": velocity}, beta=beta)._asdict())
+
+
+def check(arguments, beta=0.3):
+    means, gradient = run(arguments, beta)
+    exact = {name: value.double() for name, value in arguments.items()}
+    exact["velocity"].requires_grad_()
+    wanted, wanted_gradient = with_gradient(exact["velocity"], exact_means(exact, beta))
+    assert means.keys() == wanted.keys()
+    for name, mean in means.items():
+        assert mean.dtype == torch.float32
+        torch.testing.assert_close(mean.double(), wanted[name], rtol=2e-6, atol=1e-7)
+    eps = torch.finfo(gradient.dtype).eps
+    assert gradient.dtype == arguments["velocity"].dtype
+    scale = float(wanted_gradient.abs().max())
+    floor = max(2e-6 * scale, 6e-8)  # float16's smallest step
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=max(eps, 4e-6), atol=floor)
+
+
+@pytest.mark.witness
+@pytest.mark.parametrize("weight", [None, *REPEATED], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64_definitions(shape, weight, device):
+    check(make(shape, weight=weight, device=device))
+
+
+@pytest.mark.witness
+@pytest.mark.parametrize("given", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 41, 13), (2, 8, 12, 10)], ids=str)
+def test_matches_with_and_without_each_velocity(shape, dtype, given, device):
+    check(make(shape, (dtype,), *given, weight="channels last", device=device))
+
+
+@pytest.mark.witness
+@pytest.mark.parametrize("turn", range(3))
+def test_dtypes_mix(turn, device):
+    dtypes = FLOATS[turn:] + FLOATS[:turn]
+    check(make((2, 4, 9, 31), (*dtypes, dtypes[1]), weight="channels first", device=device))
+
+
+@pytest.mark.witness
+@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0, 2.5])
+def test_any_beta(beta, device):
+    check(make((2, 4, 9, 31), device=device), beta)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=5).map(tuple),
+    dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 4),
+    old=st.booleans(),
+    other=st.booleans(),
+    weight=st.sampled_from([None, *REPEATED]),
+    beta=st.sampled_from([1.0, 0.1]),
+)
+def test_matches_on_any_shape(shape, dtypes, old, other, weight, beta):
+    check(make(shape, dtypes, old, other, weight), beta)
+
+
+@pytest.mark.parametrize("shape", [(2, 6000, 3), (1, 3, 70, 67), (2, 7, 5, 300)], ids=str)
+@pytest.mark.parametrize("weight", REPEATED)
+def test_weights_across_chunks(shape, weight):
+    check(make(shape, weight=weight))
+
+
+@pytest.mark.parametrize("weight", [None, *REPEATED], ids=str)
+def test_reference_is_the_definition(weight):
+    arguments = make((2, 5, 3, 4), (torch.float64,), weight=weight)
+    means = reference.matching(**arguments, beta=0.3, dtype=torch.float64)
+    exact = exact_means(arguments, 0.3)
+    assert means.keys() == exact.keys() == set(Matching._fields)
+    for name, mean in means.items():
+        torch.testing.assert_close(mean, exact[name], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("given", [(False, False), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 11)], ids=str)
+def test_gradcheck(shape, given):
+    arguments = make(shape, (torch.float64,), *given, weight="channels first")
+    velocity = arguments.pop("velocity").requires_grad_()
+
+    def op(velocity):
+        means = matching(velocity, **arguments, beta=0.3)
+        return tuple(mean for mean in means if mean is not None and mean.requires_grad)
+
+    assert torch.autograd.gradcheck(op, (velocity,))
+
+
+def test_only_means_of_the_velocity_s_squares_are_differentiable():
+    arguments = make((2, 3, 11))
+    arguments["velocity"].requires_grad_()
+    means = matching(**arguments)._asdict()
+    assert {name for name, mean in means.items() if mean.requires_grad} == DIFFERENTIABLE
+    with torch.no_grad():
+        assert not any(mean.requires_grad for mean in matching(**arguments))
+
+
+def test_all_but_the_velocity_are_constants():
+    arguments = {name: value.requires_grad_() for name, value in make((2, 3, 11), weight="none").items()}
+    means = matching(**arguments)
+    sum(getattr(means, name).sum() for name in DIFFERENTIABLE).backward()
+    assert {name for name, value in arguments.items() if value.grad is not None} == {"velocity"}
+
+
+def test_gradients_of_single_outputs_add_up():
+    arguments = make((2, 6, 7, 9), weight="channels first")
+    velocity = arguments["velocity"].requires_grad_()
+    means = matching(**arguments, beta=0.3)
+    chosen = [getattr(means, name).square().sum() for name in sorted(DIFFERENTIABLE)]
+    single = [torch.autograd.grad(total, velocity, retain_graph=True)[0] for total in chosen]
+    (together,) = torch.autograd.grad(sum(chosen), velocity)
+    torch.testing.assert_close(together, sum(single), rtol=1e-5, atol=1e-6 * float(together.abs().max()))
+
+
+def test_gradient_is_the_closed_form():
+    arguments = make((2, 700), weight="none", old=False, other=False)
+    velocity, target, weight = (
+        arguments["velocity"].requires_grad_(),
+        arguments["target"],
+        arguments["weight"],
+    )
+    matching(**arguments).error.sum().backward()
+    torch.testing.assert_close(velocity.grad, 2 / 700 * weight * (velocity.detach() - target))
+
+
+def test_equal_velocities_have_no_drift_and_equal_errors():
+    arguments = make((2, 5000), (torch.bfloat16,), old=False, other=False)
+    same = arguments["velocity"].clone()
+    means = matching(**arguments, old_velocity=same, reference_velocity=same, beta=0.7)
+    for name in ("old_drift", "reference_drift"):
+        assert torch.equal(getattr(means, name), torch.zeros(2))
+    for name in ("old_error", "positive", "negative", "reference_error"):
+        assert torch.equal(getattr(means, name), means.error)
+
+
+def test_means_do_not_depend_on_what_else_is_asked_for():
+    whole = matching(**make((3, 16, 20, 21)), beta=0.3)._asdict()
+    for given_ in ((False, False), (True, False), (False, True)):
+        for name, mean in matching(**make((3, 16, 20, 21), (torch.float32,), True, True))._asdict().items():
+            if "positive" not in name and "negative" not in name:
+                assert torch.equal(mean, whole[name])
+        arguments = make((3, 16, 20, 21))
+        for keep, name in zip(given_, ("old_velocity", "reference_velocity"), strict=True):
+            if not keep:
+                del arguments[name]
+        for name, mean in matching(**arguments, beta=0.3)._asdict().items():
+            assert mean is None or torch.equal(mean, whole[name])
+
+
+def test_a_weight_of_one_changes_no_bit():
+    arguments = make((2, 7, 33, 31), (torch.bfloat16,))
+    for shape in ((2, 7, 33, 31), (2, 1, 33, 31), (1, 1, 1, 1), (2, 7, 33, 1)):
+        means, gradient = run({**arguments, "weight": torch.ones(shape)})
+        plain, plain_gradient = run(arguments)
+        assert torch.equal(gradient, plain_gradient)
+        assert all(torch.equal(means[name], plain[name]) for name in plain)
+
+
+def test_backward_is_not_differentiable_again():
+    arguments = make((2, 40))
+    velocity = arguments["velocity"].requires_grad_()
+    (grad,) = torch.autograd.grad(matching(**arguments).error.square().sum(), velocity, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# The same bits alone, in any batch, on any number of threads, instruction set and device.
+
+
+def everything(arguments, rows):
+    """All results for some rows of the arguments."""
+    chosen = {name: value[rows] for name, value in arguments.items()}
+    means, gradient = run(chosen)
+    return [*means.values(), gradient]
+
+
+def assert_same(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "weight"), [((7, 3, 41), "channels last"), ((5, 16, 33, 33), "channels first")]
+)
+def test_a_sample_does_not_see_its_batch(shape, weight, dtype):
+    arguments = make(shape, (dtype,), weight=weight)
+    velocity = arguments["velocity"].requires_grad_()
+    means = matching(**arguments, beta=0.3)
+    (gradient,) = torch.autograd.grad(sum(getattr(means, name).sum() for name in DIFFERENTIABLE), velocity)
+    for rows in (torch.tensor([2]), torch.tensor([4, 0, 3]), torch.tensor([1, 2, 3, 4, 0])):
+        some = {name: value.detach()[rows] for name, value in arguments.items()}
+        some["velocity"].requires_grad_()
+        part = matching(**some, beta=0.3)
+        total = sum(getattr(part, name).sum() for name in DIFFERENTIABLE)
+        assert_same([mean.detach() for mean in part], [mean.detach()[rows] for mean in means])
+        assert torch.equal(torch.autograd.grad(total, some["velocity"])[0], gradient[rows])
+
+
+@pytest.mark.parametrize("shape", [(6, 16, 33, 33), (1, 300_001)], ids=str)
+def test_thread_count_changes_nothing(shape):
+    arguments = make(shape, weight="none")
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for num_threads in (1, 2, 3, 7):
+            torch.set_num_threads(num_threads)
+            results.append(everything(arguments, torch.arange(shape[0])))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
+def test_flushing_subnormals_changes_nothing():
+    arguments = make((2, 5000), (torch.float16,), weight="none")
+    expected = everything(arguments, torch.arange(2))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        assert_same(expected, everything(arguments, torch.arange(2)))
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def digest():
+    """One hash over the results for every dtype and awkward shapes."""
+    sha = hashlib.sha256()
+    for dtype in (*FLOATS, torch.float64):
+        for shape in ((3, 41), (3, 16, 20, 21), (2, 4096), (2, 8195)):
+            for tensor in everything(make(shape, (dtype,), weight="channels last"), torch.arange(shape[0])):
+                sha.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+@pytest.mark.parametrize("isa", build_info()["isas"])
+def test_every_instruction_set_gives_the_same_bits(isa):
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
+        "from test_matching import digest; print(digest())"
+    )
+    environment = {**os.environ, "FLOWGRPO_FAST_ISA": isa}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if "must be one of" in result.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == digest()
+
+
+@pytest.mark.witness
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("weight", [None, "channels first", "channels last", "none"], ids=str)
+def test_gradients_have_the_cpu_s_bits(dtype, weight, device):
+    for shape in ((2, 8, 12, 10), (2, 5, 3, 5)):
+        arguments = make(shape, (dtype,), weight=weight)
+        _, gradient = run({name: value.to(device) for name, value in arguments.items()})
+        assert torch.equal(gradient.cpu(), run(arguments)[1])
+
+
+# Behind torch.library.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("given", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+def test_opcheck(dtype, given):
+    arguments = make((2, 3, 20), (dtype,), *given, weight="channels first" if given[0] else None)
+    arguments["velocity"].requires_grad_()
+    names = ("velocity", "target", "old_velocity", "reference_velocity", "weight")
+    flat = [arguments.get(name) for name in names]
+    torch.library.opcheck(OPS.matching, (*flat, 0.3))
+    real = torch.float64 if dtype is torch.float64 else torch.float32
+    incoming = [torch.ones(2, dtype=real), *[torch.ones(2, dtype=real) if given[0] else None] * 3]
+    flat[0] = flat[0].detach()
+    torch.library.opcheck(
+        OPS.matching_backward, (*flat, 0.3, *incoming, torch.ones(2, dtype=real) if given[1] else None)
+    )
+
+
+def test_fake_tensors_give_shapes():
+    arguments = make((2, 3, 20), (torch.bfloat16,), weight="none")
+    with FakeTensorMode() as mode:
+        means = matching(**{name: mode.from_tensor(value) for name, value in arguments.items()})
+    assert {(mean.shape, mean.dtype) for mean in means} == {((2,), torch.float32)}
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_see_one_op_each_way_and_no_sync():
+    arguments = make((2, 3, 20), weight="channels first")
+    arguments["velocity"].requires_grad_()
+    with Recorder() as recorder:
+        means = matching(**arguments)
+        (means.positive / means.positive_abs + means.reference_drift).sum().backward()
+    assert recorder.seen.count("flowgrpo_fast.matching.default") == 1
+    assert recorder.seen.count("flowgrpo_fast.matching_backward.default") == 1
+    assert not [name for name in recorder.seen if "local_scalar" in name or "nonzero" in name]
+
+
+@pytest.mark.slow
+def test_compiles():
+    arguments = make((2, 4, 8, 8), (torch.bfloat16, torch.float32), weight="channels first")
+    velocity = arguments.pop("velocity").requires_grad_()
+
+    def loss(velocity):
+        means = matching(velocity, **arguments, beta=0.1)
+        total = (means.positive / means.positive_abs + means.negative / means.negative_abs).sum()
+        return means, total + means.reference_drift.sum()
+
+    eager, eager_total = loss(velocity)
+    means, total = torch.compile(loss, fullgraph=True)(velocity)
+    assert_same([mean.detach() for mean in means], [mean.detach() for mean in eager])
+    left, right = (torch.autograd.grad(value, velocity)[0] for value in (total, eager_total))
+    torch.testing.assert_close(left, right)
+
+
+# Arguments.
+
+GOOD = {name: torch.zeros(2, 4, 6) for name in ("velocity", "target", "old_velocity", "reference_velocity")}
+
+
+def transposed():
+    return torch.zeros(2, 6, 4).transpose(1, 2)
+
+
+BAD = [
+    ({"velocity": [1.0]}, "velocity is a list, must be a torch.Tensor"),
+    ({"velocity": torch.zeros(6)}, "velocity has 1 dimension(s), must be [batch, ...]"),
+    ({"velocity": torch.zeros(())}, "velocity has 0 dimension(s), must be [batch, ...]"),
+    (
+        {"velocity": torch.zeros(0, 4, 6)},
+        "velocity is empty: shape [0, 4, 6], must have at least one element",
+    ),
+    ({"velocity": transposed()}, "velocity is not contiguous"),
+    ({"velocity": torch.zeros(2, 4, 6).int()}, "velocity has dtype torch.int32, must have float32"),
+    (
+        {"velocity": torch.zeros(2, 4, 6, device="meta")},
+        "velocity is on meta with layout torch.strided, must be",
+    ),
+    ({"target": None}, "target is a NoneType, must be a torch.Tensor"),
+    ({"target": torch.zeros(2, 4, 5)}, "target has shape [2, 4, 5], must have [2, 4, 6] as velocity has"),
+    (
+        {"target": torch.zeros(2, 4, 6).double()},
+        "target has dtype torch.float64, must have float32, bfloat16",
+    ),
+    ({"old_velocity": 0.0}, "old_velocity is a float, must be a torch.Tensor"),
+    ({"old_velocity": torch.zeros(1, 4, 6)}, "old_velocity has shape [1, 4, 6], must have [2, 4, 6]"),
+    ({"old_velocity": transposed()}, "old_velocity is not contiguous"),
+    (
+        {"reference_velocity": torch.zeros(2, 4, 6).to(torch.float8_e4m3fn)},
+        "reference_velocity has dtype torch.flo",
+    ),
+    ({"reference_velocity": torch.zeros(2, 24)}, "reference_velocity has shape [2, 24], must have [2, 4, 6]"),
+    ({"weight": 2.0}, "weight is a float, must be a torch.Tensor"),
+    ({"weight": torch.zeros(2, 4, 6).half()}, "weight has dtype torch.float16, must have torch.float32"),
+    ({"weight": torch.zeros(2, 4, 6).double()}, "weight has dtype torch.float64, must have torch.float32"),
+    (
+        {"weight": torch.zeros(2, 4)},
+        "weight has shape [2, 4], must have [2, 4, 6] with 1 in place of the batch",
+    ),
+    ({"weight": torch.zeros(2, 2, 6)}, "weight has shape [2, 2, 6], must have [2, 4, 6] with 1 in place of"),
+    ({"weight": torch.zeros(3, 1, 6)}, "weight has shape [3, 1, 6], must have [2, 4, 6] with 1 in place of"),
+    ({"weight": torch.zeros(2, 1, 6).expand(2, 4, 6)}, "weight is not contiguous"),
+    ({"beta": "1"}, "beta is a str, must be a number"),
+    ({"beta": torch.ones(2)}, "beta is a Tensor, must be a number"),
+]
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize(("bad", "message"), BAD, ids=[message for _, message in BAD])
+def test_names_the_bad_argument(bad, message, needs_grad):
+    arguments = {**GOOD, **bad}
+    if needs_grad and "target" not in bad:
+        arguments["target"] = torch.zeros(2, 4, 6, requires_grad=True)
+    with pytest.raises(ValueError, match=rf"\Amatching: [^\n]*{re.escape(message)}[^\n]*\Z"):
+        matching(**arguments)
+
+
+def test_names_axes_of_a_weight_that_are_not_neighbours():
+    velocity = torch.zeros(2, 3, 4, 5)
+    message = "weight has shape [2, 1, 4, 1], must have [2, 3, 4, 5] with 1 in place of the batch or of neighbouring"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        matching(velocity, velocity, weight=torch.zeros(2, 1, 4, 1))
+    matching(torch.zeros(2, 3, 1, 5), torch.zeros(2, 3, 1, 5), weight=torch.zeros(2, 1, 1, 1))
+
+
+# Far places.
+
+
+@given(element=st.integers(0, 2**40), shared=st.integers(1, 2**33), inner=st.integers(1, 2**29))
+def test_weight_places_far_away(element, shared, inner):
+    outer, rest = divmod(element, shared * inner)
+    assert _C.weight_place(element, shared, inner) == outer * inner + rest % inner
+
+
+def untouched_zeros(shape, dtype):
+    """Zeros that take no memory: pages of a private mapping that are only read are all the same page."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs private anonymous mappings")
+def test_elements_beyond_2_31():
+    shape = (1, (1 << 20) + 1, 1 << 11)
+    velocity, target = (untouched_zeros(shape, torch.bfloat16) for _ in range(2))
+    velocity[0, -1, -3:] = 3.0
+    target[0, 0, 0] = 5.0
+    weight = torch.ones(1, shape[1], 1)
+    weight[0, -1] = 7.0
+    means = matching(velocity, target, weight=weight)
+    elements = velocity.numel()
+    torch.testing.assert_close(means.error, torch.tensor([(3 * 7 * 9 + 25) / elements]))
+    torch.testing.assert_close(means.error_abs, torch.tensor([(3 * 7 * 3 + 5) / elements]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", [(3, 8, 8), (2, 3, 8, 6), (16, 4)], ids=str)
+def test_the_contenders_of_the_benchmark_agree(sample):
+    for case in matching_cases(Size("toy", 4, sample), torch.float32, torch.device("cpu")):
+        ours = case.contenders["ours"]()
+        for name in ("eager", "compiled"):
+            torch.testing.assert_close(case.contenders[name](), ours, rtol=1e-4, atol=1e-6)
