@@ -1,4 +1,6 @@
 // The residuals of velocity predictions.
+#include <optional>
+
 #include "bindings.h"
 #include "matching.h"
 
@@ -11,7 +13,7 @@ enum Field { kVelocity, kTarget, kOldVelocity, kReferenceVelocity, kWeight, kNum
 // Checks the tensors and fills the kernel's view of them.
 class ResidualParser {
  public:
-  ResidualParser(const char* op, const py::tuple& fields, double beta)
+  ResidualParser(const char* op, const py::tuple& fields, const std::optional<double>& beta)
       : check(op), velocity(tensor_at(fields, kVelocity)) {
     check.dense("velocity", velocity);
     if (velocity.ndim() < 2) {
@@ -22,9 +24,11 @@ class ResidualParser {
     residuals.velocity = {velocity.data<void>(), dtype};
     residuals.batch = velocity.size(0);
     residuals.elements = velocity.numel() / residuals.batch;
-    residuals.beta = beta;
+    residuals.implicit = beta.has_value();
+    residuals.beta = beta.value_or(0.0);
     residuals.target = per_element("target", tensor_at(fields, kTarget));
-    residuals.old_velocity = optional("old_velocity", tensor_at(fields, kOldVelocity));
+    const Tensor old_velocity = tensor_at(fields, kOldVelocity);
+    residuals.old_velocity = beta ? per_element("old_velocity", old_velocity) : optional("old_velocity", old_velocity);
     residuals.reference_velocity = optional("reference_velocity", tensor_at(fields, kReferenceVelocity));
     const Tensor weight = tensor_at(fields, kWeight);
     if (!weight.is_none()) parse_weight(weight);
@@ -103,10 +107,11 @@ class ResidualParser {
   }
 };
 
-// inputs = (velocity, target, old_velocity or None, reference_velocity or None, weight or None); means are out, in the
-// order of matching.h
-void matching(const py::tuple& inputs, double beta, const py::tuple& means, const Tensor& workspace, int num_threads) {
-  const ResidualParser parsed("matching", inputs, beta);
+// inputs = (velocity, target, old_velocity or None, reference_velocity or None, weight or None), a beta where positive
+// and negative are asked for; means are out, in the order of matching.h
+void matching(const py::tuple& inputs, const std::optional<double>& beta, const py::tuple& means,
+              const Tensor& workspace, int num_threads) {
+  const ResidualParser parsed(beta ? "implicit_matching" : "matching", inputs, beta);
   MatchingArgs args{};
   args.residuals = parsed.residuals;
   const int count = num_means(parsed.residuals);
@@ -119,8 +124,8 @@ void matching(const py::tuple& inputs, double beta, const py::tuple& means, cons
 }
 
 // grads = the gradients of (error, old_drift, positive, negative, reference_drift), each or None
-void matching_backward(const py::tuple& inputs, double beta, const py::tuple& grads, const Tensor& grad_velocity,
-                       int num_threads) {
+void matching_backward(const py::tuple& inputs, const std::optional<double>& beta, const py::tuple& grads,
+                       const Tensor& grad_velocity, int num_threads) {
   const ResidualParser parsed("matching_backward", inputs, beta);
   const Residuals& residuals = parsed.residuals;
   MatchingBackwardArgs args{};

@@ -5,8 +5,8 @@
 
 namespace flowgrpo_fast::FLOWGRPO_ISA {
 
-// What a kernel reads of a tile, in the arithmetic dtype and zero behind the sample's end. Without a weight map the
-// weights are one; velocities a kernel does not read are null.
+// What a kernel reads of a tile, in the arithmetic dtype and zero behind the sample's end; velocities it does not read
+// are null. Without a weight map the weights are what the kernel set them to.
 template <typename Real>
 struct ResidualTile {
   const Real *velocity, *target, *old, *reference, *weight;
@@ -60,41 +60,38 @@ static inline void load_residuals(const Residuals& residuals, const Span& span, 
 }
 
 // Lane by lane, so that a lane's sums stay in registers over the tile.
-template <bool kOld, bool kReference, bool kWeight, typename Real>
+template <Mode kMode, bool kReference, bool kWeight, typename Real>
 static inline void add_tile(const ResidualTile<Real>& tile, Real beta, Real (*lanes)[kLanes]) {
-  constexpr int kMeans = count_means(kOld, kReference), kReferenceMean = reference_means_at(kOld);
+  constexpr int kMeans = count_means(kMode, kReference);
   const Real *velocity = tile.velocity, *target = tile.target, *old = tile.old, *reference = tile.reference;
   for (int i = 0; i < kLanes; ++i) {
     Real sums[kMeans];
     for (int mean = 0; mean < kMeans; ++mean) sums[mean] = lanes[mean][i];
     for (int k = i; k < i + kTile; k += kLanes) {
       const Real weight = kWeight ? tile.weight[k] : Real(1);
-      add_own(weight, velocity[k], target[k], sums, 1);
-      if (kOld) add_old(weight, velocity[k], target[k], old[k], beta, sums + kOwnMeans, 1);
-      if (kReference) add_reference(weight, velocity[k], target[k], reference[k], sums + kReferenceMean, 1);
+      add_means<kMode>(weight, velocity[k], target[k], kMode == kOwn ? Real(0) : old[k], beta, sums);
+      if (kReference) add_reference_means<kMode>(weight, velocity[k], target[k], reference[k], sums + own_means(kMode));
     }
     for (int mean = 0; mean < kMeans; ++mean) lanes[mean][i] = sums[mean];
   }
 }
 
-template <typename Real, bool kOld, bool kReference>
+template <typename Real, Mode kMode, bool kReference>
 static void mean_chunk(const MatchingArgs& args, int64_t index) {
+  constexpr int kMeans = count_means(kMode, kReference);
   const Residuals& residuals = args.residuals;
   const ChunkRange range = chunk_range(index, residuals.elements);
   const Real beta = static_cast<Real>(residuals.beta);
   ResidualTile<Real> tile;
-  Real lanes[count_means(kOld, kReference)][kLanes] = {};
-  for (int i = 0; i < kTile; ++i) tile.weights[i] = 1;
+  Real lanes[kMeans][kLanes] = {};
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, residuals.elements);
-    load_residuals<kOld, kReference>(residuals, span, range.sample, &tile);
-    residuals.weight.data ? add_tile<kOld, kReference, true>(tile, beta, lanes)
-                          : add_tile<kOld, kReference, false>(tile, beta, lanes);
+    load_residuals<kMode != kOwn, kReference>(residuals, span, range.sample, &tile);
+    residuals.weight.data ? add_tile<kMode, kReference, true>(tile, beta, lanes)
+                          : add_tile<kMode, kReference, false>(tile, beta, lanes);
   }
   const int64_t count = residuals.batch * num_chunks(residuals.elements);
-  for (int mean = 0; mean < count_means(kOld, kReference); ++mean) {
-    args.partials[mean * count + index] = sum_lanes(lanes[mean]);
-  }
+  for (int mean = 0; mean < kMeans; ++mean) args.partials[mean * count + index] = sum_lanes(lanes[mean]);
 }
 
 template <typename Real, bool kOld, bool kReference>
@@ -119,14 +116,21 @@ static void gradient_chunk(const MatchingBackwardArgs& args, int64_t index) {
   }
 }
 
+template <typename Real, Mode kMode>
+static void matching_in(const MatchingArgs& args, int64_t index) {
+  args.residuals.reference_velocity.data ? mean_chunk<Real, kMode, true>(args, index)
+                                         : mean_chunk<Real, kMode, false>(args, index);
+}
+
 template <typename Real>
 static void matching_of(const MatchingArgs& args, int64_t index) {
-  if (args.residuals.old_velocity.data) {
-    args.residuals.reference_velocity.data ? mean_chunk<Real, true, true>(args, index)
-                                           : mean_chunk<Real, true, false>(args, index);
-  } else {
-    args.residuals.reference_velocity.data ? mean_chunk<Real, false, true>(args, index)
-                                           : mean_chunk<Real, false, false>(args, index);
+  switch (mode_of(args.residuals)) {
+    case kOwn:
+      return matching_in<Real, kOwn>(args, index);
+    case kOld:
+      return matching_in<Real, kOld>(args, index);
+    case kImplicit:
+      return matching_in<Real, kImplicit>(args, index);
   }
 }
 

@@ -35,44 +35,38 @@ __device__ __forceinline__ void load_weights(const WeightMap& map, int64_t sampl
   }
 }
 
-// Adds what a group has to the sums of a thread. A velocity is loaded when it is used: that saves registers.
-template <bool kOld, bool kReference, typename Real>
+// Adds what a group has to the sums of a thread. The reference velocity is loaded last: that saves registers.
+template <Mode kMode, bool kReference, typename Real>
 __device__ __forceinline__ void add_group(const Residuals& residuals, int64_t sample, const Group& group, Real* sums) {
-  Real velocity[kGroup], target[kGroup], weight[kGroup];
+  Real velocity[kGroup], target[kGroup], weight[kGroup], old[kGroup] = {};
   load_group(residuals.velocity, group, velocity);
   load_group(residuals.target, group, target);
+  if (kMode != kOwn) load_group(residuals.old_velocity, group, old);
   load_weights(residuals.weight, sample, group, weight);
+  const Real beta = static_cast<Real>(residuals.beta);
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) add_own(weight[i], velocity[i], target[i], sums, 1);
-  if (kOld) {
-    Real old[kGroup];
-    const Real beta = static_cast<Real>(residuals.beta);
-    load_group(residuals.old_velocity, group, old);
+  for (int i = 0; i < kGroup; ++i) add_means<kMode>(weight[i], velocity[i], target[i], old[i], beta, sums);
+  if (!kReference) return;
+  Real reference[kGroup];
+  load_group(residuals.reference_velocity, group, reference);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) add_old(weight[i], velocity[i], target[i], old[i], beta, sums + kOwnMeans, 1);
-  }
-  if (kReference) {
-    Real reference[kGroup];
-    load_group(residuals.reference_velocity, group, reference);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      add_reference(weight[i], velocity[i], target[i], reference[i], sums + reference_means_at(kOld), 1);
-    }
+  for (int i = 0; i < kGroup; ++i) {
+    add_reference_means<kMode>(weight[i], velocity[i], target[i], reference[i], sums + own_means(kMode));
   }
 }
 
 // Every thread leaves its sums in shared memory, then a warp adds those of one mean.
-template <typename Real, bool kOld, bool kReference>
+template <typename Real, Mode kMode, bool kReference>
 __global__ void __launch_bounds__(kThreads, kResident<Real>)
     matching_kernel(const __grid_constant__ MatchingArgs args, bool vector) {
-  constexpr int kMeans = count_means(kOld, kReference);
+  constexpr int kMeans = count_means(kMode, kReference);
   __shared__ Real shared[kMeans][kThreads];
   const Residuals& residuals = args.residuals;
   const ChunkRange range = chunk_range(residuals.elements);
   Real sums[kMeans] = {};
   for (int64_t element = range.first + threadIdx.x * kGroup; element < range.last; element += kThreads * kGroup) {
     const Group group = group_at(range, element, residuals.elements, vector);
-    add_group<kOld, kReference>(residuals, range.sample, group, sums);
+    add_group<kMode, kReference>(residuals, range.sample, group, sums);
   }
 #pragma unroll
   for (int mean = 0; mean < kMeans; ++mean) shared[mean][threadIdx.x] = sums[mean];
@@ -143,10 +137,14 @@ bool can_vectorize(const Residuals& residuals) {
 template <typename Real>
 auto kernel_for(const MatchingArgs& args) {
   const bool reference = args.residuals.reference_velocity.data != nullptr;
-  if (args.residuals.old_velocity.data) {
-    return reference ? matching_kernel<Real, true, true> : matching_kernel<Real, true, false>;
+  switch (mode_of(args.residuals)) {
+    case kOwn:
+      return reference ? matching_kernel<Real, kOwn, true> : matching_kernel<Real, kOwn, false>;
+    case kOld:
+      return reference ? matching_kernel<Real, kOld, true> : matching_kernel<Real, kOld, false>;
+    default:
+      return reference ? matching_kernel<Real, kImplicit, true> : matching_kernel<Real, kImplicit, false>;
   }
-  return reference ? matching_kernel<Real, false, true> : matching_kernel<Real, false, false>;
 }
 
 template <typename Real>

@@ -1,10 +1,10 @@
 // How far velocity predictions are from the target of the forward process, and from each other, sample by sample:
 //
-//   error           = mean_over_elements(weight * (velocity - target)^2), and so of the old and the reference velocity
-//   old_drift       = mean_over_elements(weight * (velocity - old_velocity)^2), and so from the reference velocity
-//   positive        = error of (1 - beta) * old_velocity + beta * velocity
-//   negative        = error of (1 + beta) * old_velocity - beta * velocity
-//   *_abs           = the same means of the absolute values
+//   error     = mean_over_elements(weight * (velocity - target)^2), and so of the old and the reference velocity
+//   drift     = mean_over_elements(weight * (velocity - other)^2) from the old and from the reference velocity
+//   positive  = error of (1 - beta) * old_velocity + beta * velocity
+//   negative  = error of (1 + beta) * old_velocity - beta * velocity
+//   *_abs     = the same means of the absolute values
 //
 // Reductions run over chunks counted from the start of a sample and the partial sums of the chunks are added in order,
 // so nothing depends on the batch around a sample or on the thread count.
@@ -29,13 +29,16 @@ struct Residuals {
   Buffer old_velocity, reference_velocity;  // optional
   WeightMap weight;
   int64_t batch, elements;
+  bool implicit;  // whether the old velocity is mixed with the velocity, or has an error of its own
   double beta;
 };
 
-// The means are numbered: error and error_abs; with an old velocity its error and error_abs, old_drift, positive and
-// negative, each followed by its abs; with a reference velocity its error and drift.
-constexpr int kOwnMeans = 2, kOldMeans = 7, kReferenceMeans = 2;
-constexpr int kMaxMeans = kOwnMeans + kOldMeans + kReferenceMeans;
+// What is computed without a reference velocity, in this order: kOwn: error, error_abs; kOld: these, old_error,
+// old_error_abs, old_drift; kImplicit: positive, positive_abs, negative, negative_abs. With a reference velocity its
+// drift follows, then its error unless kImplicit.
+enum Mode { kOwn, kOld, kImplicit };
+
+constexpr int kMaxMeans = 7;
 
 struct MatchingArgs {
   Residuals residuals;
@@ -53,15 +56,18 @@ struct MatchingBackwardArgs {
   Buffer grad_velocity;  // out, dtype of velocity
 };
 
-// Where the means with a reference velocity start.
-FLOWGRPO_HD constexpr int reference_means_at(bool with_old) { return kOwnMeans + (with_old ? kOldMeans : 0); }
+FLOWGRPO_HD constexpr int own_means(Mode mode) { return mode == kOwn ? 2 : mode == kOld ? 5 : 4; }
 
-FLOWGRPO_HD constexpr int count_means(bool with_old, bool with_reference) {
-  return reference_means_at(with_old) + (with_reference ? kReferenceMeans : 0);
+FLOWGRPO_HD constexpr int count_means(Mode mode, bool with_reference) {
+  return own_means(mode) + (!with_reference ? 0 : mode == kImplicit ? 1 : 2);
+}
+
+FLOWGRPO_HD Mode mode_of(const Residuals& residuals) {
+  return residuals.implicit ? kImplicit : residuals.old_velocity.data ? kOld : kOwn;
 }
 
 FLOWGRPO_HD int num_means(const Residuals& residuals) {
-  return count_means(residuals.old_velocity.data != nullptr, residuals.reference_velocity.data != nullptr);
+  return count_means(mode_of(residuals), residuals.reference_velocity.data != nullptr);
 }
 
 // Where the weight of an element is among its sample's.
@@ -72,34 +78,34 @@ FLOWGRPO_HD int64_t weight_place(const WeightMap& map, int64_t element) {
 FLOWGRPO_HD float absolute(float value) { return fabsf(value); }
 FLOWGRPO_HD double absolute(double value) { return fabs(value); }
 
-// Adds a residual's square and absolute value to the first two sums.
+// Adds a residual's square and absolute value to two sums.
 template <typename Real>
-FLOWGRPO_HD void add_residual(Real weight, Real residual, Real* sums, int stride) {
+FLOWGRPO_HD void add_residual(Real weight, Real residual, Real* sums) {
   sums[0] += weight * (residual * residual);
-  sums[stride] += weight * absolute(residual);
+  sums[1] += weight * absolute(residual);
 }
 
-// What one element adds to the means of the velocity itself, those with an old and those with a reference velocity; the
-// sums lie `stride` apart.
-template <typename Real>
-FLOWGRPO_HD void add_own(Real weight, Real velocity, Real target, Real* sums, int stride) {
-  add_residual(weight, velocity - target, sums, stride);
-}
-
-template <typename Real>
-FLOWGRPO_HD void add_old(Real weight, Real velocity, Real target, Real old, Real beta, Real* sums, int stride) {
+// What one element adds to the means without a reference velocity; only kOwn does without an old one.
+template <Mode kMode, typename Real>
+FLOWGRPO_HD void add_means(Real weight, Real velocity, Real target, Real old, Real beta, Real* sums) {
   const Real residual = velocity - target, drift = velocity - old;
-  add_residual(weight, old - target, sums, stride);
-  sums[2 * stride] += weight * (drift * drift);
-  add_residual(weight, residual - (1 - beta) * drift, sums + 3 * stride, stride);
-  add_residual(weight, residual - (1 + beta) * drift, sums + 5 * stride, stride);
+  if (kMode == kImplicit) {
+    add_residual(weight, residual - (1 - beta) * drift, sums);
+    add_residual(weight, residual - (1 + beta) * drift, sums + 2);
+    return;
+  }
+  add_residual(weight, residual, sums);
+  if (kMode == kOld) {
+    add_residual(weight, old - target, sums + 2);
+    sums[4] += weight * (drift * drift);
+  }
 }
 
-template <typename Real>
-FLOWGRPO_HD void add_reference(Real weight, Real velocity, Real target, Real reference, Real* sums, int stride) {
-  const Real error = reference - target, drift = velocity - reference;
-  sums[0] += weight * (error * error);
-  sums[stride] += weight * (drift * drift);
+template <Mode kMode, typename Real>
+FLOWGRPO_HD void add_reference_means(Real weight, Real velocity, Real target, Real reference, Real* sums) {
+  const Real drift = velocity - reference, error = reference - target;
+  sums[0] += weight * (drift * drift);
+  if (kMode != kImplicit) sums[1] += weight * (error * error);
 }
 
 // d loss / d velocity of an element is its weight times

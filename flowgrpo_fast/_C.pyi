@@ -59,14 +59,14 @@ def compact(
 ) -> None: ...
 def matching(
     inputs: tuple[Any, ...],
-    beta: float,
+    beta: float | None,
     means: tuple[Tensor, ...],
     workspace: Tensor | None,
     num_threads: int,
 ) -> None: ...
 def matching_backward(
     inputs: tuple[Any, ...],
-    beta: float,
+    beta: float | None,
     grads: tuple[Tensor | None, ...],
     grad_velocity: Tensor,
     num_threads: int,

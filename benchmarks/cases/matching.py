@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Run, Size, nbytes
-from flowgrpo_fast.ops import matching, reference
+from flowgrpo_fast.ops import implicit_matching, matching, reference
 
 BETA = 0.1
 Means = tuple[Tensor, ...]
@@ -58,12 +58,8 @@ def nft_means(p: Predictions) -> dict[str, Callable[[Tensor], Means]]:
     names = ("positive", "negative", "reference_drift", "positive_abs", "negative_abs")
 
     def ours(velocity: Tensor) -> Means:
-        means = matching(
-            velocity,
-            p.target,
-            old_velocity=p.old_velocity,
-            reference_velocity=p.reference_velocity,
-            beta=BETA,
+        means = implicit_matching(
+            velocity, p.target, p.old_velocity, BETA, reference_velocity=p.reference_velocity
         )
         return tuple(getattr(means, name) for name in names)
 
@@ -77,7 +73,7 @@ def nft_means(p: Predictions) -> dict[str, Callable[[Tensor], Means]]:
         return mean_of((positive - target) ** 2), mean_of((negative - target) ** 2), divergence, *weights
 
     def same(velocity: Tensor) -> Means:
-        means = reference.matching(velocity, p.target, p.old_velocity, p.reference_velocity, beta=BETA)
+        means = reference.implicit_matching(velocity, p.target, p.old_velocity, BETA, p.reference_velocity)
         return tuple(means[name] for name in names)
 
     return {"ours": ours, "eager": eager, "compiled": torch.compile(same)}

@@ -14,7 +14,7 @@ from flowgrpo_fast.ops.compact import compact
 from flowgrpo_fast.ops.flow_log_prob import Extras, FlowLogProbOutput, flow_log_prob
 from flowgrpo_fast.ops.flow_step import FlowStepOutput, flow_step
 from flowgrpo_fast.ops.group_advantages import Clip, group_advantages
-from flowgrpo_fast.ops.matching import Matching, matching
+from flowgrpo_fast.ops.matching import ImplicitMatching, Matching, implicit_matching, matching
 from flowgrpo_fast.ops.merge_lora import merge_lora_quantize_
 from flowgrpo_fast.ops.philox import philox_normal, philox_uint32
 from flowgrpo_fast.ops.preview import PreviewOutput, preview
@@ -35,6 +35,7 @@ __all__ = [
     "FlowStepOutput",
     "Fp8Rows",
     "Guidance",
+    "ImplicitMatching",
     "Matching",
     "Nvfp4",
     "PreviewOutput",
@@ -46,6 +47,7 @@ __all__ = [
     "flow_log_prob",
     "flow_step",
     "group_advantages",
+    "implicit_matching",
     "matching",
     "merge_lora_quantize_",
     "pareto_fronts",

@@ -13,31 +13,40 @@ from flowgrpo_fast.ops.flow_step import CHUNK
 
 
 class Matching(NamedTuple):
-    """What `matching` returns: ``[B]`` each, float32 (float64 for float64 velocities), None without its velocity."""
+    """What `matching` returns: ``[B]`` each, float32 (float64 for float64 velocities)."""
 
     error: Tensor
-    error_abs: Tensor  # constant, as everything that does not contain the velocity's square
-    old_error: Tensor | None = None
-    old_error_abs: Tensor | None = None
-    old_drift: Tensor | None = None
-    positive: Tensor | None = None
-    positive_abs: Tensor | None = None
-    negative: Tensor | None = None
-    negative_abs: Tensor | None = None
-    reference_error: Tensor | None = None
-    reference_drift: Tensor | None = None
+    error_abs: Tensor  # constant to the gradient, as all that ends so
+    old_error: Tensor | None  # these with an old velocity only
+    old_error_abs: Tensor | None
+    old_drift: Tensor | None
+    reference_drift: Tensor | None  # these with a reference velocity only
+    reference_error: Tensor | None
 
 
-# In the order of the kernels' means.
-_OWN = ("error", "error_abs")
-_OLD = Matching._fields[2:9]
-_REFERENCE = Matching._fields[9:]
-# In the order of the backward's incoming gradients.
+class ImplicitMatching(NamedTuple):
+    """What `implicit_matching` returns: ``[B]`` each, float32 (float64 for float64 velocities)."""
+
+    positive: Tensor
+    positive_abs: Tensor  # constant to the gradient
+    negative: Tensor
+    negative_abs: Tensor
+    reference_drift: Tensor | None  # with a reference velocity only
+
+
+# Outputs in the order of the kernels, by what they need, and the incoming gradients of the backward.
+_OWN, _OLD, _REFERENCE = Matching._fields[:2], Matching._fields[2:5], Matching._fields[5:]
 _DIFFERENTIABLE = ("error", "old_drift", "positive", "negative", "reference_drift")
 
 
-def _names(with_old: bool, with_reference: bool) -> tuple[str, ...]:
-    return _OWN + (_OLD if with_old else ()) + (_REFERENCE if with_reference else ())
+def _names(
+    old_velocity: Tensor | None, reference_velocity: Tensor | None, beta: float | None
+) -> tuple[str, ...]:
+    """Of the means that are computed."""
+    if beta is not None:
+        return ImplicitMatching._fields if reference_velocity is not None else ImplicitMatching._fields[:4]
+    old = _OLD if old_velocity is not None else ()
+    return _OWN + old + (_REFERENCE if reference_velocity is not None else ())
 
 
 def _allocate(
@@ -46,11 +55,11 @@ def _allocate(
     old_velocity: Tensor | None,
     reference_velocity: Tensor | None,
     weight: Tensor | None,
-    beta: float,
+    beta: float | None,
 ) -> tuple[Tensor, ...]:
     first = per_sample(velocity, real_dtype(velocity))
-    names = _names(old_velocity is not None, reference_velocity is not None)
-    return (first, *(torch.empty_like(first) for _ in names[1:]))
+    names = _names(old_velocity, reference_velocity, beta)
+    return (first, *[torch.empty_like(first) for _ in names[1:]])
 
 
 def _workspace(velocity: Tensor, num_means: int) -> Tensor | None:
@@ -81,7 +90,10 @@ def _backward_forward(*flat: Any) -> Tensor:
     return gradient
 
 
-_SCHEMA = "Tensor velocity, Tensor target, Tensor? old_velocity, Tensor? reference_velocity, Tensor? weight, float beta"
+_SCHEMA = (
+    "Tensor velocity, Tensor target, Tensor? old_velocity, Tensor? reference_velocity, Tensor? weight, "
+    "float? beta"
+)
 
 _backward_op = bind(
     "matching_backward",
@@ -95,7 +107,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5])
     ctx.beta = inputs[5]
-    names = _names(inputs[2] is not None, inputs[3] is not None)
+    names = _names(inputs[2], inputs[3], inputs[5])
     ctx.mark_non_differentiable(
         *(mean for mean, name in zip(output, names, strict=True) if name not in _DIFFERENTIABLE)
     )
@@ -104,7 +116,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
     grads = incoming[0] if isinstance(incoming[0], list) else incoming  # a traced op's outputs are one list
     inputs = ctx.saved_tensors
-    given = dict(zip(_names(inputs[2] is not None, inputs[3] is not None), grads, strict=True))
+    given = dict(zip(_names(inputs[2], inputs[3], ctx.beta), grads, strict=True))
     wanted = (given.get(name) for name in _DIFFERENTIABLE)
     return _backward_op(*inputs, ctx.beta, *wanted), None, None, None, None, None
 
@@ -119,33 +131,30 @@ def matching(
     old_velocity: Tensor | None = None,
     reference_velocity: Tensor | None = None,
     weight: Tensor | None = None,
-    beta: float = 1.0,
 ) -> Matching:
     r"""How far velocity predictions are from the target and from each other, sample by sample, in one pass.
 
-    With ``u`` the target (``noise - clean`` of a linear path), ``v+ = (1 - beta) * old_velocity + beta * velocity``,
-    ``v- = (1 + beta) * old_velocity - beta * velocity`` and ``mean`` over the elements of a sample::
+    With ``u`` the target (``noise - clean`` of a linear path) and ``mean`` over the elements of a sample::
 
         error           = mean(weight * (velocity - u)^2)
+        error_abs       = mean(weight * |velocity - u|)
         old_error       = mean(weight * (old_velocity - u)^2)
+        old_error_abs   = mean(weight * |old_velocity - u|)
         old_drift       = mean(weight * (velocity - old_velocity)^2)
-        positive        = mean(weight * (v+ - u)^2)
-        negative        = mean(weight * (v- - u)^2)
-        reference_error = mean(weight * (reference_velocity - u)^2)
         reference_drift = mean(weight * (velocity - reference_velocity)^2)
+        reference_error = mean(weight * (reference_velocity - u)^2)
 
-    and ``error_abs``, ``old_error_abs``, ``positive_abs``, ``negative_abs``, the same means of absolute values: the
-    adaptive weights of the losses, constants to the gradient. From these ``[B]`` numbers come the losses of
-    DiffusionNFT (arXiv:2509.16117), AWM (arXiv:2509.25050), Diffusion-DPO (arXiv:2311.12908), DGPO (arXiv:2510.08425),
-    CRD (arXiv:2603.14128) and V-GRPO (arXiv:2604.23380), and the KL between velocities.
+    From these numbers come AWM (arXiv:2509.25050), Diffusion-DPO (arXiv:2311.12908), DGPO (arXiv:2510.08425), CRD
+    (arXiv:2603.14128), V-GRPO (arXiv:2604.23380) and the KL between velocities; for DiffusionNFT see
+    `implicit_matching`. Means of absolute values are the adaptive weights of these losses, and constants to the
+    gradient.
 
-    Losses on the clean sample need no other call. The prediction ``x0 = x - sigma * v`` differs from the clean sample
-    ``x - sigma * u`` by ``-sigma`` times the residual of the velocity: means of squares are to be multiplied by
-    ``sigma^2``, those of absolute values by ``sigma``. So the self-normalised error ``mean((x0 - clean)^2) /
-    mean(|x0 - clean|)`` is ``sigma * error / error_abs``, and a floor under the absolute mean belongs under
-    ``sigma * error_abs``.
+    Losses on the clean sample need no other call. The prediction ``x0 = x - sigma * velocity`` differs from the clean
+    sample ``x - sigma * u`` by ``-sigma`` times the residual of the velocity: means of squares are to be multiplied by
+    ``sigma^2``, those of absolute values by ``sigma``. So the self-normalised error of V-GRPO is ``sigma * error /
+    error_abs``, and a floor under the absolute mean belongs under ``sigma * error_abs``.
 
-    The mean is over all elements, whatever the weights; divide by ``weight``'s own mean for a weighted average.
+    The mean is over all elements, whatever the weights; divide by their own mean for a weighted average.
 
     The backward is in closed form, one pass for all outputs together. Only `velocity` gets a gradient (the others are
     treated as constants), and it is not differentiable again.
@@ -153,22 +162,63 @@ def matching(
     Args:
         velocity: ``[B, *S]``, contiguous; float32, bfloat16, float16 or float64.
         target: ``[B, *S]``; any of these, as the other velocities (float64 only if all tensors are).
-        old_velocity: ``[B, *S]``; asks for ``old_*``, ``positive*`` and ``negative*``.
+        old_velocity: ``[B, *S]``; asks for ``old_*``.
         reference_velocity: ``[B, *S]``; asks for ``reference_*``. With guidance, the guided one.
         weight: float32 (float64 for float64 velocities), shape of `velocity` with 1 in place of the batch or of
             neighbouring axes: ``[B, 1, H, W]``, ``[B, 1, T, H, W]``, packed ``[B, L, 1]``, or whole.
-        beta: how far ``v+`` and ``v-`` lie from `old_velocity`.
 
     Returns:
         `Matching`, ``[B]`` float32 (float64 for float64 velocities) each, None for what was not asked for.
 
     Raises:
-        ValueError: wrong shape, dtype, device, layout or beta.
+        ValueError: wrong shape, dtype, device or layout.
     """
     require_tensor("matching", "velocity", velocity)
+    means = _op(velocity, target, old_velocity, reference_velocity, weight, None)
+    own, rest = means[:2], means[2:]
+    old, reference = (rest[:3], rest[3:]) if old_velocity is not None else ((None,) * 3, rest)
+    return Matching(*own, *old, *(reference if reference_velocity is not None else (None, None)))
+
+
+def implicit_matching(
+    velocity: Tensor,
+    target: Tensor,
+    old_velocity: Tensor,
+    beta: float,
+    *,
+    reference_velocity: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> ImplicitMatching:
+    r"""How far the implicit positive and negative predictions of DiffusionNFT (arXiv:2509.16117) are from the target.
+
+    With ``v+ = (1 - beta) * old_velocity + beta * velocity``, ``v- = (1 + beta) * old_velocity - beta * velocity`` and
+    the rest as in `matching`::
+
+        positive        = mean(weight * (v+ - u)^2)
+        positive_abs    = mean(weight * |v+ - u|)
+        negative        = mean(weight * (v- - u)^2)
+        negative_abs    = mean(weight * |v- - u|)
+        reference_drift = mean(weight * (velocity - reference_velocity)^2)
+
+    The loss on velocities is made of ``positive / positive_abs`` and ``negative / negative_abs``, that on the clean
+    sample of ``sigma`` times these; per-objective losses (ParetoSlider, arXiv:2604.20816) share them.
+
+    Args:
+        velocity: as for `matching`, as the others.
+        target: ``[B, *S]``.
+        old_velocity: ``[B, *S]``.
+        beta: how far the implicit predictions lie from `old_velocity`.
+        reference_velocity: ``[B, *S]``; asks for ``reference_drift``.
+        weight: shape of `velocity`, with 1 in place of the batch or of neighbouring axes.
+
+    Returns:
+        `ImplicitMatching`, ``[B]`` float32 (float64 for float64 velocities) each.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, layout or beta.
+    """
+    require_tensor("implicit_matching", "velocity", velocity)
     if not isinstance(beta, (int, float, torch.SymFloat)):
-        raise ValueError(f"matching: beta is a {type(beta).__name__}, must be a number")
+        raise ValueError(f"implicit_matching: beta is a {type(beta).__name__}, must be a number")
     means = _op(velocity, target, old_velocity, reference_velocity, weight, float(beta))
-    return Matching(
-        **dict(zip(_names(old_velocity is not None, reference_velocity is not None), means, strict=True))
-    )
+    return ImplicitMatching(*means, *(() if reference_velocity is not None else (None,)))

@@ -20,7 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.cases import Size
 from benchmarks.cases.matching import cases as matching_cases
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops import Matching, build_info, matching, reference
+from flowgrpo_fast.ops import (
+    ImplicitMatching,
+    Matching,
+    build_info,
+    implicit_matching,
+    matching,
+    reference,
+)
 
 OPS = torch.ops.flowgrpo_fast
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,53 +76,62 @@ def make(shape, dtypes=(torch.float32,), old=True, other=True, weight=None, devi
     return arguments
 
 
-def exact_means(arguments, beta):
-    """Every mean in float64, from its definition."""
+def exact_means(arguments, beta=None):
+    """Every mean in float64, from its definition: those of `matching`, or with a beta of `implicit_matching`."""
     tensors = {name: value.double() for name, value in arguments.items()}
     velocity, target = tensors["velocity"], tensors["target"]
     old, other = tensors.get("old_velocity"), tensors.get("reference_velocity")
     weight = tensors.get("weight", torch.ones((), dtype=torch.float64, device=velocity.device))
-    differences = {"error": velocity - target}
-    if old is not None:
-        differences |= {
-            "old_error": old - target,
-            "old_drift": velocity - old,
+    if beta is None:
+        differences = {"error": velocity - target}
+        if old is not None:
+            differences |= {"old_error": old - target, "old_drift": velocity - old}
+        if other is not None:
+            differences |= {"reference_drift": velocity - other, "reference_error": other - target}
+    else:
+        differences = {
             "positive": (1 - beta) * old + beta * velocity - target,
             "negative": (1 + beta) * old - beta * velocity - target,
         }
-    if other is not None:
-        differences |= {"reference_error": other - target, "reference_drift": velocity - other}
+        if other is not None:
+            differences["reference_drift"] = velocity - other
     axes = tuple(range(1, velocity.ndim))
     means = {}
     for name, difference in differences.items():
         means[name] = (weight * difference**2).mean(axes)
-        if f"{name}_abs" in Matching._fields:
+        if f"{name}_abs" in Matching._fields + ImplicitMatching._fields:
             means[f"{name}_abs"] = (weight * difference.abs()).mean(axes).detach()
     return means
+
+
+def op_means(arguments, beta=None):
+    """Every mean of the op, of the one or with a beta of the other, without those not asked for."""
+    means = matching(**arguments) if beta is None else implicit_matching(**arguments, beta=beta)
+    return {name: mean for name, mean in means._asdict().items() if mean is not None}
 
 
 def with_gradient(velocity, means):
     """The means, and the gradient of a fixed function of those that have one."""
     total = 0
-    for place, name in enumerate(Matching._fields):
-        if means.get(name) is not None and means[name].requires_grad:
-            factors = torch.linspace(-1, 2 + place, means[name].numel(), dtype=torch.float64)
-            total = total + (factors.to(means[name]) * means[name]).sum()
+    for place, mean in enumerate(means.values()):
+        if mean.requires_grad:
+            factors = torch.linspace(-1, 2 + place, mean.numel(), dtype=torch.float64)
+            total = total + (factors.to(mean) * mean).sum()
     (gradient,) = torch.autograd.grad(total, velocity)
-    return {name: mean.detach() for name, mean in means.items() if mean is not None}, gradient
+    return {name: mean.detach() for name, mean in means.items()}, gradient
 
 
-def run(arguments, beta=0.3):
+def run(arguments, beta=None):
     velocity = arguments["velocity"].detach().clone().requires_grad_()
-    return with_gradient(velocity, matching(**{**arguments, "velocity": velocity}, beta=beta)._asdict())
+    return with_gradient(velocity, op_means({**arguments, "velocity": velocity}, beta))
 
 
-def check(arguments, beta=0.3):
+def check_one(arguments, beta):
     means, gradient = run(arguments, beta)
     exact = {name: value.double() for name, value in arguments.items()}
     exact["velocity"].requires_grad_()
     wanted, wanted_gradient = with_gradient(exact["velocity"], exact_means(exact, beta))
-    assert means.keys() == wanted.keys()
+    assert list(means) == list(wanted)
     for name, mean in means.items():
         assert mean.dtype == torch.float32
         torch.testing.assert_close(mean.double(), wanted[name], rtol=2e-6, atol=1e-7)
@@ -124,6 +140,13 @@ def check(arguments, beta=0.3):
     scale = float(wanted_gradient.abs().max())
     floor = max(2e-6 * scale, 6e-8)  # float16's smallest step
     torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=max(eps, 4e-6), atol=floor)
+
+
+def check(arguments, beta=0.3):
+    """Both ops, where there is an old velocity."""
+    check_one(arguments, None)
+    if "old_velocity" in arguments:
+        check_one(arguments, beta)
 
 
 @pytest.mark.witness
@@ -176,47 +199,58 @@ def test_weights_across_chunks(shape, weight):
 @pytest.mark.parametrize("weight", [None, *REPEATED], ids=str)
 def test_reference_is_the_definition(weight):
     arguments = make((2, 5, 3, 4), (torch.float64,), weight=weight)
-    means = reference.matching(**arguments, beta=0.3, dtype=torch.float64)
-    exact = exact_means(arguments, 0.3)
-    assert means.keys() == exact.keys() == set(Matching._fields)
-    for name, mean in means.items():
-        torch.testing.assert_close(mean, exact[name], rtol=1e-13, atol=1e-14)
+    for means, exact, fields in (
+        (reference.matching(**arguments, dtype=torch.float64), exact_means(arguments), Matching._fields),
+        (
+            reference.implicit_matching(**arguments, beta=0.3, dtype=torch.float64),
+            exact_means(arguments, 0.3),
+            ImplicitMatching._fields,
+        ),
+    ):
+        assert means.keys() == exact.keys() == set(fields)
+        for name, mean in means.items():
+            torch.testing.assert_close(mean, exact[name], rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("given", [(False, False), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("beta", [None, 1.0, 0.3])
+@pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3, 11)], ids=str)
-def test_gradcheck(shape, given):
-    arguments = make(shape, (torch.float64,), *given, weight="channels first")
+def test_gradcheck(shape, other, beta):
+    arguments = make(shape, (torch.float64,), True, other, weight="channels first")
     velocity = arguments.pop("velocity").requires_grad_()
 
     def op(velocity):
-        means = matching(velocity, **arguments, beta=0.3)
-        return tuple(mean for mean in means if mean is not None and mean.requires_grad)
+        means = op_means({"velocity": velocity, **arguments}, beta)
+        return tuple(mean for mean in means.values() if mean.requires_grad)
 
     assert torch.autograd.gradcheck(op, (velocity,))
 
 
-def test_only_means_of_the_velocity_s_squares_are_differentiable():
+BETAS = pytest.mark.parametrize("beta", [None, 0.3], ids=["matching", "implicit"])
+
+
+@BETAS
+def test_only_means_of_the_velocity_s_squares_are_differentiable(beta):
     arguments = make((2, 3, 11))
     arguments["velocity"].requires_grad_()
-    means = matching(**arguments)._asdict()
-    assert {name for name, mean in means.items() if mean.requires_grad} == DIFFERENTIABLE
+    means = op_means(arguments, beta)
+    assert {name for name, mean in means.items() if mean.requires_grad} == DIFFERENTIABLE & set(means)
     with torch.no_grad():
-        assert not any(mean.requires_grad for mean in matching(**arguments))
+        assert not any(mean.requires_grad for mean in op_means(arguments, beta).values())
 
 
-def test_all_but_the_velocity_are_constants():
+@BETAS
+def test_all_but_the_velocity_are_constants(beta):
     arguments = {name: value.requires_grad_() for name, value in make((2, 3, 11), weight="none").items()}
-    means = matching(**arguments)
-    sum(getattr(means, name).sum() for name in DIFFERENTIABLE).backward()
+    sum(mean.sum() for mean in op_means(arguments, beta).values() if mean.requires_grad).backward()
     assert {name for name, value in arguments.items() if value.grad is not None} == {"velocity"}
 
 
-def test_gradients_of_single_outputs_add_up():
+@BETAS
+def test_gradients_of_single_outputs_add_up(beta):
     arguments = make((2, 6, 7, 9), weight="channels first")
     velocity = arguments["velocity"].requires_grad_()
-    means = matching(**arguments, beta=0.3)
-    chosen = [getattr(means, name).square().sum() for name in sorted(DIFFERENTIABLE)]
+    chosen = [mean.square().sum() for mean in op_means(arguments, beta).values() if mean.requires_grad]
     single = [torch.autograd.grad(total, velocity, retain_graph=True)[0] for total in chosen]
     (together,) = torch.autograd.grad(sum(chosen), velocity)
     torch.testing.assert_close(together, sum(single), rtol=1e-5, atol=1e-6 * float(together.abs().max()))
@@ -236,32 +270,39 @@ def test_gradient_is_the_closed_form():
 def test_equal_velocities_have_no_drift_and_equal_errors():
     arguments = make((2, 5000), (torch.bfloat16,), old=False, other=False)
     same = arguments["velocity"].clone()
-    means = matching(**arguments, old_velocity=same, reference_velocity=same, beta=0.7)
-    for name in ("old_drift", "reference_drift"):
-        assert torch.equal(getattr(means, name), torch.zeros(2))
-    for name in ("old_error", "positive", "negative", "reference_error"):
-        assert torch.equal(getattr(means, name), means.error)
+    means = matching(**arguments, old_velocity=same, reference_velocity=same)
+    implicit = implicit_matching(**arguments, old_velocity=same, beta=0.7)
+    assert torch.equal(means.old_drift, torch.zeros(2))
+    assert torch.equal(means.reference_drift, torch.zeros(2))
+    for error in (means.old_error, means.reference_error, implicit.positive, implicit.negative):
+        assert torch.equal(error, means.error)
+    for absolute in (means.old_error_abs, implicit.positive_abs, implicit.negative_abs):
+        assert torch.equal(absolute, means.error_abs)
+
+
+def test_the_whole_step_s_positive_is_the_velocity():
+    arguments = make((2, 7, 33, 31), other=False)
+    implicit, means = implicit_matching(**arguments, beta=1.0), matching(**arguments)
+    assert torch.equal(implicit.positive, means.error)
+    assert torch.equal(implicit.positive_abs, means.error_abs)
 
 
 def test_means_do_not_depend_on_what_else_is_asked_for():
-    whole = matching(**make((3, 16, 20, 21)), beta=0.3)._asdict()
-    for given_ in ((False, False), (True, False), (False, True)):
-        for name, mean in matching(**make((3, 16, 20, 21), (torch.float32,), True, True))._asdict().items():
-            if "positive" not in name and "negative" not in name:
-                assert torch.equal(mean, whole[name])
-        arguments = make((3, 16, 20, 21))
-        for keep, name in zip(given_, ("old_velocity", "reference_velocity"), strict=True):
-            if not keep:
-                del arguments[name]
-        for name, mean in matching(**arguments, beta=0.3)._asdict().items():
-            assert mean is None or torch.equal(mean, whole[name])
+    arguments = make((3, 16, 20, 21))
+    whole = op_means(arguments)
+    for missing in (["old_velocity"], ["reference_velocity"], ["old_velocity", "reference_velocity"]):
+        part = op_means({name: value for name, value in arguments.items() if name not in missing})
+        assert len(part) < len(whole)
+        assert all(torch.equal(mean, whole[name]) for name, mean in part.items())
+    assert torch.equal(op_means(arguments, 0.3)["reference_drift"], whole["reference_drift"])
 
 
-def test_a_weight_of_one_changes_no_bit():
+@BETAS
+def test_a_weight_of_one_changes_no_bit(beta):
     arguments = make((2, 7, 33, 31), (torch.bfloat16,))
     for shape in ((2, 7, 33, 31), (2, 1, 33, 31), (1, 1, 1, 1), (2, 7, 33, 1)):
-        means, gradient = run({**arguments, "weight": torch.ones(shape)})
-        plain, plain_gradient = run(arguments)
+        means, gradient = run({**arguments, "weight": torch.ones(shape)}, beta)
+        plain, plain_gradient = run(arguments, beta)
         assert torch.equal(gradient, plain_gradient)
         assert all(torch.equal(means[name], plain[name]) for name in plain)
 
@@ -278,10 +319,13 @@ def test_backward_is_not_differentiable_again():
 
 
 def everything(arguments, rows):
-    """All results for some rows of the arguments."""
+    """All results of both ops for some rows of the arguments."""
     chosen = {name: value[rows] for name, value in arguments.items()}
-    means, gradient = run(chosen)
-    return [*means.values(), gradient]
+    results = []
+    for beta in (None, 0.3):
+        means, gradient = run(chosen, beta)
+        results += [*means.values(), gradient]
+    return results
 
 
 def assert_same(left, right):
@@ -289,22 +333,24 @@ def assert_same(left, right):
         assert torch.equal(a, b)
 
 
+@BETAS
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("shape", "weight"), [((7, 3, 41), "channels last"), ((5, 16, 33, 33), "channels first")]
 )
-def test_a_sample_does_not_see_its_batch(shape, weight, dtype):
+def test_a_sample_does_not_see_its_batch(shape, weight, dtype, beta):
     arguments = make(shape, (dtype,), weight=weight)
-    velocity = arguments["velocity"].requires_grad_()
-    means = matching(**arguments, beta=0.3)
-    (gradient,) = torch.autograd.grad(sum(getattr(means, name).sum() for name in DIFFERENTIABLE), velocity)
+
+    def results(rows):
+        chosen = {name: value[rows] for name, value in arguments.items()}
+        velocity = chosen["velocity"].requires_grad_()
+        means = op_means(chosen, beta)
+        total = sum(mean.sum() for mean in means.values() if mean.requires_grad)
+        return [*(mean.detach() for mean in means.values()), torch.autograd.grad(total, velocity)[0]]
+
+    whole = results(torch.arange(shape[0]))
     for rows in (torch.tensor([2]), torch.tensor([4, 0, 3]), torch.tensor([1, 2, 3, 4, 0])):
-        some = {name: value.detach()[rows] for name, value in arguments.items()}
-        some["velocity"].requires_grad_()
-        part = matching(**some, beta=0.3)
-        total = sum(getattr(part, name).sum() for name in DIFFERENTIABLE)
-        assert_same([mean.detach() for mean in part], [mean.detach()[rows] for mean in means])
-        assert torch.equal(torch.autograd.grad(total, some["velocity"])[0], gradient[rows])
+        assert_same(results(rows), [result[rows] for result in whole])
 
 
 @pytest.mark.parametrize("shape", [(6, 16, 33, 33), (1, 300_001)], ids=str)
@@ -363,8 +409,9 @@ def test_every_instruction_set_gives_the_same_bits(isa):
 def test_gradients_have_the_cpu_s_bits(dtype, weight, device):
     for shape in ((2, 8, 12, 10), (2, 5, 3, 5)):
         arguments = make(shape, (dtype,), weight=weight)
-        _, gradient = run({name: value.to(device) for name, value in arguments.items()})
-        assert torch.equal(gradient.cpu(), run(arguments)[1])
+        there = {name: value.to(device) for name, value in arguments.items()}
+        for beta in (None, 0.3):
+            assert torch.equal(run(there, beta)[1].cpu(), run(arguments, beta)[1])
 
 
 # Behind torch.library.
@@ -377,19 +424,23 @@ def test_opcheck(dtype, given):
     arguments["velocity"].requires_grad_()
     names = ("velocity", "target", "old_velocity", "reference_velocity", "weight")
     flat = [arguments.get(name) for name in names]
-    torch.library.opcheck(OPS.matching, (*flat, 0.3))
     real = torch.float64 if dtype is torch.float64 else torch.float32
-    incoming = [torch.ones(2, dtype=real), *[torch.ones(2, dtype=real) if given[0] else None] * 3]
-    flat[0] = flat[0].detach()
-    torch.library.opcheck(
-        OPS.matching_backward, (*flat, 0.3, *incoming, torch.ones(2, dtype=real) if given[1] else None)
-    )
+    one = torch.ones(2, dtype=real)
+    for beta in (None, 0.3) if given[0] else (None,):
+        torch.library.opcheck(OPS.matching, (*flat, beta))
+    detached = [flat[0].detach(), *flat[1:]]
+    drift = one if given[1] else None
+    torch.library.opcheck(OPS.matching_backward, (*detached, None, one, None, None, None, drift))
+    if given[0]:
+        torch.library.opcheck(OPS.matching_backward, (*detached, None, None, one, None, None, drift))
+        torch.library.opcheck(OPS.matching_backward, (*detached, 0.3, None, None, one, one, None))
 
 
 def test_fake_tensors_give_shapes():
     arguments = make((2, 3, 20), (torch.bfloat16,), weight="none")
     with FakeTensorMode() as mode:
-        means = matching(**{name: mode.from_tensor(value) for name, value in arguments.items()})
+        fakes = {name: mode.from_tensor(value) for name, value in arguments.items()}
+        means = [*matching(**fakes), *implicit_matching(**fakes, beta=0.3)]
     assert {(mean.shape, mean.dtype) for mean in means} == {((2,), torch.float32)}
 
 
@@ -407,7 +458,7 @@ def test_dispatch_modes_see_one_op_each_way_and_no_sync():
     arguments = make((2, 3, 20), weight="channels first")
     arguments["velocity"].requires_grad_()
     with Recorder() as recorder:
-        means = matching(**arguments)
+        means = implicit_matching(**arguments, beta=0.3)
         (means.positive / means.positive_abs + means.reference_drift).sum().backward()
     assert recorder.seen.count("flowgrpo_fast.matching.default") == 1
     assert recorder.seen.count("flowgrpo_fast.matching_backward.default") == 1
@@ -420,9 +471,12 @@ def test_compiles():
     velocity = arguments.pop("velocity").requires_grad_()
 
     def loss(velocity):
-        means = matching(velocity, **arguments, beta=0.1)
+        errors = matching(velocity, **arguments)
+        means = implicit_matching(velocity, **arguments, beta=0.1)
         total = (means.positive / means.positive_abs + means.negative / means.negative_abs).sum()
-        return means, total + means.reference_drift.sum()
+        return [*errors, *means], total + means.reference_drift.sum() + (
+            errors.error - errors.old_error
+        ).exp().sum()
 
     eager, eager_total = loss(velocity)
     means, total = torch.compile(loss, fullgraph=True)(velocity)
@@ -478,8 +532,6 @@ BAD = [
     ({"weight": torch.zeros(2, 2, 6)}, "weight has shape [2, 2, 6], must have [2, 4, 6] with 1 in place of"),
     ({"weight": torch.zeros(3, 1, 6)}, "weight has shape [3, 1, 6], must have [2, 4, 6] with 1 in place of"),
     ({"weight": torch.zeros(2, 1, 6).expand(2, 4, 6)}, "weight is not contiguous"),
-    ({"beta": "1"}, "beta is a str, must be a number"),
-    ({"beta": torch.ones(2)}, "beta is a Tensor, must be a number"),
 ]
 
 
@@ -489,8 +541,23 @@ def test_names_the_bad_argument(bad, message, needs_grad):
     arguments = {**GOOD, **bad}
     if needs_grad and "target" not in bad:
         arguments["target"] = torch.zeros(2, 4, 6, requires_grad=True)
-    with pytest.raises(ValueError, match=rf"\Amatching: [^\n]*{re.escape(message)}[^\n]*\Z"):
-        matching(**arguments)
+    for op, options in ((matching, {}), (implicit_matching, {"beta": 0.3})):
+        with pytest.raises(ValueError, match=rf"\A{op.__name__}: [^\n]*{re.escape(message)}[^\n]*\Z"):
+            op(**arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"beta": "1"}, "beta is a str, must be a number"),
+        ({"beta": torch.ones(2)}, "beta is a Tensor, must be a number"),
+        ({"beta": None}, "beta is a NoneType, must be a number"),
+        ({"old_velocity": None}, "old_velocity is a NoneType, must be a torch.Tensor"),
+    ],
+)
+def test_implicit_matching_names_the_bad_argument(bad, message):
+    with pytest.raises(ValueError, match=rf"\Aimplicit_matching: {re.escape(message)}\Z"):
+        implicit_matching(**{**GOOD, "beta": 0.3, **bad})
 
 
 def test_names_axes_of_a_weight_that_are_not_neighbours():

@@ -1,4 +1,4 @@
-"""Losses of the forward process, each from its published formula on whole latents and from the means of `matching`.
+"""Losses of the forward process, each from its published formula on whole latents and from the means of the ops.
 
 The published side is float64 PyTorch on elements, differentiated by autograd. The composed side is what a trainer
 would write on ``[B]`` numbers. Value and gradient must agree.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from flowgrpo_fast.ops import matching
+from flowgrpo_fast.ops import implicit_matching, matching
 
 BATCH, GROUP = 6, 3
 FLOOR = 1e-5  # under the adaptive weights
@@ -137,7 +137,7 @@ def published_nft(target_space, beta, kl):
 
 def composed_nft(target_space, beta, kl):
     def loss(d: Data, v: Tensor) -> Tensor:
-        m = matching(v, d.target, old_velocity=d.old, reference_velocity=d.reference, beta=beta)
+        m = implicit_matching(v, d.target, d.old, beta, reference_velocity=d.reference)
         scale = d.sigma if target_space == "x0" else torch.ones_like(d.sigma)
         good = scale**2 * m.positive / (scale * m.positive_abs).clamp_min(FLOOR)
         bad = scale**2 * m.negative / (scale * m.negative_abs).clamp_min(FLOOR)
@@ -173,7 +173,7 @@ def test_pareto_slider_is_nft_with_mixed_optimality(dtype):
         return AMAX * sum(w * loss.mean() for w, loss in zip(preference, losses, strict=True))
 
     def composed(d, v):
-        m = matching(v, d.target, old_velocity=d.old, beta=beta)
+        m = implicit_matching(v, d.target, d.old, beta)
         r = (preference.to(d.sigma)[:, None] * objectives(d.advantage)).sum(0)
         good, bad = d.sigma * m.positive / m.positive_abs, d.sigma * m.negative / m.negative_abs
         return AMAX / beta * (r * good + (1 - r) * bad).mean()
@@ -362,7 +362,7 @@ def test_weighted_nft(packed, mask, dtype):
 
     def composed(d, v):
         w = weight.to(d.sigma.dtype)
-        m = matching(v, d.target, old_velocity=d.old, weight=w, beta=beta)
+        m = implicit_matching(v, d.target, d.old, beta, weight=w)
         r = optimality(d.advantage)
         return ((r * m.positive + (1 - r) * m.negative) / mean(w)).mean()
 
@@ -379,15 +379,13 @@ def test_velocity_divergence(dtype):
 
 def test_clean_sample_means_are_scaled_velocity_means():
     d = make(torch.float64)
+    m = matching(d.velocity, d.target, old_velocity=d.old)
+    pairs = [(d.velocity, m.error, m.error_abs), (d.old, m.old_error, m.old_error_abs)]
     for beta in (1.0, 0.1):
-        m = matching(d.velocity, d.target, old_velocity=d.old, beta=beta)
-        positive = d.x0(beta * d.velocity + (1 - beta) * d.old) - d.clean
-        negative = d.x0((1 + beta) * d.old - beta * d.velocity) - d.clean
-        for residual, square, absolute in (
-            (d.x0(d.velocity) - d.clean, m.error, m.error_abs),
-            (d.x0(d.old) - d.clean, m.old_error, m.old_error_abs),
-            (positive, m.positive, m.positive_abs),
-            (negative, m.negative, m.negative_abs),
-        ):
-            torch.testing.assert_close(mse(residual), d.sigma**2 * square)
-            torch.testing.assert_close(mean(residual.abs()), d.sigma * absolute)
+        i = implicit_matching(d.velocity, d.target, d.old, beta)
+        pairs.append((beta * d.velocity + (1 - beta) * d.old, i.positive, i.positive_abs))
+        pairs.append(((1 + beta) * d.old - beta * d.velocity, i.negative, i.negative_abs))
+    for velocity, square, absolute in pairs:
+        residual = d.x0(velocity) - d.clean
+        torch.testing.assert_close(mse(residual), d.sigma**2 * square)
+        torch.testing.assert_close(mean(residual.abs()), d.sigma * absolute)

@@ -20,7 +20,7 @@ from flowgrpo_fast.ops.reference.group import (
     pareto_fronts,
     top_bottom,
 )
-from flowgrpo_fast.ops.reference.matching import matching
+from flowgrpo_fast.ops.reference.matching import implicit_matching, matching
 from flowgrpo_fast.ops.reference.philox import normal_of_words, philox4x32_10
 from flowgrpo_fast.ops.reference.preview import centred_gram, preview
 from flowgrpo_fast.ops.reference.quantize import (
@@ -43,6 +43,7 @@ __all__ = [
     "flow_step",
     "group_advantages",
     "guided_velocity",
+    "implicit_matching",
     "matching",
     "merge_lora_quantize",
     "normal_of_words",

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+_Mean = Callable[[Tensor], Tensor]
+
+
+def _means(weight: Tensor | None, dtype: torch.dtype) -> tuple[_Mean, _Mean]:
+    """The weighted means of squares and, detached, of absolute values of a sample's elements."""
+
+    def weighted(values: Tensor) -> Tensor:
+        return (values if weight is None else weight.to(dtype) * values).flatten(1).mean(1)
+
+    return lambda values: weighted(values.square()), lambda values: weighted(values.detach().abs())
 
 
 def matching(
@@ -12,37 +25,43 @@ def matching(
     old_velocity: Tensor | None = None,
     reference_velocity: Tensor | None = None,
     weight: Tensor | None = None,
-    beta: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """The means ``[B]`` under the names of the op's fields, those of absolute values detached."""
+    """The means ``[B]`` under the names of the op's fields."""
+    square, absolute = _means(weight, dtype)
     velocity, target = velocity.to(dtype), target.to(dtype)
-    weights = torch.ones((), dtype=dtype, device=velocity.device) if weight is None else weight.to(dtype)
-
-    def square(difference: Tensor) -> Tensor:
-        return (weights * difference.square()).flatten(1).mean(1)
-
-    def absolute(difference: Tensor) -> Tensor:
-        return (weights * difference.detach().abs()).flatten(1).mean(1)
-
     means = {"error": square(velocity - target), "error_abs": absolute(velocity - target)}
     if old_velocity is not None:
         old = old_velocity.to(dtype)
-        positive = (1 - beta) * old + beta * velocity
-        negative = (1 + beta) * old - beta * velocity
-        means |= {
-            "old_error": square(old - target),
-            "old_error_abs": absolute(old - target),
-            "old_drift": square(velocity - old),
-            "positive": square(positive - target),
-            "positive_abs": absolute(positive - target),
-            "negative": square(negative - target),
-            "negative_abs": absolute(negative - target),
-        }
+        means["old_error"], means["old_error_abs"] = square(old - target), absolute(old - target)
+        means["old_drift"] = square(velocity - old)
     if reference_velocity is not None:
         reference = reference_velocity.to(dtype)
-        means |= {
-            "reference_error": square(reference - target),
-            "reference_drift": square(velocity - reference),
-        }
+        means["reference_drift"] = square(velocity - reference)
+        means["reference_error"] = square(reference - target)
+    return means
+
+
+def implicit_matching(
+    velocity: Tensor,
+    target: Tensor,
+    old_velocity: Tensor,
+    beta: float,
+    reference_velocity: Tensor | None = None,
+    weight: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """The means ``[B]`` under the names of the op's fields."""
+    square, absolute = _means(weight, dtype)
+    velocity, target, old = velocity.to(dtype), target.to(dtype), old_velocity.to(dtype)
+    positive = (1 - beta) * old + beta * velocity - target
+    negative = (1 + beta) * old - beta * velocity - target
+    means = {
+        "positive": square(positive),
+        "positive_abs": absolute(positive),
+        "negative": square(negative),
+        "negative_abs": absolute(negative),
+    }
+    if reference_velocity is not None:
+        means["reference_drift"] = square(velocity - reference_velocity.to(dtype))
     return means
