@@ -59,20 +59,27 @@ static inline void load_residuals(const Residuals& residuals, const Span& span, 
   tile->weight = weight_tile(residuals.weight, span, sample, tile->weights);
 }
 
-// Lane by lane, so that a lane's sums stay in registers over the tile.
+constexpr int kRow = 16;  // neighbouring elements that go to different lanes
+constexpr int kBlock = kTile / kLanes * kRow;
+
+// Block by block, each to lanes of its own: they stay in registers over its rows, and memory is read in order.
 template <Mode kMode, bool kReference, bool kWeight, typename Real>
 static inline void add_tile(const ResidualTile<Real>& tile, Real beta, Real (*lanes)[kLanes]) {
   constexpr int kMeans = count_means(kMode, kReference);
   const Real *velocity = tile.velocity, *target = tile.target, *old = tile.old, *reference = tile.reference;
-  for (int i = 0; i < kLanes; ++i) {
-    Real sums[kMeans];
-    for (int mean = 0; mean < kMeans; ++mean) sums[mean] = lanes[mean][i];
-    for (int k = i; k < i + kTile; k += kLanes) {
-      const Real weight = kWeight ? tile.weight[k] : Real(1);
-      add_means<kMode>(weight, velocity[k], target[k], kMode == kOwn ? Real(0) : old[k], beta, sums);
-      if (kReference) add_reference_means<kMode>(weight, velocity[k], target[k], reference[k], sums + own_means(kMode));
+  for (int start = 0, lane = 0; start < kTile; start += kBlock, lane += kRow) {
+    for (int i = 0; i < kRow; ++i) {
+      Real sums[kMeans];
+      for (int mean = 0; mean < kMeans; ++mean) sums[mean] = lanes[mean][lane + i];
+      for (int row = 0; row < kBlock; row += kRow) {
+        const int k = start + row + i;
+        const Real weight = kWeight ? tile.weight[k] : Real(1);
+        add_means<kMode>(weight, velocity[k], target[k], kMode == kOwn ? Real(0) : old[k], beta, sums);
+        if (kReference)
+          add_reference_means<kMode>(weight, velocity[k], target[k], reference[k], sums + own_means(kMode));
+      }
+      for (int mean = 0; mean < kMeans; ++mean) lanes[mean][lane + i] = sums[mean];
     }
-    for (int mean = 0; mean < kMeans; ++mean) lanes[mean][i] = sums[mean];
   }
 }
 
