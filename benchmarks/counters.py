@@ -14,6 +14,8 @@ KERNELS = {
     "flow_step": 2,  # the step, then the ordered sum of its partial sums
     "flow_log_prob": 2,
     "flow_log_prob_backward": 1,
+    "flow_log_prob_extras": 4,  # one more each for the sum of the drift and for the map
+    "flow_log_prob_extras_backward": 1,
     "philox": 1,
     "group_advantages": 3,  # one, and one each for the batch's std and for GDPO's second normalisation
     "best_variance_subset": 1,
@@ -23,6 +25,11 @@ KERNELS = {
     "compact_out": 1,
     "matching": 2,  # the partial sums, then the ordered sum of each mean
     "matching_backward": 1,
+    "preview": 3,  # one, and two for the Gram matrices
+    "quantize_fp8_rows": 1,  # with a LoRA, too
+    "quantize_nvfp4": 3,  # two for the global scale where it is not given
+    "dequantize_fp8_rows": 1,
+    "dequantize_nvfp4": 1,
 }
 _NO_KERNEL = {
     "empty",
@@ -110,6 +117,7 @@ def _to_host(name: str, args: tuple[Any, ...], result: Any) -> bool:
 def _bytes(schema: Any, name: str, call: tuple[tuple[Any, ...], dict[str, Any]], result: Any) -> int:
     """Operands read, each once however often it is given, and results and changed operands written."""
     args, kwargs = call
+    is_ours = schema.name.startswith("flowgrpo_fast::")  # what our ops change, they write and do not read
     read: dict[int, Tensor] = {}
     written: list[Tensor] = []
     for position, argument in enumerate(schema.arguments):
@@ -117,9 +125,8 @@ def _bytes(schema: Any, name: str, call: tuple[tuple[Any, ...], dict[str, Any]],
         changed = argument.alias_info is not None and argument.alias_info.is_write
         if changed:
             written += _tensors(value)
-        if not (
-            (changed and (name in _OVERWRITES or argument.name == "out")) or _GATHERED.get(name) == position
-        ):
+        overwritten = changed and (name in _OVERWRITES or is_ours or argument.name == "out")
+        if not overwritten and _GATHERED.get(name) != position:
             read |= {id(tensor): tensor for tensor in _tensors(value)}
     if all(returned.alias_info is None for returned in schema.returns):
         written += _tensors(result)

@@ -109,10 +109,13 @@ def test_the_trainers_loop_trains(engine):
 def test_every_family_is_found_and_every_case_asked_for_once():
     names = [request.name for request in suite.requests()]
     assert len(names) == len(set(names))
-    assert {"flow"} <= set(suite.families())
+    assert {"flow", "group", "preview", "quantize"} <= set(suite.families())
     for size in SIZES:
-        assert f"sampling {size.name} float32" in names
-    assert f"replay {SD3.name} bfloat16" in names
+        for operation in ("sampling", "noise", "compact", "preview"):
+            assert f"{operation} {size.name} float32" in names
+    for operation in ("replay", "noise"):
+        assert f"{operation} {SD3.name} bfloat16" in names
+    assert "quantize_fp8_rows FLUX weight 3072x12288 bfloat16" in names
     request = next(r for r in suite.requests() if r.size_name == suite.TOY.name)
     made = suite.Maker(CPU)(request)
     assert (made.group, made.operation) == (request.name, request.operation)

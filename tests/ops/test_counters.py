@@ -18,6 +18,7 @@ COUNTED = Size(
 )  # large enough that a coefficient table is no part of its bytes
 REQUESTS = requests(((COUNTED, torch.float32), (COUNTED, torch.bfloat16)))
 LATENT_SIZED = 1 << 18
+SMALL = 1024  # bytes of a seed and an index a sample
 ANY_LAUNCHES = 4  # of PyTorch's around ours: the loss's sum and its gradient
 
 
@@ -35,13 +36,13 @@ def test_our_calls_never_wait_and_touch_their_data_once(made, request_):
     assert len(ours.others) <= ANY_LAUNCHES, ours.others
     assert ours.launches <= sum(KERNELS[name] for name in ours.ours) + ANY_LAUNCHES
     if case.bytes >= LATENT_SIZED:  # eager mathematics on rewards goes to numpy, where nobody counts
-        assert ours.launches < eager.launches
-        assert ours.bytes <= eager.bytes
+        assert ours.launches <= max(eager.launches - 1, 1)  # torch.randn is one launch, too
+        assert ours.bytes <= eager.bytes + SMALL
     backward = any(name.endswith("_backward") for name in ours.ours)
     if backward:  # the inputs once for the value and once for the gradient, and nothing saved in between
         assert ours.bytes <= 2 * case.bytes
     else:
-        assert ours.bytes == pytest.approx(case.bytes, rel=0.02, abs=1024)
+        assert ours.bytes == pytest.approx(case.bytes, rel=0.02, abs=SMALL)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.cases import Size
+from benchmarks.cases.quantize import cases as quantize_cases
 from flowgrpo_fast.ops import (
     Fp8Rows,
     Nvfp4,
@@ -246,25 +245,9 @@ def test_bad_output_of_a_merge():
         merge_lora_quantize_(short, weight, lora_a, lora_b)
 
 
-@pytest.fixture(scope="module")
-def cases():
-    folder = Path(__file__).resolve().parents[2] / "benchmarks"
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location(
-            "flowgrpo_fast_quantize_cases", folder / "cases" / "quantize.py"
-        )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(folder))
-    return module
-
-
 @pytest.mark.slow
-def test_contenders_compute_the_same(cases):
-    for case in cases.cases(cases.SIZES[-1], torch.bfloat16, torch.device("cpu")):
+def test_contenders_compute_the_same():
+    for case in quantize_cases(Size("toy", 64, (64,)), torch.bfloat16, torch.device("cpu")):
         results = {name: as_bytes(*run()) for name, run in case.contenders.items()}
         for contender in results.values():
             for ours, theirs in zip(results["ours"], contender, strict=True):
