@@ -47,9 +47,22 @@ static inline Span span_of(const ChunkRange& range, int64_t element, int64_t ele
   return {element, range.sample * elements + element, static_cast<int>(left < kTile ? left : kTile)};
 }
 
-template <typename Real>
-static inline Real* at(const Buffer& buffer, const Span& span) {
-  return static_cast<Real*>(buffer.data) + span.offset;
+// bfloat16 as a type of its own, for loops that convert in registers.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+static inline float widened(Bfloat16 stored) { return bfloat16_to_float(stored.bits); }
+static inline float widened(float stored) { return stored; }
+static inline double widened(double stored) { return stored; }
+
+static inline void store_rounded(float value, Bfloat16* target) { target->bits = float_to_bfloat16(value); }
+static inline void store_rounded(float value, float* target) { *target = value; }
+static inline void store_rounded(double value, double* target) { *target = value; }
+
+template <typename Stored>
+static inline Stored* at(const Buffer& buffer, const Span& span) {
+  return static_cast<Stored*>(buffer.data) + span.offset;
 }
 
 template <typename Real>
@@ -238,31 +251,45 @@ static inline void mean_tile(const Transition& transition, const Row<Real>& row,
 }
 
 // Adds the squared distances of a tile to the lanes. Callers make both arrays equal behind the sample's end.
-template <typename Real>
-static inline void add_squares(const Real* next, const Real* mean, Real* lanes) {
+template <typename Stored, typename Real>
+static inline void add_squares(const Stored* next, const Stored* mean, Real* lanes) {
   for (int start = 0; start < kTile; start += kLanes) {
     for (int i = 0; i < kLanes; ++i) {
-      const Real distance = next[start + i] - mean[start + i];
+      const Real distance = widened(next[start + i]) - widened(mean[start + i]);
       lanes[i] += distance * distance;
     }
   }
 }
 
-// Whether a tile needs no conversion, guidance, history or padding, so that its mean can be formed in registers.
+// Whether a tile needs no guidance, history or padding and has one dtype, so that its mean can be formed in registers.
 static inline bool is_plain(const Transition& transition, const Buffer& next, int count) {
   const DType dtype = transition.latents.dtype;
-  return count == kTile && (dtype == DType::kFloat32 || dtype == DType::kFloat64) &&
-         transition.velocity.dtype == dtype && next.dtype == dtype && !transition.negative_velocity.data &&
-         !transition.x0_prev;
+  return count == kTile && dtype != DType::kFloat16 && transition.velocity.dtype == dtype && next.dtype == dtype &&
+         !transition.negative_velocity.data && !transition.x0_prev;
 }
 
-// mean_tile() and add_squares() of a plain tile in one loop: the same operations, so the same bits.
-template <typename Real>
-static inline void add_plain_squares(const Row<Real>& row, const Real* latents, const Real* velocity, const Real* next,
-                                     Real* lanes) {
+// A plain tile: its arrays as they are stored, and how far the next latents are from the mean. The operations are those
+// of mean_tile(), so the bits are, too.
+template <typename Stored>
+struct PlainTile {
+  const Stored *latents, *velocity, *next;
+
+  PlainTile(const Transition& transition, const Buffer& next_latents, const Span& span)
+      : latents(at<Stored>(transition.latents, span)),
+        velocity(at<Stored>(transition.velocity, span)),
+        next(at<Stored>(next_latents, span)) {}
+
+  template <typename Real>
+  Real distance(const Row<Real>& row, int i) const {
+    return widened(next[i]) - mean_of<Real>(row, widened(latents[i]), widened(velocity[i]));
+  }
+};
+
+template <typename Stored, typename Real>
+static inline void add_plain_squares(const Row<Real>& row, const PlainTile<Stored>& tile, Real* lanes) {
   for (int start = 0; start < kTile; start += kLanes) {
     for (int i = 0; i < kLanes; ++i) {
-      const Real distance = next[start + i] - mean_of(row, latents[start + i], velocity[start + i]);
+      const Real distance = tile.distance(row, start + i);
       lanes[i] += distance * distance;
     }
   }

@@ -14,20 +14,32 @@ static const Real* reference_tile(const Reference& reference, Real scale, const 
   return scratch[0];
 }
 
+// Adds the squares of a plain tile's distances, and those of its velocity from the reference.
+template <typename Stored, typename Real>
+static inline void add_plain_tile(const FlowLogProbArgs& args, const Row<Real>& row, const Span& span, Real* lanes,
+                                  Real* drift_lanes) {
+  const PlainTile<Stored> tile(args.transition, args.next_latents, span);
+  add_plain_squares(row, tile, lanes);
+  if (args.reference.velocity.data)
+    add_squares(tile.velocity, at<const Stored>(args.reference.velocity, span), drift_lanes);
+}
+
 template <typename Real>
 static void log_prob_chunk(const FlowLogProbArgs& args, int64_t index) {
   const Transition& transition = args.transition;
   const ChunkRange range = chunk_range(index, transition.elements);
   const Row<Real> row = row_of<Real>(transition, range.sample);
   const Real scale = static_cast<Real>(transition.guidance_scale);
-  const bool extra = args.mean || args.reference.velocity.data;
+  const Buffer& other = args.reference.velocity;
+  const bool plain_drift = !other.data || (other.dtype == transition.velocity.dtype && !args.reference.negative.data);
+  const bool is_bfloat16 = transition.latents.dtype == DType::kBFloat16;
   MeanTile<Real> tile;
   Real scratch[kTile], reference_scratch[2][kTile], lanes[kLanes] = {}, drift_lanes[kLanes] = {};
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
-    if (!extra && is_plain(transition, args.next_latents, span.count)) {
-      add_plain_squares(row, at<Real>(transition.latents, span), at<Real>(transition.velocity, span),
-                        at<Real>(args.next_latents, span), lanes);
+    if (!args.mean && plain_drift && is_plain(transition, args.next_latents, span.count)) {
+      is_bfloat16 ? add_plain_tile<Bfloat16>(args, row, span, lanes, drift_lanes)
+                  : add_plain_tile<Real>(args, row, span, lanes, drift_lanes);
       continue;
     }
     mean_tile(transition, row, span, &tile);
@@ -96,10 +108,11 @@ static void store_scaled(const Buffer& buffer, const Span& span, const Real* gra
 }
 
 // The gradient of a plain tile, formed in registers.
-template <typename Real>
-static void plain_gradient(const Row<Real>& row, Real factor, const Real* latents, const Real* velocity,
-                           const Real* next, Real* gradient) {
-  for (int i = 0; i < kTile; ++i) gradient[i] = factor * (next[i] - mean_of(row, latents[i], velocity[i]));
+template <typename Stored, typename Real>
+static void plain_gradient(const FlowLogProbBackwardArgs& args, const Row<Real>& row, const Span& span, Real factor) {
+  const PlainTile<Stored> tile(args.transition, args.next_latents, span);
+  Stored* gradient = at<Stored>(args.grad_velocity, span);
+  for (int i = 0; i < kTile; ++i) store_rounded(factor * tile.distance(row, i), &gradient[i]);
 }
 
 template <typename Real>
@@ -114,13 +127,13 @@ static void backward_chunk(const FlowLogProbBackwardArgs& args, int64_t index) {
   const bool guidance = transition.negative_velocity.data != nullptr;
   if (!guidance && !args.grad_velocity.data) return;
   const bool extra = args.grad_mean || args.grad_drift || args.grad_map.data;
+  const bool is_bfloat16 = transition.latents.dtype == DType::kBFloat16;
   MeanTile<Real> tile;
   Real next_scratch[kTile], scratch[kTile];
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
     if (!extra && is_plain(transition, args.next_latents, span.count)) {
-      plain_gradient(row, factor, at<Real>(transition.latents, span), at<Real>(transition.velocity, span),
-                     at<Real>(args.next_latents, span), at<Real>(args.grad_velocity, span));
+      is_bfloat16 ? plain_gradient<Bfloat16>(args, row, span, factor) : plain_gradient<Real>(args, row, span, factor);
       continue;
     }
     mean_tile(transition, row, span, &tile);

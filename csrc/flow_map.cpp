@@ -5,18 +5,24 @@ namespace flowgrpo_fast::FLOWGRPO_ISA {
 
 static_assert(kMapTile == kTile, "a work item fills a tile of the map");
 
+template <typename Stored, typename Real>
+static inline void square_plain_tile(const FlowLogProbArgs& args, const Row<Real>& row, const Span& span,
+                                     Real* squares) {
+  const PlainTile<Stored> tile(args.transition, args.next_latents, span);
+  for (int i = 0; i < kTile; ++i) {
+    const Real distance = tile.distance(row, i);
+    squares[i] = distance * distance;
+  }
+}
+
 // The squared distances of a tile, zero behind its end.
 template <typename Real>
 static void square_tile(const FlowLogProbArgs& args, const Row<Real>& row, const Span& span, MeanTile<Real>* tile,
                         Real* squares) {
   const Transition& transition = args.transition;
   if (is_plain(transition, args.next_latents, span.count)) {
-    const Real *latents = at<Real>(transition.latents, span), *velocity = at<Real>(transition.velocity, span);
-    const Real* next = at<Real>(args.next_latents, span);
-    for (int i = 0; i < kTile; ++i) {
-      const Real distance = next[i] - mean_of(row, latents[i], velocity[i]);
-      squares[i] = distance * distance;
-    }
+    transition.latents.dtype == DType::kBFloat16 ? square_plain_tile<Bfloat16>(args, row, span, squares)
+                                                 : square_plain_tile<Real>(args, row, span, squares);
     return;
   }
   mean_tile(transition, row, span, tile);

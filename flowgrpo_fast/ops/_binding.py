@@ -17,7 +17,8 @@ from torch import Tensor
 Forward = Callable[..., Any]
 
 _library = torch.library.Library("flowgrpo_fast", "FRAGMENT")
-_plain_types = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_plain_tensors = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_plain = frozenset((*_plain_tensors, int, float, bool, type(None), torch.dtype))
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
@@ -118,8 +119,10 @@ def workspace(latents: Tensor, chunk: int) -> Tensor | None:
 def _is_traced(flat: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or _dispatch_modes():
         return True
+    if _plain.issuperset(map(type, flat)):  # nearly every call: three times as fast as looking at each value
+        return False
     return any(
-        type(value) not in _plain_types
+        type(value) not in _plain_tensors
         if isinstance(value, Tensor)
         # Lists of tensors come as tuples; other lists hold numbers.
         else isinstance(value, tuple) and _is_traced(value)
@@ -128,9 +131,11 @@ def _is_traced(flat: tuple[Any, ...]) -> bool:
 
 
 def _needs_grad(flat: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in flat
-    )
+    if torch.is_grad_enabled():
+        for value in flat:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 def bind(
