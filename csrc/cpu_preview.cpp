@@ -1,4 +1,6 @@
 // The preview and its Gram matrix on the CPU: rows over the threads.
+#include <vector>
+
 #include "cpu_dispatch.h"
 #include "preview.h"
 
@@ -10,10 +12,13 @@ void preview(const PreviewArgs& args, int num_threads) {
             transition.batch * transition.elements, num_threads);
 }
 
-void gram(const GramArgs& args, int num_threads) {
-  const int64_t members = args.groups * args.group_size;
-  run_items(FLOWGRPO_PICK(gram_centre), args, args.groups * centre_tiles(args), members * args.features, num_threads);
-  run_items(FLOWGRPO_PICK(gram_row), args, members, members * args.group_size * args.features, num_threads);
+void gram(const GramArgs& given, int num_threads) {
+  GramArgs args = given;
+  const int64_t entries = args.groups * args.group_size * args.group_size, tiles = gram_tiles(args);
+  std::vector<double> partials(static_cast<size_t>(tiles * entries));
+  args.partials = partials.data();
+  run_items(FLOWGRPO_PICK(gram_tile), args, args.groups * tiles, entries * args.features, num_threads);
+  run_items(FLOWGRPO_PICK(gram_row), args, args.groups * args.group_size, tiles * entries, num_threads);
 }
 
 }  // namespace flowgrpo_fast::cpu

@@ -33,17 +33,19 @@ static void square_tile(const FlowLogProbArgs& args, const Row<Real>& row, const
   }
 }
 
+// Adds neighbouring elements to the lanes of their position.
 template <typename Real>
-static double sum_run(const Real* values, int count) {
-  Real folded[kFold] = {};
+static inline void add_run(const Real* values, int count, Real* lanes) {
   const int whole = count - count % kFold;
   for (int start = 0; start < whole; start += kFold) {
-    for (int i = 0; i < kFold; ++i) folded[i] += values[start + i];
+    for (int i = 0; i < kFold; ++i) lanes[i] += values[start + i];
   }
-  for (int i = whole; i < count; ++i) folded[i - whole] += values[i];
-  double sum = 0.0;
-  for (int i = 0; i < kFold; ++i) sum += static_cast<double>(folded[i]);
-  return sum;
+  for (int i = whole; i < count; ++i) lanes[i - whole] += values[i];
+}
+
+template <typename Real>
+static inline void add_pairs(const Real* values, int count, Real* sums) {
+  for (int i = 0; i < count; ++i) sums[i] = values[2 * i] + values[2 * i + 1];
 }
 
 // Sums over the channels of up to kMapTile positions from `first`: channel after channel, or with channels last, run
@@ -66,20 +68,25 @@ static void sum_channels(const FlowLogProbArgs& args, const Row<Real>& row, int6
     return;
   }
   const ChunkRange range = {sample, first * channels, end * channels};
+  Real lanes[kFold * kMapTile] = {}, of4[4 * kMapTile], of2[2 * kMapTile], of1[kMapTile];
   int64_t channel = 0;
-  double* sum = sums;
+  Real* position = lanes;
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, elements);
     square_tile(args, row, span, &tile, squares);
     for (int i = 0; i < span.count;) {
       const int left = span.count - i;
       const int run = channels - channel < left ? static_cast<int>(channels - channel) : left;
-      *sum += sum_run(squares + i, run);
+      add_run(squares + i, run, position);
       i += run;
       channel += run;
-      if (channel == channels) channel = 0, ++sum;
+      if (channel == channels) channel = 0, position += kFold;
     }
   }
+  add_pairs(lanes, 4 * kMapTile, of4);
+  add_pairs(of4, 2 * kMapTile, of2);
+  add_pairs(of2, kMapTile, of1);
+  for (int i = 0; i < kMapTile; ++i) sums[i] = static_cast<double>(of1[i]);
 }
 
 template <typename Real>

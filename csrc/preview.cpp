@@ -17,39 +17,38 @@ static inline const double* read_run(const Buffer& buffer, int64_t offset, int, 
   return static_cast<const double*>(buffer.data) + offset;
 }
 
-// x0 of `count` neighbouring elements. Inlined where the count is known too, for loops without tails.
-template <typename Real>
-static inline __attribute__((always_inline)) void x0_run(const Transition& transition, const Row<Real>& row,
-                                                         int64_t offset, int count, Real* x0) {
-  Real scratch[3][kTile];
-  const Real* latents = read_run(transition.latents, offset, count, scratch[0]);
-  const Real* velocity = read_run(transition.velocity, offset, count, scratch[1]);
-  if (transition.negative_velocity.data) {
-    const Real* negative = read_run(transition.negative_velocity, offset, count, scratch[2]);
-    const Real scale = static_cast<Real>(transition.guidance_scale);
-    for (int i = 0; i < count; ++i) x0[i] = x0_of(row, latents[i], guided(velocity[i], negative[i], scale));
-    return;
+// Adds x0 down the lines of a row, over `count` columns from `offset`.
+template <typename Stored, typename Real>
+static void sum_plain_lines(const PreviewArgs& args, const Row<Real>& row, int64_t offset, int count, Real* sums) {
+  const int64_t line = args.width * args.inner;
+  for (int64_t time = 0; time < args.pool_time; ++time) {
+    const int64_t start = offset + time * args.height * line;
+    const Stored* latents = static_cast<const Stored*>(args.transition.latents.data) + start;
+    const Stored* velocity = static_cast<const Stored*>(args.transition.velocity.data) + start;
+    for (int64_t height = 0; height < args.pool_height; ++height, latents += line, velocity += line) {
+      for (int i = 0; i < count; ++i) sums[i] += x0_of<Real>(row, widened(latents[i]), widened(velocity[i]));
+    }
   }
-  for (int i = 0; i < count; ++i) x0[i] = x0_of(row, latents[i], velocity[i]);
 }
 
-// Adds x0 down the lines of a row, over `count` columns from `offset`. Narrow lines are read several at a time: the
-// lines of a cell are neighbours.
+// The same with guidance, or of mixed dtypes.
 template <typename Real>
 static void sum_lines(const PreviewArgs& args, const Row<Real>& row, int64_t offset, int count, Real* sums) {
+  const Transition& transition = args.transition;
+  const Real scale = static_cast<Real>(transition.guidance_scale);
   const int64_t line = args.width * args.inner;
-  const int64_t at_once = count == line ? kTile / line : 1;
-  Real x0[kTile];
+  Real scratch[3][kTile];
   for (int64_t time = 0; time < args.pool_time; ++time) {
-    for (int64_t first = 0; first < args.pool_height; first += at_once) {
-      const int64_t left = args.pool_height - first;
-      const int lines = static_cast<int>(left < at_once ? left : at_once);
-      const int64_t start = offset + (time * args.height + first) * line;
-      lines* count == kTile ? x0_run(args.transition, row, start, kTile, x0)
-                            : x0_run(args.transition, row, start, lines * count, x0);
-      for (int k = 0; k < lines; ++k) {
-        for (int i = 0; i < count; ++i) sums[i] += x0[k * count + i];
+    for (int64_t height = 0; height < args.pool_height; ++height) {
+      const int64_t start = offset + (time * args.height + height) * line;
+      const Real* latents = read_run(transition.latents, start, count, scratch[0]);
+      const Real* velocity = read_run(transition.velocity, start, count, scratch[1]);
+      if (transition.negative_velocity.data) {
+        const Real* negative = read_run(transition.negative_velocity, start, count, scratch[2]);
+        for (int i = 0; i < count; ++i) scratch[1][i] = guided(velocity[i], negative[i], scale);
+        velocity = scratch[1];
       }
+      for (int i = 0; i < count; ++i) sums[i] += x0_of(row, latents[i], velocity[i]);
     }
   }
 }
@@ -102,26 +101,30 @@ static void preview_row_of(const PreviewArgs& args, int64_t index) {
   const int64_t start = sample * args.transition.elements + preview_start(args, index % rows);
   const int64_t columns = args.width * args.inner, cells = columns / args.pool_width;
   Real* pooled = static_cast<Real*>(args.pooled) + index * cells;
+  const DType dtype = args.transition.latents.dtype;
+  const bool is_bfloat16 = dtype == DType::kBFloat16;
+  const bool plain =
+      dtype != DType::kFloat16 && args.transition.velocity.dtype == dtype && !args.transition.negative_velocity.data;
   for (int64_t i = 0; i < cells; ++i) pooled[i] = 0;
   for (int64_t first = 0; first < columns; first += kTile) {
     const int count = static_cast<int>(columns - first < kTile ? columns - first : kTile);
     Real sums[kTile] = {};
-    sum_lines(args, row, start + first, count, sums);
+    const auto sum = !plain        ? sum_lines<Real>
+                     : is_bfloat16 ? sum_plain_lines<Bfloat16, Real>
+                                   : sum_plain_lines<Real, Real>;
+    sum(args, row, start + first, count, sums);
     add_to_cells(args, first, count, sums, pooled);
   }
   const Real scale = cell_scale<Real>(args);
   for (int64_t i = 0; i < cells; ++i) pooled[i] *= scale;
 }
 
-// Takes the group's mean off kCentreTile features of all its members.
+// Takes the group's mean off kGramTile features of all its members.
 template <typename Real>
-static void centre(const GramArgs& args, int64_t index) {
-  const int64_t tiles = centre_tiles(args), group = index / tiles, first = index % tiles * kCentreTile;
-  const int count = static_cast<int>(args.features - first < kCentreTile ? args.features - first : kCentreTile);
-  const int64_t offset = group * args.group_size * args.features + first;
+static void centre(const GramArgs& args, int64_t offset, int count) {
   const Real* pooled = static_cast<const Real*>(args.pooled.data) + offset;
   Real* centred = static_cast<Real*>(args.centred) + offset;
-  double sums[kCentreTile] = {};
+  double sums[kGramTile] = {};
   for (int64_t member = 0; member < args.group_size; ++member) {
     for (int i = 0; i < count; ++i) sums[i] += static_cast<double>(pooled[member * args.features + i]);
   }
@@ -134,27 +137,47 @@ static void centre(const GramArgs& args, int64_t index) {
 }
 
 template <typename Real>
-static double inner_product(const Real* left, const Real* right, int64_t count) {
+static double inner_product(const Real* left, const Real* right, int count) {
   constexpr int kWide = 32;  // as many sums as hide the latency of an addition
   double folded[kWide] = {};
-  const int64_t whole = count - count % kWide;
-  for (int64_t start = 0; start < whole; start += kWide) {
+  const int whole = count - count % kWide;
+  for (int start = 0; start < whole; start += kWide) {
     for (int i = 0; i < kWide; ++i) folded[i] += static_cast<double>(left[start + i] * right[start + i]);
   }
-  for (int64_t i = whole; i < count; ++i) folded[i - whole] += static_cast<double>(left[i] * right[i]);
-  double sum = 0.0;
-  for (int i = 0; i < kWide; ++i) sum += folded[i];
-  return sum;
+  for (int i = whole; i < count; ++i) folded[i - whole] += static_cast<double>(left[i] * right[i]);
+  for (int half = kWide / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) folded[i] += folded[half + i];
+  }
+  return folded[0];
 }
 
-// The entries of one member with itself and those before it, and their mirror images.
+// What kGramTile features of a group add to the entries of its lower triangle.
+template <typename Real>
+static void gram_tile_of(const GramArgs& args, int64_t index) {
+  const int64_t size = args.group_size, features = args.features, tiles = gram_tiles(args);
+  const int64_t group = index / tiles, first = index % tiles * kGramTile;
+  const int64_t offset = group * size * features + first;
+  const int count = static_cast<int>(features - first < kGramTile ? features - first : kGramTile);
+  centre<Real>(args, offset, count);
+  const Real* centred = static_cast<const Real*>(args.centred) + offset;
+  double* partial = args.partials + index * size * size;
+  for (int64_t member = 0; member < size; ++member) {
+    for (int64_t other = 0; other <= member; ++other) {
+      partial[member * size + other] = inner_product(centred + member * features, centred + other * features, count);
+    }
+  }
+}
+
+// Adds the tiles of a member's entries in order, and mirrors them.
 template <typename Real>
 static void gram_row_of(const GramArgs& args, int64_t index) {
-  const int64_t size = args.group_size, group = index / size, member = index % size;
-  const Real* centred = static_cast<const Real*>(args.centred) + group * size * args.features;
+  const int64_t size = args.group_size, tiles = gram_tiles(args), group = index / size, member = index % size;
   Real* gram = static_cast<Real*>(args.gram) + group * size * size;
   for (int64_t other = 0; other <= member; ++other) {
-    const double sum = inner_product(centred + member * args.features, centred + other * args.features, args.features);
+    double sum = 0.0;
+    for (int64_t tile = group * tiles; tile < (group + 1) * tiles; ++tile) {
+      sum += args.partials[(tile * size + member) * size + other];
+    }
     gram[member * size + other] = gram[other * size + member] = static_cast<Real>(sum);
   }
 }
@@ -164,8 +187,8 @@ void preview_row(const PreviewArgs& args, int64_t index) {
   is_double ? preview_row_of<double>(args, index) : preview_row_of<float>(args, index);
 }
 
-void gram_centre(const GramArgs& args, int64_t index) {
-  args.pooled.dtype == DType::kFloat64 ? centre<double>(args, index) : centre<float>(args, index);
+void gram_tile(const GramArgs& args, int64_t index) {
+  args.pooled.dtype == DType::kFloat64 ? gram_tile_of<double>(args, index) : gram_tile_of<float>(args, index);
 }
 
 void gram_row(const GramArgs& args, int64_t index) {

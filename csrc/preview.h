@@ -28,13 +28,14 @@ struct PreviewArgs {
 struct GramArgs {
   Buffer pooled;  // [groups * group_size, features], arithmetic dtype
   int64_t groups, group_size, features;
-  void* centred;  // workspace of the same shape
-  void* gram;     // out [groups, group_size, group_size], arithmetic dtype
+  void* centred;     // workspace of the same shape
+  double* partials;  // workspace [groups, tiles, group_size, group_size], CPU only
+  void* gram;        // out [groups, group_size, group_size], arithmetic dtype
 };
 
-constexpr int64_t kCentreTile = 256;  // features whose group mean one work item takes off
+constexpr int64_t kGramTile = 256;  // features of a group the CPU takes at a time
 
-FLOWGRPO_HD int64_t centre_tiles(const GramArgs& args) { return (args.features + kCentreTile - 1) / kCentreTile; }
+FLOWGRPO_HD int64_t gram_tiles(const GramArgs& args) { return (args.features + kGramTile - 1) / kGramTile; }
 
 FLOWGRPO_HD int64_t preview_rows(const PreviewArgs& args) {
   return args.planes * (args.time / args.pool_time) * (args.height / args.pool_height);
@@ -64,7 +65,7 @@ FLOWGRPO_DECLARE_OP(preview, PreviewArgs)
 FLOWGRPO_DECLARE_OP(gram, GramArgs)
 
 FLOWGRPO_DECLARE_KERNEL(preview_row, PreviewArgs)
-FLOWGRPO_DECLARE_KERNEL(gram_centre, GramArgs)
+FLOWGRPO_DECLARE_KERNEL(gram_tile, GramArgs)
 FLOWGRPO_DECLARE_KERNEL(gram_row, GramArgs)
 
 }  // namespace flowgrpo_fast
