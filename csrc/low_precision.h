@@ -12,15 +12,20 @@ namespace flowgrpo_fast {
 constexpr float kE4M3Max = 448.0f;
 constexpr float kE2M1Max = 6.0f;
 
-// Adding 2^14, whose last place is E4M3's smallest step 2^-9, rounds what is below the smallest normal number 2^-6.
+// A magnitude of at most 448 (before rounding). Adding 2^20 times its power of two, of 2^-6 at least, leaves the step
+// of E4M3 as the last place: the sum counts steps, and rounds.
+FLOWGRPO_HD int32_t finite_to_e4m3(int32_t magnitude) {
+  const int32_t power = (magnitude > 0x3c800000 ? magnitude : 0x3c800000) & 0x7f800000;
+  const float sum = float_of(magnitude) + float_of(power + 0x0a000000);
+  return static_cast<int32_t>(bits_of(sum)) - power + (power >> 20) - (0x0a000000 + 0x3c8);
+}
+
+FLOWGRPO_HD uint32_t e4m3_sign(float value) { return (bits_of(value) >> 24) & 0x80u; }
+
 FLOWGRPO_HD uint32_t float_to_e4m3(float value) {
-  const uint32_t bits = bits_of(value);
-  const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
-  const int32_t capped = magnitude < 0x43e00000 ? magnitude : 0x43e00000;
-  const int32_t normal = (capped - 0x3c000000 + 0x7ffff + ((capped >> 20) & 1)) >> 20;
-  const int32_t subnormal = static_cast<int32_t>(bits_of(float_of(capped) + 0x1p14f)) - 0x46800000;
-  const uint32_t finite = static_cast<uint32_t>(capped < 0x3c800000 ? subnormal : normal) | ((bits >> 24) & 0x80u);
-  return magnitude > 0x7f800000 ? 0x7fu : finite;
+  const int32_t magnitude = static_cast<int32_t>(bits_of(value) & 0x7fffffffu);
+  const int32_t code = finite_to_e4m3(magnitude < 0x43e00000 ? magnitude : 0x43e00000);
+  return magnitude > 0x7f800000 ? 0x7fu : static_cast<uint32_t>(code) | e4m3_sign(value);
 }
 
 // Moves the exponent up by the difference of the biases with one exact multiplication, which normalises subnormals.

@@ -31,10 +31,16 @@ static inline float row_amax(const Buffer& values, int64_t row, int64_t columns)
   return values.dtype == DType::kBFloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
 }
 
+// What float_to_e4m3() gives for a value that its row's scale has brought to a magnitude of 448 at most.
+static inline uint32_t finite_code(float value) {
+  return static_cast<uint32_t>(finite_to_e4m3(magnitude_of(value))) | e4m3_sign(value);
+}
+
 void quantize_fp8_row(const QuantizeFp8Args& args, int64_t index) {
   const Matrix& matrix = args.matrix;
   const int64_t row = matrix.first_row + index;
   const float scale = fp8_scale(row_amax(matrix.values, index, matrix.columns));
+  const bool is_finite = magnitude_of(scale) < 0x7f800000;  // then so is every value
   uint8_t* codes = args.codes + row * matrix.columns;
   float scratch[kTile];
   uint32_t rounded[kTile];
@@ -42,9 +48,14 @@ void quantize_fp8_row(const QuantizeFp8Args& args, int64_t index) {
   for (int64_t element = 0; element < matrix.columns; element += kTile) {
     const Span span = span_of_row(index, element, matrix.columns);
     const float* values = load_tile(matrix.values, span, scratch);
-    for (int i = 0; i < kTile; ++i) rounded[i] = float_to_e4m3(values[i] / scale);
-    for (int i = 0; i < kTile; ++i) narrow[i] = static_cast<uint8_t>(rounded[i]);
-    memcpy(codes + element, narrow, span.count);
+    if (is_finite) {
+      for (int i = 0; i < kTile; ++i) rounded[i] = finite_code(values[i] / scale);
+    } else {
+      for (int i = 0; i < kTile; ++i) rounded[i] = float_to_e4m3(values[i] / scale);
+    }
+    uint8_t* target = span.count == kTile ? codes + element : narrow;
+    for (int i = 0; i < kTile; ++i) target[i] = static_cast<uint8_t>(rounded[i]);
+    if (target == narrow) memcpy(codes + element, narrow, span.count);
   }
   args.scale[row] = scale;
 }
