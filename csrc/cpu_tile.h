@@ -111,27 +111,25 @@ static inline Real* tile_target(const Buffer& buffer, const Span& span, Real* sc
   return in_place ? static_cast<Real*>(buffer.data) + span.offset : scratch;
 }
 
-// Stores what was computed in tile_target(): rounds to the storage dtype and leaves in `values` what was stored.
-static inline void store_tile(const Buffer& buffer, const Span& span, float* values) {
+// Stores what was computed in tile_target(), rounded to the storage dtype.
+static inline void store_tile(const Buffer& buffer, const Span& span, const float* values) {
   if (buffer.dtype == DType::kFloat32) {
-    float* target = static_cast<float*>(buffer.data) + span.offset;
+    float* target = at<float>(buffer, span);
     if (target != values) widen(values, target, span.count);
     return;
   }
   uint16_t rounded[kTile];
-  uint16_t* target = static_cast<uint16_t*>(buffer.data) + span.offset;
+  uint16_t* target = at<uint16_t>(buffer, span);
   uint16_t* stored = span.count == kTile ? target : rounded;
   if (buffer.dtype == DType::kBFloat16) {
     for (int i = 0; i < kTile; ++i) stored[i] = float_to_bfloat16(values[i]);
-    for (int i = 0; i < kTile; ++i) values[i] = bfloat16_to_float(stored[i]);
   } else {
     for (int i = 0; i < kTile; ++i) stored[i] = float_to_float16(values[i]);
-    for (int i = 0; i < kTile; ++i) values[i] = float16_to_float(stored[i]);
   }
   if (stored == rounded) memcpy(target, rounded, span.count * sizeof(uint16_t));
 }
 
-static inline void store_tile(const Buffer& buffer, const Span& span, double* values) {
+static inline void store_tile(const Buffer& buffer, const Span& span, const double* values) {
   double* target = static_cast<double*>(buffer.data) + span.offset;
   if (target != values) widen(values, target, span.count);
 }

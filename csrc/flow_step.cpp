@@ -27,8 +27,10 @@ static void step_chunk(const FlowStepArgs& args, int64_t index) {
     Real* next = tile_target(args.next_latents, span, scratch);
     for (int i = 0; i < kTile; ++i) next[i] = tile.mean[i] + row.c * noise[i];
     store_tile(args.next_latents, span, next);
-    for (int i = span.count; i < kTile; ++i) next[i] = tile.mean[i] = 0;
-    add_squares(next, tile.mean, lanes);
+    // The log-probability is that of the stored value.
+    const Real* stored = load_tile(args.next_latents, span, scratch);
+    for (int i = span.count; i < kTile; ++i) tile.mean[i] = 0;
+    add_squares(stored, tile.mean, lanes);
   }
   args.partials[index] = sum_lanes(lanes);
 }
