@@ -24,20 +24,25 @@ static inline void add_plain_tile(const FlowLogProbArgs& args, const Row<Real>& 
     add_squares(tile.velocity, at<const Stored>(args.reference.velocity, span), drift_lanes);
 }
 
+// Whether there is no reference, or one that is read as it is stored.
+static inline bool is_plain(const Reference& reference, const Transition& transition) {
+  return !reference.velocity.data ||
+         (reference.velocity.dtype == transition.velocity.dtype && !reference.negative.data);
+}
+
 template <typename Real>
 static void log_prob_chunk(const FlowLogProbArgs& args, int64_t index) {
   const Transition& transition = args.transition;
   const ChunkRange range = chunk_range(index, transition.elements);
   const Row<Real> row = row_of<Real>(transition, range.sample);
   const Real scale = static_cast<Real>(transition.guidance_scale);
-  const Buffer& other = args.reference.velocity;
-  const bool plain_drift = !other.data || (other.dtype == transition.velocity.dtype && !args.reference.negative.data);
+  const bool plain_extras = !args.mean && is_plain(args.reference, transition);
   const bool is_bfloat16 = transition.latents.dtype == DType::kBFloat16;
   MeanTile<Real> tile;
   Real scratch[kTile], reference_scratch[2][kTile], lanes[kLanes] = {}, drift_lanes[kLanes] = {};
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
-    if (!args.mean && plain_drift && is_plain(transition, args.next_latents, span.count)) {
+    if (plain_extras && is_plain(transition, args.next_latents, span.count)) {
       is_bfloat16 ? add_plain_tile<Bfloat16>(args, row, span, lanes, drift_lanes)
                   : add_plain_tile<Real>(args, row, span, lanes, drift_lanes);
       continue;
@@ -107,12 +112,37 @@ static void store_scaled(const Buffer& buffer, const Span& span, const Real* gra
   store_tile(buffer, span, scaled);
 }
 
-// The gradient of a plain tile, formed in registers.
+// Whether the extras leave the gradient of a plain tile in registers: the drift's or the map's, of the same dtype.
+static inline bool has_plain_extras(const FlowLogProbBackwardArgs& args) {
+  if (args.grad_mean || (args.grad_drift && args.grad_map.data)) return false;
+  return !args.grad_drift || is_plain(args.reference, args.transition);
+}
+
+// The gradient of a plain tile, formed in registers by the operations of backward_chunk() and add_extras().
 template <typename Stored, typename Real>
-static void plain_gradient(const FlowLogProbBackwardArgs& args, const Row<Real>& row, const Span& span, Real factor) {
+static void plain_gradient(const FlowLogProbBackwardArgs& args, const Row<Real>& row, const Span& span, int64_t sample,
+                           Real factor) {
   const PlainTile<Stored> tile(args.transition, args.next_latents, span);
   Stored* gradient = at<Stored>(args.grad_velocity, span);
-  for (int i = 0; i < kTile; ++i) store_rounded(factor * tile.distance(row, i), &gradient[i]);
+  if (args.grad_drift) {
+    const double incoming = static_cast<double>(static_cast<const Real*>(args.grad_drift)[sample]);
+    const Real of_drift = drift_scale(row, incoming, args.transition.elements);
+    const Stored* reference = at<Stored>(args.reference.velocity, span);
+    for (int i = 0; i < kTile; ++i) {
+      const Real apart = widened(tile.velocity[i]) - widened(reference[i]);
+      store_rounded(factor * tile.distance(row, i) + of_drift * apart, &gradient[i]);
+    }
+  } else if (args.grad_map.data) {
+    const Real of_map = backward_scale(row, 1.0, args.grad_map.channels);
+    Real spread[kTile];
+    spread_tile(args.grad_map, span, sample, spread);
+    for (int i = 0; i < kTile; ++i) {
+      const Real distance = tile.distance(row, i);
+      store_rounded(factor * distance + of_map * spread[i] * distance, &gradient[i]);
+    }
+  } else {
+    for (int i = 0; i < kTile; ++i) store_rounded(factor * tile.distance(row, i), &gradient[i]);
+  }
 }
 
 template <typename Real>
@@ -127,13 +157,15 @@ static void backward_chunk(const FlowLogProbBackwardArgs& args, int64_t index) {
   const bool guidance = transition.negative_velocity.data != nullptr;
   if (!guidance && !args.grad_velocity.data) return;
   const bool extra = args.grad_mean || args.grad_drift || args.grad_map.data;
+  const bool plain_extras = has_plain_extras(args);
   const bool is_bfloat16 = transition.latents.dtype == DType::kBFloat16;
   MeanTile<Real> tile;
   Real next_scratch[kTile], scratch[kTile];
   for (int64_t element = range.first; element < range.last; element += kTile) {
     const Span span = span_of(range, element, transition.elements);
-    if (!extra && is_plain(transition, args.next_latents, span.count)) {
-      is_bfloat16 ? plain_gradient<Bfloat16>(args, row, span, factor) : plain_gradient<Real>(args, row, span, factor);
+    if (plain_extras && is_plain(transition, args.next_latents, span.count)) {
+      is_bfloat16 ? plain_gradient<Bfloat16>(args, row, span, range.sample, factor)
+                  : plain_gradient<Real>(args, row, span, range.sample, factor);
       continue;
     }
     mean_tile(transition, row, span, &tile);
