@@ -17,38 +17,39 @@ static inline const double* read_run(const Buffer& buffer, int64_t offset, int, 
   return static_cast<const double*>(buffer.data) + offset;
 }
 
-// Adds x0 down the lines of a row, over `count` columns from `offset`.
+// Adds x0 of `count` neighbouring elements. The negative velocity is optional.
 template <typename Stored, typename Real>
-static void sum_plain_lines(const PreviewArgs& args, const Row<Real>& row, int64_t offset, int count, Real* sums) {
-  const int64_t line = args.width * args.inner;
-  for (int64_t time = 0; time < args.pool_time; ++time) {
-    const int64_t start = offset + time * args.height * line;
-    const Stored* latents = static_cast<const Stored*>(args.transition.latents.data) + start;
-    const Stored* velocity = static_cast<const Stored*>(args.transition.velocity.data) + start;
-    for (int64_t height = 0; height < args.pool_height; ++height, latents += line, velocity += line) {
-      for (int i = 0; i < count; ++i) sums[i] += x0_of<Real>(row, widened(latents[i]), widened(velocity[i]));
-    }
+static inline void add_x0(const Row<Real>& row, Real scale, const Stored* latents, const Stored* velocity,
+                          const Stored* negative, int count, Real* sums) {
+  if (!negative) {
+    for (int i = 0; i < count; ++i) sums[i] += x0_of<Real>(row, widened(latents[i]), widened(velocity[i]));
+    return;
+  }
+  for (int i = 0; i < count; ++i) {
+    const Real mixed = guided<Real>(widened(velocity[i]), widened(negative[i]), scale);
+    sums[i] += x0_of<Real>(row, widened(latents[i]), mixed);
   }
 }
 
-// The same with guidance, or of mixed dtypes.
+// Adds x0 down the lines of a row, over `count` columns from `offset`.
 template <typename Real>
 static void sum_lines(const PreviewArgs& args, const Row<Real>& row, int64_t offset, int count, Real* sums) {
-  const Transition& transition = args.transition;
-  const Real scale = static_cast<Real>(transition.guidance_scale);
-  const int64_t line = args.width * args.inner;
+  const Buffer &latents = args.transition.latents, &velocity = args.transition.velocity;
+  const Buffer& negative = args.transition.negative_velocity;
+  const bool is_bfloat16 = latents.dtype == DType::kBFloat16 && velocity.dtype == DType::kBFloat16;
+  const Real scale = static_cast<Real>(args.transition.guidance_scale);
   Real scratch[3][kTile];
   for (int64_t time = 0; time < args.pool_time; ++time) {
     for (int64_t height = 0; height < args.pool_height; ++height) {
-      const int64_t start = offset + (time * args.height + height) * line;
-      const Real* latents = read_run(transition.latents, start, count, scratch[0]);
-      const Real* velocity = read_run(transition.velocity, start, count, scratch[1]);
-      if (transition.negative_velocity.data) {
-        const Real* negative = read_run(transition.negative_velocity, start, count, scratch[2]);
-        for (int i = 0; i < count; ++i) scratch[1][i] = guided(velocity[i], negative[i], scale);
-        velocity = scratch[1];
+      const int64_t start = offset + (time * args.height + height) * args.width * args.inner;
+      if (is_bfloat16) {
+        const auto stored = [&](const Buffer& buffer) { return static_cast<const Bfloat16*>(buffer.data) + start; };
+        add_x0(row, scale, stored(latents), stored(velocity), negative.data ? stored(negative) : nullptr, count, sums);
+      } else {
+        const auto real = [&](const Buffer& buffer, int k) { return read_run(buffer, start, count, scratch[k]); };
+        add_x0(row, scale, real(latents, 0), real(velocity, 1), negative.data ? real(negative, 2) : nullptr, count,
+               sums);
       }
-      for (int i = 0; i < count; ++i) sums[i] += x0_of(row, latents[i], velocity[i]);
     }
   }
 }
@@ -101,18 +102,11 @@ static void preview_row_of(const PreviewArgs& args, int64_t index) {
   const int64_t start = sample * args.transition.elements + preview_start(args, index % rows);
   const int64_t columns = args.width * args.inner, cells = columns / args.pool_width;
   Real* pooled = static_cast<Real*>(args.pooled) + index * cells;
-  const DType dtype = args.transition.latents.dtype;
-  const bool is_bfloat16 = dtype == DType::kBFloat16;
-  const bool plain =
-      dtype != DType::kFloat16 && args.transition.velocity.dtype == dtype && !args.transition.negative_velocity.data;
   for (int64_t i = 0; i < cells; ++i) pooled[i] = 0;
   for (int64_t first = 0; first < columns; first += kTile) {
     const int count = static_cast<int>(columns - first < kTile ? columns - first : kTile);
     Real sums[kTile] = {};
-    const auto sum = !plain        ? sum_lines<Real>
-                     : is_bfloat16 ? sum_plain_lines<Bfloat16, Real>
-                                   : sum_plain_lines<Real, Real>;
-    sum(args, row, start + first, count, sums);
+    sum_lines(args, row, start + first, count, sums);
     add_to_cells(args, first, count, sums, pooled);
   }
   const Real scale = cell_scale<Real>(args);
