@@ -5,6 +5,8 @@
 
 namespace flowgrpo_fast::FLOWGRPO_ISA {
 
+constexpr int kColumns = 4096;  // of a row, summed at a time: its lines are then read as they lie in memory
+
 // `count` values of an array in the arithmetic dtype: the array itself where it is that, else `scratch`.
 static inline const float* read_run(const Buffer& buffer, int64_t offset, int count, float* scratch) {
   if (buffer.dtype == DType::kFloat32) return static_cast<const float*>(buffer.data) + offset;
@@ -38,7 +40,7 @@ static void sum_lines(const PreviewArgs& args, const Row<Real>& row, int64_t off
   const Buffer& negative = args.transition.negative_velocity;
   const bool is_bfloat16 = latents.dtype == DType::kBFloat16 && velocity.dtype == DType::kBFloat16;
   const Real scale = static_cast<Real>(args.transition.guidance_scale);
-  Real scratch[3][kTile];
+  Real scratch[3][kColumns];
   for (int64_t time = 0; time < args.pool_time; ++time) {
     for (int64_t height = 0; height < args.pool_height; ++height) {
       const int64_t start = offset + (time * args.height + height) * args.width * args.inner;
@@ -103,9 +105,10 @@ static void preview_row_of(const PreviewArgs& args, int64_t index) {
   const int64_t columns = args.width * args.inner, cells = columns / args.pool_width;
   Real* pooled = static_cast<Real*>(args.pooled) + index * cells;
   for (int64_t i = 0; i < cells; ++i) pooled[i] = 0;
-  for (int64_t first = 0; first < columns; first += kTile) {
-    const int count = static_cast<int>(columns - first < kTile ? columns - first : kTile);
-    Real sums[kTile] = {};
+  for (int64_t first = 0; first < columns; first += kColumns) {
+    const int count = static_cast<int>(columns - first < kColumns ? columns - first : kColumns);
+    Real sums[kColumns];
+    for (int i = 0; i < count; ++i) sums[i] = 0;
     sum_lines(args, row, start + first, count, sums);
     add_to_cells(args, first, count, sums, pooled);
   }
