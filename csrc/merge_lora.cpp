@@ -4,16 +4,19 @@
 
 namespace flowgrpo_fast::FLOWGRPO_ISA {
 
-// A register of floats. Products are formed for four rows and two registers of columns at a time: eight running sums.
+// A register of floats. Products are formed for kSumRows rows and two registers of columns at a time: half of the
+// registers are running sums.
 #if defined(__AVX512F__)
 typedef float Lanes32 __attribute__((vector_size(64)));
+constexpr int kSumRows = 8;
 #elif defined(__AVX2__)
 typedef float Lanes32 __attribute__((vector_size(32)));
+constexpr int kSumRows = 4;
 #else
 typedef float Lanes32 __attribute__((vector_size(16)));
+constexpr int kSumRows = 4;
 #endif
 constexpr int kWidth = sizeof(Lanes32) / sizeof(float);
-constexpr int kSumRows = 4;
 static_assert(kTile == kMergeTile && kMergeRows % kSumRows == 0 && kTile % (2 * kWidth) == 0,
               "sums must fill rows and tiles");
 

@@ -138,3 +138,26 @@ def test_works_after_a_fork():
         os._exit(0 if out.numpy().tobytes() == expected else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 20, 20), (2, 100, 12)], ids=str)
+def test_bits_do_not_depend_on_what_else_is_asked_for(case, dtype, shape):
+    """Whole tiles of one dtype are replayed in registers, the others in scratch; asking for the mean forbids it."""
+    c = case(shape, dtype)
+    other, axis = c.latents.neg(), 1 if len(shape) == 4 else -1
+    c.velocity.requires_grad_()
+    for asked in ({}, {"reference_velocity": other}, {"map_axis": axis}):
+        results = []
+        for with_mean in (False, True):
+            extras = Extras(with_mean, **asked)
+            out = flow_log_prob(c.latents, c.velocity, c.next_latents, c.coeffs, c.step_index, extras=extras)
+            values = [value for value in (out.log_prob, out.drift, out.log_prob_map) if value is not None]
+            total = sum(
+                (value * torch.arange(1.0, value.numel() + 1).view(value.shape)).sum() for value in values
+            )
+            if out.mean is not None:
+                total = total + (0 * out.mean).sum()
+            results.append([*values, *torch.autograd.grad(total, c.velocity)])
+        for plain, general in zip(*results, strict=True):
+            assert torch.equal(plain, general)
