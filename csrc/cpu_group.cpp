@@ -98,7 +98,7 @@ void pareto_fronts_prompt(const ParetoFrontsArgs& args, int64_t prompt) {
   }
 }
 
-constexpr int64_t kPiece = 1 << 14;  // bytes one work item copies: short, so that threads share few rows evenly
+constexpr int64_t kPiece = 1 << 16;  // bytes one work item copies: short, so that threads share few rows evenly
 
 // Copies one piece of one row, counted through all buffers.
 void copy_piece(const CompactArgs& args, int64_t piece) {
