@@ -22,6 +22,7 @@ from flowgrpo_fast.ops import (
     dequantize_nvfp4,
     flow_log_prob,
     flow_step,
+    matching,
     merge_lora_quantize_,
     preview,
     quantize_fp8_rows,
@@ -125,6 +126,13 @@ def test_the_gradient_of_a_late_sample(samples, vast):
     leaf = last.clone().requires_grad_()
     flow_log_prob(last, leaf, last, COEFFS, 0).sum().backward()
     assert torch.equal(gradient[-1:], leaf.grad)
+
+
+def test_the_means_of_a_late_sample(samples, vast):
+    target = vast(*samples.shape)
+    whole, alone = matching(samples, target), matching(samples[-1:], target[-1:])
+    assert torch.equal(whole[0][-1:], alone[0])
+    assert alone[0] > 0
 
 
 def test_a_late_preview_is_as_alone(samples):
