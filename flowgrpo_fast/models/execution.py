@@ -1,0 +1,114 @@
+"""How a transformer runs: gradient checkpointing, attention backend, and one compiled block for all of a run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from flowgrpo_fast.models.loading import one_line
+from flowgrpo_fast.recipe import Network
+
+_aten = torch.ops.aten
+# What "selective" keeps: matrix products and attention; norms and element-wise steps are computed again.
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+# diffusers' names for torch's own kernels, for families whose attention does not go through its dispatcher.
+_NATIVE = {
+    "native": None,
+    "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "_native_flash": SDPBackend.FLASH_ATTENTION,
+    "_native_math": SDPBackend.MATH,
+}
+_MIN_RECOMPILES = 64  # shapes x gradient or not x adapter or not x kinds of block
+
+
+def set_checkpointing(transformer: Any, mode: str) -> None:
+    """ "none", "selective" (recompute all but matrix products and attention) or "full" (recompute each block)."""
+    if mode != "none":
+        transformer.enable_gradient_checkpointing(_checkpointed(selective=mode == "selective"))
+
+
+def _checkpointed(selective: bool) -> Callable[..., Any]:
+    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+    keywords: dict[str, Any] = {"context_fn": contexts} if selective else {}
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        # There is no dropout, so there is no random state to put back.
+        return checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=False, **keywords)
+
+    return run
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def set_attention(transformer: Any, name: str) -> None:
+    """Attention through the backend that diffusers calls `name`; empty = its default.
+
+    Raises:
+        ValueError: no such backend, or not on this machine or for this family.
+    """
+    if not name:
+        return
+    processors = [getattr(module, "processor", None) for module in transformer.modules()]
+    if any(hasattr(processor, "_attention_backend") for processor in processors):
+        try:
+            transformer.set_attention_backend(name)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(f"Network.attention is {name!r}: {one_line(error)}") from error
+    elif name not in _NATIVE:
+        raise ValueError(
+            f"Network.attention is {name!r}; {type(transformer).__name__} takes {', '.join(_NATIVE)}"
+        )
+    elif _NATIVE[name] is not None:
+        for (
+            module
+        ) in transformer.modules():  # each by itself: a checkpointed block runs again in the backward
+            if getattr(module, "processor", None) is not None:
+                module.forward = _with_kernel(module.forward, _NATIVE[name])
+
+
+def _with_kernel(forward: Callable[..., Any], kernel: Any) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(kernel):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def compile_blocks(transformer: nn.Module, names: Sequence[str]) -> int:
+    """Compiles every block of the named classes, in place; returns how many.
+
+    Blocks of one class share their code, so the compiler runs once per kind, not once per block.
+    """
+    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _MIN_RECOMPILES)
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    return len(blocks)
+
+
+def prepare(transformer: Any, network: Network, blocks: Sequence[str]) -> None:
+    """All of the above as the run file says."""
+    set_checkpointing(transformer, network.checkpointing)
+    set_attention(transformer, network.attention)
+    if network.compile:
+        compile_blocks(transformer, blocks)
