@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flowgrpo_fast.models.adapters import add_lora
 from flowgrpo_fast.models.execution import prepare
-from flowgrpo_fast.models.loading import freeze, load_parts, one_line, pipeline_folder
+from flowgrpo_fast.models.loading import freeze, load_parts, pipeline_folder
 from flowgrpo_fast.models.text_cache import Embedding, Encoder, embed, fingerprint
 from flowgrpo_fast.recipe import LoRA, Network, Recipe
 from flowgrpo_fast.types import Conditioning
@@ -38,7 +38,6 @@ class PipelineModel:
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     transformer_parts: ClassVar[tuple[str, ...]] = ("transformer",)
     vae_in_fp32: ClassVar[bool] = False  # an autoencoder that bf16 would damage
-    shared_extra: ClassVar[tuple[str, ...]] = ()
 
     latent_shape: tuple[int, ...]
     image_seq_len: int  # image tokens of one sample: a dynamic shift grows with them
@@ -221,6 +220,10 @@ class PipelineModel:
         return Conditioning(**fields, extra=extra)
 
 
-def failure(what: str, error: BaseException) -> ValueError:
-    """One line for the user out of a library's error."""
-    return ValueError(f"{what}: {one_line(error)}")
+def denormalised(latents: Tensor, vae: Any) -> Tensor:
+    """Latents `[B, C, F, H, W]` on the autoencoder's own scale: its configuration holds a mean and std a channel."""
+    mean, std = (
+        torch.tensor(values, dtype=latents.dtype).view(1, -1, 1, 1, 1).to(latents.device)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return latents * std + mean

@@ -23,6 +23,7 @@ class Snapshot:
     def __init__(self, model: FlowModel) -> None:
         self.model = model
         self.latent_shape = model.latent_shape
+        self.guided = getattr(model, "guided", None)
         self.module = model.module  # its weights are the snapshot's only inside `swapped_in`
         self.parameters = trained_parameters(model.module)
         self.values = [parameter.detach().clone() for parameter in self.parameters]
@@ -77,6 +78,7 @@ class WithoutAdapter:
     def __init__(self, model: FlowModel) -> None:
         self.model = model
         self.latent_shape = model.latent_shape
+        self.guided = getattr(model, "guided", None)
         self.module = model.module
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:

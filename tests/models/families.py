@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flowgrpo_fast.recipe import (
@@ -22,6 +23,7 @@ from flowgrpo_fast.recipe import (
     Sigmas,
     Task,
 )
+from flowgrpo_fast.types import Conditioning
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,44 @@ class Family:
         return "-".join([self.name, *self.variant])
 
     @property
-    def video(self) -> bool:
-        return self.name == "wan"
+    def edits(self) -> bool:
+        return self.name == "flux_kontext"
+
+    def encode(self, model: Any, prompts: list[str], images: list[Path]) -> Conditioning:
+        """With the source images where the family takes them."""
+        return model.encode(prompts, images) if self.edits else model.encode(prompts)
+
+
+def source_images(folder: Path, count: int) -> list[Path]:
+    """Pictures to edit, one for each prompt."""
+    paths = [folder / f"source_{index}.png" for index in range(count)]
+    for index, path in enumerate(paths):
+        noise = torch.rand(40, 24, 3, generator=torch.Generator().manual_seed(index))
+        Image.fromarray((255 * noise).byte().numpy()).save(path)
+    return paths
 
 
 SD3 = Family("sd3", network={"max_sequence_length": 16}, call={"max_sequence_length": 16})
+FLUX = Family(
+    "flux", network={"max_sequence_length": 16}, call={"max_sequence_length": 16}, scale="true_cfg_scale"
+)
+KONTEXT = replace(FLUX, name="flux_kontext", call={**FLUX.call, "max_area": 32 * 32, "_auto_resize": False})
+QWEN_IMAGE = Family("qwen_image", scale="true_cfg_scale")
+WAN = Family(
+    "wan",
+    network={"max_sequence_length": 16, "num_frames": 5},
+    call={"max_sequence_length": 16, "num_frames": 5},
+)
 FAMILIES = [
     SD3,
     replace(SD3, variant={"dual": True}),
+    FLUX,
+    replace(FLUX, variant={"guidance": False}),
+    KONTEXT,
+    QWEN_IMAGE,
+    WAN,
+    replace(WAN, variant={"experts": True}),
+    replace(WAN, variant={"expand_timesteps": True}),
 ]
 
 
@@ -60,6 +92,10 @@ def recipe_for(family: Family, path: Path, prompts: Path, **changes: Any) -> Rec
     """A small job on a tiny pipeline; keywords that are fields of Network go there, others to the recipe."""
     network = {"height": 32, "width": 32, "train": LoRA(rank=2, alpha=4.0), **family.network}
     network |= {key: changes.pop(key) for key in list(changes) if key in Network.__dataclass_fields__}
+    images = prompts.with_name("images.txt")
+    if family.edits:
+        names = [path.name for path in source_images(prompts.parent, len(prompts.read_text().splitlines()))]
+        images.write_text("\n".join(names))
     recipe = Recipe(
         name="tiny",
         sigmas=Sigmas(num_inference_steps=4, shift=3.0, spacing="diffusers"),
@@ -73,6 +109,7 @@ def recipe_for(family: Family, path: Path, prompts: Path, **changes: Any) -> Rec
         task=Task(
             model=family.name,
             prompts=str(prompts),
+            images=str(images) if family.edits else "",
             rewards=(RewardTerm(function="families_of_tests:red"),),
             judge="",
             num_eval_samples=3,

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowgrpo_fast.ops import philox_normal
@@ -18,7 +19,7 @@ from flowgrpo_fast.training.engine import build_engine, load_model
 from flowgrpo_fast.training.loop import evaluate, train_step
 from flowgrpo_fast.training.snapshots import trained_parameters
 from tests.models import tiny
-from tests.models.families import FAMILIES, SD3, captured
+from tests.models.families import FAMILIES, SD3, captured, source_images
 
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -33,34 +34,36 @@ def euler(model, latents, sigmas, conditioning, recipe):
     seen = []
     for sigma, after in pairwise(sigmas):
         velocity, guidance = predict(model, latents, sigma, conditioning, recipe)
-        seen.append(velocity)
+        halves = [conditioning] if recipe.guidance_scale == 1 else [conditioning, conditioning.negative()]
+        seen += [model.velocity(latents, sigma, half) for half in halves]
         if guidance is not None:
-            seen.append(guidance.negative_velocity)
             velocity = guidance.negative_velocity + guidance.scale * (velocity - guidance.negative_velocity)
         latents = latents + (after - sigma) * velocity
     return latents, seen
 
 
-def call_pipeline(pipe, family, prompts, latents, scale, **more):
-    size = {"height": 32, "width": 32, "num_inference_steps": 3, "latents": latents, **family.call, **more}
+def call_pipeline(pipe, family, prompts, latents, scale=1.0, images=()):
+    arguments = {"height": 32, "width": 32, "num_inference_steps": 3, "latents": latents, **family.call}
+    arguments[family.scale] = scale
     if scale > 1:
-        size["negative_prompt"] = ["a blur"] * len(prompts)
-    size[family.scale] = scale
-    out, calls = captured(pipe, lambda: pipe(prompts, output_type="pt", **size))
+        arguments["negative_prompt"] = ["a blur"] * len(prompts)
+    if images:
+        arguments["image"] = [Image.open(path).resize((32, 32), Image.Resampling.LANCZOS) for path in images]
+    out, calls = captured(pipe, lambda: pipe(prompt=prompts, output_type="pt", **arguments))
     return out[0], calls
 
 
 @every_family
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_velocity_and_sample_equal_the_pipelines(family, scale, tiny_recipe, pipeline) -> None:
+def test_velocity_and_sample_equal_the_pipelines(family, scale, tiny_recipe, pipeline, tmp_path) -> None:
     """Same start latents, same sigmas: every call of the transformer, and the finished pixels."""
     pipe = pipeline(family)
     recipe = tiny_recipe(family, guidance_scale=scale, negative_prompt="a blur" if scale > 1 else "")
     model = load_model(recipe, CPU)
-    prompts = tiny.PROMPTS[:2]
-    conditioning = model.encode(prompts)
+    prompts, images = tiny.PROMPTS[:2], source_images(tmp_path, 2) if family.edits else []
+    conditioning = family.encode(model, prompts, images)
     start = start_noise(model, len(prompts))
-    images, calls = call_pipeline(pipe, family, prompts, start, scale)
+    expected, calls = call_pipeline(pipe, family, prompts, start, scale, images)
     with torch.no_grad():
         latents, velocities = euler(model, start, pipe.scheduler.sigmas, conditioning, recipe)
         ours = model.decode(latents)
@@ -70,8 +73,8 @@ def test_velocity_and_sample_equal_the_pipelines(family, scale, tiny_recipe, pip
     assert len(theirs) == len(velocities) == 3 * (1 + (scale > 1))
     for mine, other in zip(velocities, theirs, strict=True):
         torch.testing.assert_close(mine, other[:, : mine.shape[1]], rtol=2e-5, atol=2e-6)
-    assert images.std() > 0.05
-    torch.testing.assert_close(ours, images, rtol=0, atol=2e-5)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
 
 
 @every_family
@@ -85,7 +88,7 @@ def test_two_steps_of_training_are_exact_on_policy(family, tiny_recipe) -> None:
     moved = [not torch.equal(a, b) for a, b in zip(before, engine.model.module.parameters(), strict=True)]
     trained = [p.requires_grad for p in engine.model.module.parameters()]
     assert not any(m and not t for m, t in zip(moved, trained, strict=True))
-    assert sum(moved) >= 0.9 * sum(trained)  # SD3's last block drops what its text queries attend to
+    assert sum(moved) >= 0.7 * sum(trained)  # last blocks drop their text half; experts see their own sigmas
     assert all(p.dtype == torch.float32 for p in trained_parameters(engine.model.module))
 
 
@@ -110,21 +113,22 @@ def test_bf16_holds_the_base_in_bf16_and_the_adapter_in_fp32(family, tiny_recipe
 
 @every_family
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_checkpointing_changes_no_gradient(family, mode, tiny_recipe) -> None:
+def test_checkpointing_changes_no_gradient(family, mode, tiny_recipe, tmp_path) -> None:
     gradients, flops = [], []
     for checkpointing in ("none", mode):
         model = load_model(tiny_recipe(family, checkpointing=checkpointing), CPU)
         for index, parameter in enumerate(trained_parameters(model.module)):
             generator = torch.Generator().manual_seed(index)
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-        conditioning = model.encode(tiny.PROMPTS[:2])
+        conditioning = family.encode(model, tiny.PROMPTS[:2], source_images(tmp_path, 2))
         with FlopCounterMode(display=False) as counter:
             velocity = model.velocity(start_noise(model, 2), torch.tensor([0.9, 0.4]), conditioning)
             velocity.square().mean().backward()
         flops.append(counter.get_total_flops())
-        gradients.append([p.grad for p in trained_parameters(model.module)])
+        parameters = trained_parameters(model.module)
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
     assert flops[1] == flops[0] if mode == "selective" else flops[1] > 1.2 * flops[0]
-    assert sum(bool(g.abs().sum() > 0) for g in gradients[0]) > 0.9 * len(gradients[0])
+    assert sum(bool(g.abs().sum() > 0) for g in gradients[0]) >= 0.7 * len(gradients[0])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.equal(plain, checkpointed)
 
@@ -134,15 +138,16 @@ def test_the_text_cache_gives_the_same_without_the_encoders(
     family, tiny_recipe, tmp_path, monkeypatch
 ) -> None:
     kept = tiny_recipe(family, text_cache=str(tmp_path / "text"))
-    plain = load_model(tiny_recipe(family), CPU).encode(tiny.PROMPTS)
-    first = load_model(kept, CPU).encode(tiny.PROMPTS)
+    images = source_images(tmp_path, 3)
+    plain = family.encode(load_model(tiny_recipe(family), CPU), tiny.PROMPTS, images)
+    first = family.encode(load_model(kept, CPU), tiny.PROMPTS, images)
     again = load_model(kept, CPU)
 
     def refuse(*args, **kwargs):
         raise AssertionError("a text encoder was loaded")
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
-    for other in (first, again.encode(tiny.PROMPTS[::-1])):
+    for other in (first, family.encode(again, tiny.PROMPTS[::-1], images[::-1])):
         order = torch.arange(3) if other is first else torch.tensor([2, 1, 0])
         ours = plain.rows(order)
         assert torch.equal(ours.prompt_embeds, other.prompt_embeds)
@@ -178,8 +183,9 @@ def test_a_lora_run_resumes_to_the_bit_and_diffusers_loads_its_adapter(
     pipe = pipeline(family)
     pipe.load_lora_weights(str(folder))
     start = start_noise(restored.model, 2)
-    _, calls = call_pipeline(pipe, family, tiny.PROMPTS[:2], start, 1.0)
-    conditioning = restored.model.encode(tiny.PROMPTS[:2])
+    images = source_images(tmp_path, 2) if family.edits else []
+    _, calls = call_pipeline(pipe, family, tiny.PROMPTS[:2], start, images=images)
+    conditioning = family.encode(restored.model, tiny.PROMPTS[:2], images)
     sigma = pipe.scheduler.sigmas[0]
     with torch.no_grad():
         ours, _ = predict(restored.model, start, sigma, conditioning, recipe)

@@ -217,29 +217,18 @@ def _image_vae() -> diffusers.AutoencoderKL:
 
 
 def _clip(kind: type) -> Any:
+    """SD3's projects to 16 and joins two; FLUX's gives its own 32."""
+    size = 16 if kind is transformers.CLIPTextModelWithProjection else 32
     return kind(
         transformers.CLIPTextConfig(
-            hidden_size=16,
-            projection_dim=16 if kind is transformers.CLIPTextModelWithProjection else 32,
+            hidden_size=size,
+            projection_dim=size,
             intermediate_size=32,
             num_attention_heads=2,
             num_hidden_layers=2,
             vocab_size=len(_clip_tokenizer()),
-            max_position_embeddings=77,
-            eos_token_id=1,
             bos_token_id=0,
-            pad_token_id=1,
-        )
-        if kind is transformers.CLIPTextModelWithProjection
-        else transformers.CLIPTextConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_attention_heads=2,
-            num_hidden_layers=2,
-            vocab_size=len(_clip_tokenizer()),
-            max_position_embeddings=77,
             eos_token_id=1,
-            bos_token_id=0,
             pad_token_id=1,
         )
     )
