@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,18 +41,15 @@ _MIN_RECOMPILES = 64  # shapes x gradient or not x adapter or not x kinds of blo
 def set_checkpointing(transformer: Any, mode: str) -> None:
     """ "none", "selective" (recompute all but matrix products and attention) or "full" (recompute each block)."""
     if mode != "none":
-        transformer.enable_gradient_checkpointing(_checkpointed(selective=mode == "selective"))
+        transformer.enable_gradient_checkpointing(functools.partial(_checkpointed, mode == "selective"))
 
 
-def _checkpointed(selective: bool) -> Callable[..., Any]:
-    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
-    keywords: dict[str, Any] = {"context_fn": contexts} if selective else {}
-
-    def run(block: nn.Module, *args: Any) -> Any:
-        # There is no dropout, so there is no random state to put back.
-        return checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=False, **keywords)
-
-    return run
+def _checkpointed(selective: bool, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """One call of a block of which little or nothing is kept for the backward."""
+    if selective:
+        kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    # There is no dropout, so there is no random state to put back.
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -93,22 +91,55 @@ def _with_kernel(forward: Callable[..., Any], kernel: Any) -> Callable[..., Any]
     return run
 
 
-def compile_blocks(transformer: nn.Module, names: Sequence[str]) -> int:
+def compile_blocks(
+    transformer: nn.Module, names: Sequence[str], streams: Sequence[str], selective: bool = False
+) -> int:
     """Compiles every block of the named classes, in place; returns how many.
 
-    Blocks of one class share their code, so the compiler runs once per kind, not once per block.
+    Blocks of one class share their code, so the compiler runs once per kind, not once per block. Rollout and replay
+    run the very same artefact: compiled without gradient a block is fused in another way, and in bf16 the first
+    ratio is then off by 1e-4. So a block always runs with gradient, and what it saved is dropped at once where
+    nobody asked for one.
+
+    Args:
+        streams: names of the block's arguments that carry a gradient in the update.
+        selective: checkpoint inside of what is compiled; from outside a compiled block is one piece.
     """
     blocks = [module for module in transformer.modules() if type(module).__name__ in names]
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _MIN_RECOMPILES)
     for block in blocks:
-        block.compile(fullgraph=True, dynamic=False)
+        order = tuple(inspect.signature(block.forward).parameters)
+        run = functools.partial(_checkpointed, True, block.forward) if selective else block.forward
+        compiled = torch.compile(run, fullgraph=True, dynamic=False)
+        block.forward = functools.partial(_with_gradient, compiled, order, tuple(streams))
     return len(blocks)
 
 
-def prepare(transformer: Any, network: Network, blocks: Sequence[str]) -> None:
+def _with_gradient(
+    compiled: Callable[..., Any], order: tuple[str, ...], streams: tuple[str, ...], *args: Any, **kwargs: Any
+) -> Any:
+    """One call of a compiled block; outside of the update its result is detached."""
+    arguments = {**dict(zip(order, args, strict=False)), **kwargs}
+    asked = torch.is_grad_enabled()
+    with torch.enable_grad():
+        for name in streams:
+            if not arguments[name].requires_grad:
+                arguments[name] = arguments[name].detach().requires_grad_()
+        out = compiled(**arguments)
+    return out if asked else _detached(out)
+
+
+def _detached(out: Any) -> Any:
+    if isinstance(out, tuple):
+        return tuple(_detached(part) for part in out)
+    return None if out is None else out.detach()
+
+
+def prepare(transformer: Any, network: Network, blocks: Sequence[str], streams: Sequence[str]) -> None:
     """All of the above as the run file says."""
-    set_checkpointing(transformer, network.checkpointing)
+    inside = network.compile and network.checkpointing == "selective"
+    set_checkpointing(transformer, "none" if inside else network.checkpointing)
     set_attention(transformer, network.attention)
     if network.compile:
-        compile_blocks(transformer, blocks)
+        compile_blocks(transformer, blocks, streams, selective=inside)

@@ -32,6 +32,7 @@ class PipelineModel:
 
     pipeline_class: ClassVar[type[Any]]
     blocks: ClassVar[tuple[str, ...]]  # class names of the repeated blocks: what is compiled
+    streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")  # that a block passes on
     lora_targets: ClassVar[tuple[str, ...]]  # ends of layer names, as published recipes choose them
     sensitive: ClassVar[tuple[str, ...]]  # regular expressions over layer names: never quantised
     max_sequence_length: ClassVar[int]  # text tokens, where the recipe names none
@@ -90,7 +91,12 @@ class PipelineModel:
             transformer.requires_grad_(True).eval()
             if isinstance(train, LoRA):
                 add_lora(transformer, train, self.lora_targets, recipe.seed + index, name)
-            prepare(transformer, recipe.network, self.blocks)
+            streams = (
+                self.streams
+                if isinstance(train, LoRA)
+                else ("hidden_states", "encoder_hidden_states", "temb")
+            )
+            prepare(transformer, recipe.network, self.blocks, streams)
 
     def to(self, device: torch.device) -> PipelineModel:
         """Moves everything."""

@@ -22,6 +22,7 @@ class Wan(PipelineModel):
 
     pipeline_class = WanPipeline
     blocks = ("WanTransformerBlock",)
+    streams = ("hidden_states",)  # every block reads the text as it was
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     sensitive = (r"(^|\.)patch_embedding", r"(^|\.)condition_embedder", r"norm", r"(^|\.)proj_out")
     max_sequence_length = 512
