@@ -79,16 +79,12 @@ def set_attention(transformer: Any, name: str) -> None:
             module
         ) in transformer.modules():  # each by itself: a checkpointed block runs again in the backward
             if getattr(module, "processor", None) is not None:
-                module.forward = _with_kernel(module.forward, _NATIVE[name])
+                module.forward = functools.partial(_with_kernel, _NATIVE[name], type(module).forward, module)
 
 
-def _with_kernel(forward: Callable[..., Any], kernel: Any) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with sdpa_kernel(kernel):
-            return forward(*args, **kwargs)
-
-    return run
+def _with_kernel(kernel: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with sdpa_kernel(kernel):
+        return forward(*args, **kwargs)
 
 
 def compile_blocks(
@@ -110,9 +106,11 @@ def compile_blocks(
     limits.recompile_limit = max(limits.recompile_limit, _MIN_RECOMPILES)
     for block in blocks:
         order = tuple(inspect.signature(block.forward).parameters)
-        run = functools.partial(_checkpointed, True, block.forward) if selective else block.forward
+        call = block._call_impl
+        run = functools.partial(_checkpointed, True, call) if selective else call
         compiled = torch.compile(run, fullgraph=True, dynamic=False)
-        block.forward = functools.partial(_with_gradient, compiled, order, tuple(streams))
+        # Where nn.Module.compile puts it: a copy of the module leaves it behind and is compiled by itself.
+        block._compiled_call_impl = functools.partial(_with_gradient, compiled, order, tuple(streams))
     return len(blocks)
 
 

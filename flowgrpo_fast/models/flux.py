@@ -55,7 +55,7 @@ class Flux(PipelineModel):
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity `[B, L, 4 * C]`."""
         embeds = conditioning.prompt_embeds
-        velocity: Tensor = self.pipe.transformer(
+        velocity: Tensor = self.transformer(
             hidden_states=latents,
             timestep=sigma,  # the transformer multiplies by 1000
             guidance=None if self.guidance is None else self.guidance.expand(len(latents)),

@@ -50,7 +50,6 @@ class PipelineModel:
         parts = {name: getattr(pipe, name) for name in self.transformer_parts if getattr(pipe, name, None)}
         # One transformer is trained as it stands; several by their names.
         self.module: nn.Module = parts["transformer"] if len(parts) == 1 else nn.ModuleDict(parts)
-        self.transformers: dict[str, Any] = parts
         self.check_size(recipe.network)
         self.lay_out(recipe.network)
 
@@ -108,8 +107,17 @@ class PipelineModel:
 
     @property
     def transformer(self) -> Any:
-        """The network that low precision applies to: what is trained, or holds what is trained."""
+        """What is called, and what low precision applies to. A copy of the model with another `module` calls that."""
         return self.module
+
+    @property
+    def transformers(self) -> dict[str, Any]:
+        """Each transformer by the name of its folder."""
+        return (
+            dict(self.module.items())
+            if isinstance(self.module, nn.ModuleDict)
+            else {"transformer": self.module}
+        )
 
     # ------------------------------------------------------------------------------- what a family says
 

@@ -48,7 +48,7 @@ class QwenImage(PipelineModel):
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity `[B, L, 4 * C]`."""
-        velocity: Tensor = self.pipe.transformer(
+        velocity: Tensor = self.transformer(
             hidden_states=latents,
             timestep=sigma,  # the transformer multiplies by 1000
             encoder_hidden_states=conditioning.prompt_embeds,

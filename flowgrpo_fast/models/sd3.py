@@ -56,7 +56,7 @@ class SD3(PipelineModel):
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity `[B, C, H/8, W/8]`."""
-        velocity: Tensor = self.pipe.transformer(
+        velocity: Tensor = self.transformer(
             hidden_states=latents,
             timestep=sigma * 1000,
             encoder_hidden_states=conditioning.prompt_embeds,

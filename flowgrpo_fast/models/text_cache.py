@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
@@ -93,7 +94,8 @@ def _write(file: Path, embedding: Embedding) -> None:
         save_file({name: value.contiguous() for name, value in embedding.items()}, partial)
         os.replace(partial, file)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise ValueError(f"Network.text_cache: cannot write {str(file)!r}: {error}") from None
 
 

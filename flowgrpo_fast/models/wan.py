@@ -64,10 +64,13 @@ class Wan(PipelineModel):
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity `[B, C, F', H/8, W/8]`."""
-        high = self._velocity(self.pipe.transformer, latents, sigma, conditioning)
-        if self.pipe.transformer_2 is None:
+        high, *experts = [
+            self._velocity(transformer, latents, sigma, conditioning)
+            for transformer in self.transformers.values()
+        ]
+        if not experts:
             return high
-        low = self._velocity(self.pipe.transformer_2, latents, sigma, conditioning)
+        (low,) = experts
         is_high = sigma >= self.pipe.config.boundary_ratio
         return torch.where(is_high.view(-1, 1, 1, 1, 1), high, low)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo_fast.models.execution import compile_blocks
 from flowgrpo_fast.ops import philox_normal
+from flowgrpo_fast.recipe import FullFineTuning
 from flowgrpo_fast.training.engine import build_engine, load_model
 from flowgrpo_fast.training.loop import train_step
 from flowgrpo_fast.training.snapshots import trained_parameters
@@ -15,6 +20,11 @@ from tests.models import tiny
 from tests.models.families import FAMILIES, FLUX, SD3, source_images
 
 CPU = torch.device("cpu")
+
+
+def _reset_attention() -> None:
+    """diffusers keeps the last choice for the whole process."""
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
 class NoSyncs(TorchDispatchMode):
@@ -83,8 +93,46 @@ def test_attention_backends(family, tiny_recipe) -> None:
     velocities = [model.velocity(start, torch.tensor(0.5), conditioning) for model in (plain, other)]
     torch.testing.assert_close(*velocities, rtol=1e-5, atol=1e-6)
     velocities[1].sum().backward()
-    if family is FLUX:
-        other.transformer.reset_attention_backend()  # diffusers keeps the last choice for the process
+    _reset_attention()
     with pytest.raises(ValueError, match=r"Network.attention is 'flush'") as caught:
         load_model(tiny_recipe(family, attention="flush"), CPU)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_copy_with_another_module_calls_that(family, tiny_recipe, tmp_path) -> None:
+    """What low precision does: a shallow copy of the model, a deep one of its module, changed."""
+    model = load_model(tiny_recipe(family, attention="_native_math"), CPU)
+    conditioning = family.encode(model, tiny.PROMPTS[:2], source_images(tmp_path, 2))
+    inputs = philox_normal(torch.arange(2), model.latent_shape), torch.tensor([0.9, 0.4]), conditioning
+    twin = copy.copy(model)
+    twin.module = copy.deepcopy(model.module)
+    with torch.no_grad():
+        before = model.velocity(*inputs)
+        assert torch.equal(before, twin.velocity(*inputs))
+        layers = [m for name, m in twin.module.named_modules() if name.endswith(("to_v", "to_v.base_layer"))]
+        assert len(layers) >= 2
+        for layer in layers:
+            layer.weight.add_(0.1)
+        assert torch.equal(before, model.velocity(*inputs))
+        assert not torch.equal(before, twin.velocity(*inputs))
+    _reset_attention()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_sensitive_layers(family, tiny_recipe) -> None:
+    """Embedders, modulation and final layers; never what a block multiplies most of its tokens by."""
+    model = load_model(tiny_recipe(family, train=FullFineTuning()), CPU)
+    linear = {n for n, m in model.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    spared = {name for name in linear if any(re.search(part, name) for part in model.sensitive)}
+    in_blocks = {
+        f"{name}.{inner}"
+        for name, block in model.transformer.named_modules()
+        if type(block).__name__ in model.blocks
+        for inner, layer in block.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    assert linear - in_blocks <= spared
+    kept = {name for name in in_blocks if re.search(r"norm|_mod\.|img_mlp\.net\.2$", name)}
+    assert spared & in_blocks == kept
+    assert 2 * len(in_blocks - spared) > len(in_blocks)
