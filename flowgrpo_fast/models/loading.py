@@ -48,11 +48,11 @@ def load_parts(
     Raises:
         ValueError: a part cannot be read, in one line.
     """
-    names = _parts(_read_index(folder))
+    index = _read_index(folder)
+    empty = {name for name, value in index.items() if isinstance(value, list) and value[0] is None}
+    without = dict.fromkeys(empty | {name for name in leave_out if name in index})
     try:
-        return pipeline.from_pretrained(
-            str(folder), torch_dtype=dtypes, **{name: None for name in leave_out if name in names}
-        )
+        return pipeline.from_pretrained(str(folder), torch_dtype=dtypes, **without)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"Network.path {str(folder)!r} cannot be loaded: {one_line(error)}") from error
 

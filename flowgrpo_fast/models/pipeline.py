@@ -7,24 +7,24 @@ are embedded, how its latents are laid out, how its transformer is called and ho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from flowgrpo_fast.models.adapters import add_lora
 from flowgrpo_fast.models.execution import prepare
 from flowgrpo_fast.models.loading import freeze, load_parts, pipeline_folder
-from flowgrpo_fast.models.text_cache import Embedding, Encoder, embed, fingerprint
+from flowgrpo_fast.models.text_cache import Embedding, Encoder, embed, fill, fingerprint
 from flowgrpo_fast.recipe import LoRA, Network, Recipe
 from flowgrpo_fast.types import Conditioning
 
 _DECODED_PIXELS = 1 << 22  # at once: 16 images of 512 x 512
-_DEVICE_BYTES = (
-    1 << 31
-)  # of embeddings on an accelerator; more stay on the host, and rows travel as they are needed
+_MEMORY_BYTES = 1 << 31  # of embeddings; more are read from the text cache as they are needed
 
 
 class PipelineModel:
@@ -38,6 +38,7 @@ class PipelineModel:
     max_sequence_length: ClassVar[int]  # text tokens, where the recipe names none
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     transformer_parts: ClassVar[tuple[str, ...]] = ("transformer",)
+    varying_length: ClassVar[bool] = False  # prompts are as long as they are, under a mask
     vae_in_fp32: ClassVar[bool] = False  # an autoencoder that bf16 would damage
 
     latent_shape: tuple[int, ...]
@@ -172,21 +173,42 @@ class PipelineModel:
         """
         if images:
             raise ValueError(f"task.images is set; {self.family()} makes images from text alone")
-        length = self.network.max_sequence_length or self.max_sequence_length
-        folders = [self.folder / name for name in self.text_parts]
-        identity = fingerprint(folders, self.family(), length, self.dtype) if self.network.text_cache else ""
-
-        def load_encoder() -> Encoder:
-            leave_out = ("vae", *self.transformer_parts)
-            pipe = load_parts(self.folder, self.pipeline_class, leave_out, {"default": self.dtype})
-            for name in self.text_parts:
-                if isinstance(part := getattr(pipe, name, None), nn.Module):
-                    freeze(part.to(self.device))
-            return lambda prompt: self.encode_prompt(pipe, prompt, length)
-
         wanted = [*prompts, self.network.negative_prompt]
-        *rows, negative = embed(wanted, load_encoder, self.network.text_cache, identity)
+        *rows, negative = embed(wanted, self._load_encoder, self.network.text_cache, self._text_identity)
         return self._assemble(rows, negative)
+
+    def on_disk(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> StoredPrompts | None:
+        """The prompts' rows, read from the text cache step by step; None where all of them fit into memory.
+
+        Raises ValueError as `encode`.
+        """
+        if not self.network.text_cache:
+            return None
+        (first,) = embed(prompts[:1], self._load_encoder, self.network.text_cache, self._text_identity)
+        if len(prompts) * sum(value.nbytes for value in first.values()) <= _MEMORY_BYTES:
+            return None
+        fill(prompts, self._load_encoder, self.network.text_cache, self._text_identity)
+        return StoredPrompts(self, list(prompts), list(images))
+
+    def _load_encoder(self) -> Encoder:
+        leave_out = ("vae", *self.transformer_parts)
+        pipe = load_parts(self.folder, self.pipeline_class, leave_out, {"default": self.dtype})
+        for name in self.text_parts:
+            if isinstance(part := getattr(pipe, name, None), nn.Module):
+                freeze(part.to(self.device))
+        return lambda prompt: self.encode_prompt(pipe, prompt, self._text_length)
+
+    @property
+    def _text_length(self) -> int:
+        return self.network.max_sequence_length or self.max_sequence_length
+
+    @cached_property
+    def _text_identity(self) -> str:
+        """What an embedding depends on, besides its prompt."""
+        if not self.network.text_cache:
+            return ""
+        folders = [self.folder / name for name in self.text_parts]
+        return fingerprint(folders, self.family(), self._text_length, self.dtype)
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """d latents / d sigma `[B, *S]` at sigma `[B]` or `[]` fp32; conditioning has B rows.
@@ -213,25 +235,44 @@ class PipelineModel:
         return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     def _assemble(self, rows: list[Embedding], negative: Embedding) -> Conditioning:
-        """Stacks the prompts; where lengths differ, zeros fill up and `extra["mask"]` tells the words from them."""
+        """Stacks the prompts; where lengths differ, zeros fill up and `extra["mask"]` tells the words from them.
+
+        To the recipe's `max_sequence_length` where it names one: shapes then never change. Else to the longest.
+        """
         fields: dict[str, Tensor] = {}
         extra: dict[str, Tensor] = {}
-        size = sum(value.nbytes for row in rows for value in row.values())
-        device = self.device if size <= _DEVICE_BYTES else torch.device("cpu")
+        lengths = torch.tensor([len(row["prompt_embeds"]) for row in rows])
         for name in rows[0]:
-            values = [row[name].to(device) for row in rows]
+            values = [row[name].to(self.device) for row in rows]
             fields[name] = (
                 pad_sequence(values, batch_first=True) if values[0].ndim > 1 else torch.stack(values)
             )
-            other = negative[name].to(device)
+            other = negative[name].to(self.device)
             fields[f"negative_{name}"] = other.expand(len(rows), *other.shape)
-        lengths = torch.tensor([len(row["prompt_embeds"]) for row in rows])
-        if int(lengths.min()) < int(lengths.max()):
-            places = torch.arange(int(lengths.max()))
-            extra["mask"] = (places < lengths[:, None]).to(device)
-            everywhere = torch.ones(len(negative["prompt_embeds"]), dtype=torch.bool, device=device)
+        longest = int(lengths.max())
+        if self.varying_length:
+            longest = self.network.max_sequence_length or longest
+            embeds = fields["prompt_embeds"]
+            fields["prompt_embeds"] = functional.pad(embeds, (0, 0, 0, longest - embeds.shape[1]))
+        if int(lengths.min()) < longest:
+            extra["mask"] = (torch.arange(longest) < lengths[:, None]).to(self.device)
+            everywhere = torch.ones(len(negative["prompt_embeds"]), dtype=torch.bool, device=self.device)
             extra["negative_mask"] = everywhere.expand(len(rows), -1)
         return Conditioning(**fields, extra=extra)
+
+
+class StoredPrompts:
+    """Conditioning rows of a set of prompts that is too large for memory."""
+
+    def __init__(self, model: PipelineModel, prompts: list[str], images: list[Path]) -> None:
+        self._model, self._prompts, self._images = model, prompts, images
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """Rows `index [B]` (int64) on the model's device; each prompt is read once."""
+        wanted, place = torch.unique(index.cpu(), return_inverse=True)
+        prompts = [self._prompts[i] for i in wanted.tolist()]
+        images = [self._images[i] for i in wanted.tolist()] if self._images else []
+        return self._model.encode(prompts, images).rows(place.to(index.device))
 
 
 def denormalised(latents: Tensor, vae: Any) -> Tensor:

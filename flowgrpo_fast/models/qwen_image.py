@@ -29,6 +29,7 @@ class QwenImage(PipelineModel):
         *(r"(img|txt)_mod\.", r"img_mlp\.net\.2"),
     )
     max_sequence_length = 1024
+    varying_length = True
 
     def multiple(self) -> int:
         """Two by two latents make a token."""

@@ -44,6 +44,8 @@ class SD3(PipelineModel):
 
     def encode_prompt(self, pipe: Any, prompt: str, max_sequence_length: int) -> Embedding:
         """`prompt_embeds [77 + L, C]` and `pooled_prompt_embeds [C']`."""
+        if pipe.text_encoder_3 is None:
+            pipe.transformer = self.transformer  # whose width the zeros in its place have
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompt,
             prompt,

@@ -9,7 +9,7 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -41,22 +41,36 @@ def embed(
         ValueError: the folder cannot be written.
     """
     known: dict[str, Embedding] = {}
-    files = {prompt: _file(folder, identity, prompt) for prompt in prompts} if folder else {}
-    for prompt, file in files.items():
-        found = _read(file)
+    for prompt in dict.fromkeys(prompts) if folder else ():
+        found = _read(_file(folder, identity, prompt))
         if found is not None:
             known[prompt] = found
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-    if missing:
-        encoder = load_encoder()
-        for prompt in missing:
-            with torch.no_grad():
-                known[prompt] = {name: value.cpu() for name, value in encoder(prompt).items()}
-            if folder:
-                _write(files[prompt], known[prompt])
-        del encoder
-        _free()
+    for prompt, embedding in _encoded(missing, load_encoder):
+        known[prompt] = embedding
+        if folder:
+            _write(_file(folder, identity, prompt), embedding)
     return [known[prompt] for prompt in prompts]
+
+
+def fill(prompts: Sequence[str], load_encoder: Callable[[], Encoder], folder: str, identity: str) -> None:
+    """Puts into `folder` what is missing there, and holds none of it. Arguments and errors as of `embed`."""
+    missing = [p for p in dict.fromkeys(prompts) if _read(_file(folder, identity, p)) is None]
+    for prompt, embedding in _encoded(missing, load_encoder):
+        _write(_file(folder, identity, prompt), embedding)
+
+
+def _encoded(prompts: Sequence[str], load_encoder: Callable[[], Encoder]) -> Iterator[tuple[str, Embedding]]:
+    """Each prompt with its embedding; the encoder lives as long as the iteration, and is never loaded for nothing."""
+    if not prompts:
+        return
+    encoder = load_encoder()
+    for prompt in prompts:
+        with torch.no_grad():
+            embedding = {name: value.cpu() for name, value in encoder(prompt).items()}
+        yield prompt, embedding
+    del encoder
+    _free()
 
 
 def fingerprint(folders: Iterable[Path], *settings: object) -> str:

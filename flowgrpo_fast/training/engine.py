@@ -26,6 +26,14 @@ class Judge(Protocol):
         ...
 
 
+class PromptRows(Protocol):
+    """Conditioning of a set of prompts: a `Conditioning`, or what reads one from disk."""
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """Rows `index [B]` (int64), on the index's device."""
+        ...
+
+
 @dataclass(slots=True)
 class Engine:
     """Everything a step reads or changes."""
@@ -33,7 +41,7 @@ class Engine:
     recipe: Recipe
     model: FlowModel
     prompts: tuple[str, ...]
-    conditioning: Conditioning  # of all prompts, encoded once
+    conditioning: PromptRows  # of all prompts, encoded once
     rewards: tuple[RewardFunction, ...]
     judge: Judge | None
     optimizer: torch.optim.Optimizer
@@ -105,19 +113,23 @@ def _start_of(model: FlowModel, recipe: Recipe) -> FlowModel:
     return WithoutAdapter(model) if fresh else Snapshot(model)
 
 
-def _encode(model: FlowModel, prompts: tuple[str, ...], images: str) -> Conditioning:
-    if not images:
-        return model.encode(list(prompts))
+def _encode(model: FlowModel, prompts: tuple[str, ...], images: str) -> PromptRows:
+    """All prompts' conditioning: in memory, or on disk where the model keeps it there."""
+    arguments: dict[str, Any] = {"images": _source_images(model, prompts, images)} if images else {}
+    on_disk: Callable[..., PromptRows | None] | None = getattr(model, "on_disk", None)
+    stored = on_disk(list(prompts), **arguments) if on_disk else None
+    return stored or model.encode(list(prompts), **arguments)
+
+
+def _source_images(model: FlowModel, prompts: tuple[str, ...], images: str) -> list[Path]:
     if "images" not in inspect.signature(model.encode).parameters:
         raise ValueError(f"task.images is {images!r}; this model takes prompts alone")
-    folder = Path(images).parent
-    paths = [folder / line for line in _read_lines(images, "image")]
+    paths = [Path(images).parent / line for line in _read_lines(images, "image")]
     if len(paths) != len(prompts):
         raise ValueError(
             f"{images!r} names {len(paths)} images for {len(prompts)} prompts; give one for each"
         )
-    result: Conditioning = model.encode(list(prompts), images=paths)  # type: ignore[call-arg]
-    return result
+    return paths
 
 
 def _own_prompts(name: str) -> list[str]:

@@ -37,7 +37,7 @@ class Family:
     scale: str = "guidance_scale"  # the pipeline's name for classifier-free guidance
 
     def __str__(self) -> str:
-        return "-".join([self.name, *self.variant])
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.variant.items())])
 
     @property
     def edits(self) -> bool:
@@ -71,6 +71,7 @@ WAN = Family(
 FAMILIES = [
     SD3,
     replace(SD3, variant={"dual": True}),
+    replace(SD3, variant={"t5": False}),
     FLUX,
     replace(FLUX, variant={"guidance": False}),
     KONTEXT,
@@ -79,6 +80,7 @@ FAMILIES = [
     replace(WAN, variant={"experts": True}),
     replace(WAN, variant={"expand_timesteps": True}),
 ]
+ONE_EACH = [family for family in FAMILIES if not family.variant]
 
 
 def red(images: Tensor, prompts: list[str]) -> Tensor:

@@ -17,7 +17,7 @@ from flowgrpo_fast.training.engine import build_engine, load_model
 from flowgrpo_fast.training.loop import train_step
 from flowgrpo_fast.training.snapshots import trained_parameters
 from tests.models import tiny
-from tests.models.families import FAMILIES, FLUX, SD3, source_images
+from tests.models.families import FAMILIES, FLUX, ONE_EACH, SD3, source_images
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_the_ratio_is_exactly_one_with_compiled_blocks(checkpointing, tiny_recip
     assert all(report.metrics["grad_norm"] > 0 for report in reports)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", ONE_EACH, ids=str)
 def test_a_compiled_block_is_the_block(family, tiny_recipe, tmp_path, monkeypatch) -> None:
     """With the compiler's do-nothing backend: the wrapping changes neither value nor gradient, in either mode."""
     compiled = torch.compile
@@ -99,7 +99,7 @@ def test_attention_backends(family, tiny_recipe) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", ONE_EACH, ids=str)
 def test_a_copy_with_another_module_calls_that(family, tiny_recipe, tmp_path) -> None:
     """What low precision does: a shallow copy of the model, a deep one of its module, changed."""
     model = load_model(tiny_recipe(family, attention="_native_math"), CPU)
@@ -119,7 +119,7 @@ def test_a_copy_with_another_module_calls_that(family, tiny_recipe, tmp_path) ->
     _reset_attention()
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", ONE_EACH, ids=str)
 def test_sensitive_layers(family, tiny_recipe) -> None:
     """Embedders, modulation and final layers; never what a block multiplies most of its tokens by."""
     model = load_model(tiny_recipe(family, train=FullFineTuning()), CPU)

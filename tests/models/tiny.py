@@ -37,7 +37,7 @@ def fill(module: nn.Module, seed: int) -> None:
         parameter.data += (0.05 * noise).to(parameter.dtype)
 
 
-def sd3(dual: bool = False) -> diffusers.StableDiffusion3Pipeline:
+def sd3(dual: bool = False, t5: bool = True) -> diffusers.StableDiffusion3Pipeline:
     """SD3, or with `dual` SD3.5-M: dual attention in the first block and normed queries and keys."""
     torch.manual_seed(0)
     transformer = diffusers.SD3Transformer2DModel(
@@ -63,8 +63,8 @@ def sd3(dual: bool = False) -> diffusers.StableDiffusion3Pipeline:
         tokenizer=_clip_tokenizer(),
         text_encoder_2=_clip(transformers.CLIPTextModelWithProjection),
         tokenizer_2=_clip_tokenizer(),
-        text_encoder_3=_t5(transformers.T5EncoderModel, transformers.T5Config),
-        tokenizer_3=_t5_tokenizer(),
+        text_encoder_3=_t5(transformers.T5EncoderModel, transformers.T5Config) if t5 else None,
+        tokenizer_3=_t5_tokenizer() if t5 else None,
     )
 
 
