@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ def load_parts(
     empty = {name for name, value in index.items() if isinstance(value, list) and value[0] is None}
     without = dict.fromkeys(empty | {name for name in leave_out if name in index})
     try:
-        return pipeline.from_pretrained(str(folder), torch_dtype=dtypes, **without)
+        with (
+            warnings.catch_warnings()
+        ):  # its new name, `dtype`, means nothing to the oldest diffusers we take
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+            return pipeline.from_pretrained(str(folder), torch_dtype=dtypes, **without)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"Network.path {str(folder)!r} cannot be loaded: {one_line(error)}") from error
 
