@@ -154,7 +154,7 @@ def wan(experts: bool = False, expand_timesteps: bool = False) -> diffusers.WanP
         diffusers.WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=2,
-            attention_head_dim=12,
+            attention_head_dim=16,
             in_channels=4,
             out_channels=4,
             text_dim=32,
