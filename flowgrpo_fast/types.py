@@ -20,15 +20,16 @@ class Conditioning:
     pooled_prompt_embeds: Tensor | None = None  # [P, C']
     negative_prompt_embeds: Tensor | None = None  # [P, L, C]
     negative_pooled_prompt_embeds: Tensor | None = None  # [P, C']
-    extra: dict[str, Tensor] = field(default_factory=dict)  # name -> [P, ...]: image, mask, ...
+    # name -> [P, ...]: image, mask, ...; `negative_<name>` is what the unconditional half sees as `<name>`
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, index: Tensor) -> Conditioning:
-        """Rows `index [B]` (int64) of every field; used to repeat prompts over their group."""
+        """Rows `index [B]` (int64) of every field, on the index's device; repeats prompts over their group."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         return replace(
             self,
-            **{k: v.index_select(0, index) for k, v in tensors.items() if v is not None},
-            extra={k: v.index_select(0, index) for k, v in self.extra.items()},
+            **{k: _rows(v, index) for k, v in tensors.items() if v is not None},
+            extra={k: _rows(v, index) for k, v in self.extra.items()},
         )
 
     def negative(self) -> Conditioning:
@@ -39,7 +40,15 @@ class Conditioning:
             self,
             prompt_embeds=self.negative_prompt_embeds,
             pooled_prompt_embeds=self.negative_pooled_prompt_embeds,
+            extra={k: self.extra.get(f"negative_{k}", v) for k, v in self.extra.items()},
         )
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of one field; a row that stands for all of them (stride 0) is not copied."""
+    if values.stride(0) == 0:
+        return values[:1].to(index.device).expand(len(index), *values.shape[1:])
+    return values.index_select(0, index.to(values.device)).to(index.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +109,7 @@ class FlowModel(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` fp32 in [0, 1]."""
+        """Images `[B, C, H, W]`, or videos `[B, F, C, H, W]`, fp32 in [0, 1]."""
         ...
 
 

@@ -120,9 +120,11 @@ def sample_grid(
     """A grid of samples, one row per prompt, a red frame where the judge reads something else.
 
     Args:
-        images: `[N, C, H, W]` in [0, 1], C = 1 or 3.
+        images: `[N, C, H, W]` in [0, 1], C = 1 or 3; of videos `[N, F, C, H, W]` the middle frame is shown.
         correct: `[N]` bool, or None for no frames.
     """
+    if images.ndim == 5:
+        images = images[:, images.shape[1] // 2]
     side = _CELL + _GAP
     shown = list(dict.fromkeys(prompts))[:rows]
     canvas = Image.new("RGB", (columns * side + _GAP, len(shown) * side + _GAP), "white")

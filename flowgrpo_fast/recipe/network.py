@@ -39,6 +39,8 @@ class Network:
     width: int = 512
     num_frames: int = 1
     max_sequence_length: int = 0  # text tokens; 0 = the family's own
+    negative_prompt: str = ""  # of the unconditional half, where the recipe guides
+    embedded_guidance: float = 3.5  # the scale that a guidance-distilled network is told; others ignore it
     train: Train = field(default_factory=LoRA)
     checkpointing: Literal["none", "selective", "full"] = "none"  # of activations, in the update
     attention: str = ""  # a backend's name in diffusers, e.g. "flash", "_native_cudnn"; empty = its default
@@ -48,6 +50,7 @@ class Network:
     def __post_init__(self) -> None:
         """Sizes are positive; what a family's patches divide is checked where the family is known."""
         positive(self, height=self.height, width=self.width, num_frames=self.num_frames)
+        positive(self, embedded_guidance=self.embedded_guidance)
         one_of(self, ("none", "selective", "full"), checkpointing=self.checkpointing)
         require(
             self.max_sequence_length >= 0,

@@ -34,6 +34,9 @@ class Sigmas:
     shift: float | DynamicShift = 3.0
     # "linear": 1, 1 - 1/T, ..., 0 before the shift. "diffusers": SD3's grid, which ends at its sigma_min.
     spacing: Literal["linear", "diffusers"] = "linear"
+    terminal: float = (
+        0.0  # the shifted schedule is stretched to end here before 0 (Qwen-Image: 0.02); 0 = not
+    )
 
     def __post_init__(self) -> None:
         """At least two steps: one alone leaves nothing between noise and sample."""
@@ -47,6 +50,7 @@ class Sigmas:
             self.spacing in ("linear", "diffusers"),
             f"Sigmas.spacing is {self.spacing!r}; it must be 'linear' or 'diffusers'",
         )
+        require(0 <= self.terminal < 1, f"Sigmas.terminal is {self.terminal}; it must be in [0, 1)")
 
 
 # ------------------------------------------------------------------------------------------ dynamics

@@ -21,6 +21,7 @@ class Task:
 
     model: str = "digits"  # a module of flowgrpo_fast.models, or package.module:function
     prompts: str = ""  # a text file, one prompt a line; empty = the model's own
+    images: str = ""  # for editing: a text file, the source image of each prompt, one path a line
     rewards: tuple[RewardTerm, ...] = (
         RewardTerm(function="flowgrpo_fast.rewards.rules:digit_log_prob"),
         RewardTerm(function="flowgrpo_fast.rewards.rules:ink_contrast", weight=0.2),

@@ -33,8 +33,8 @@ def digit_log_prob(images: Tensor, prompts: Sequence[str]) -> Tensor:
 def ink_contrast(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Mean of the brightest fifth of the pixels minus mean of the darkest two fifths, `[B]` fp32 in [0, 0.92].
 
-    Strong ink on clean paper. Capped where real digits are on average: without the cap, strokes grow into blots.
-    The prompts are not read. Raises ValueError as `digit_log_prob` does.
+    Strong ink on clean paper, over all frames of a video. Capped where real digits are on average: without the
+    cap, strokes grow into blots. The prompts are not read. Raises ValueError as `digit_log_prob` does.
     """
     check_images(images, len(prompts))
     ranked = images.float().flatten(1).sort(dim=1).values  # [B, N] ascending
@@ -45,9 +45,13 @@ def ink_contrast(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def check_images(images: Tensor, num_prompts: int, shape: tuple[int, int, int] | None = None) -> None:
-    """Raises a one-line ValueError unless images are `[B, C, H, W]` (or `[B, *shape]`) in [0, 1], one a prompt."""
+    """Raises a one-line ValueError unless images are in [0, 1], one a prompt.
+
+    `[B, C, H, W]`, or videos `[B, F, C, H, W]`; with a shape `[B, *shape]`.
+    """
     wanted = "[B, C, H, W]" if shape is None else f"[B, {', '.join(map(str, shape))}]"
-    if images.ndim != 4 or images.numel() == 0 or (shape is not None and images.shape[1:] != shape):
+    fits = images.ndim in (4, 5) if shape is None else images.shape[1:] == shape
+    if not fits or images.numel() == 0:
         raise ValueError(f"images must be {wanted} and not empty, got {list(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images must be floating point in [0, 1], got {images.dtype}")

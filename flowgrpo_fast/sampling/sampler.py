@@ -116,7 +116,8 @@ def predict(
 ) -> tuple[Tensor, Guidance | None]:
     """Velocity `[B, *S]`, and the unconditional half where the recipe guides; `sigma` is `[]` or `[B]` fp32.
 
-    The unconditional half carries no gradient: published trainers detach it, so its backward is waste.
+    The unconditional half carries no gradient: published trainers detach it, so its backward is waste. A model
+    with a `guided (velocity, negative, scale)` of its own returns one velocity.
     """
     sigma = sigma.expand(latents.shape[0])
     with _precision(recipe, latents.device):
@@ -125,6 +126,9 @@ def predict(
             return velocity, None
         with torch.no_grad():
             negative = model.velocity(latents, sigma, conditioning.negative()).contiguous()
+        own_way = getattr(model, "guided", None)  # a family that mixes the halves in another way
+        if own_way is not None:
+            return own_way(velocity, negative, recipe.guidance_scale), None
     return velocity, Guidance(negative, recipe.guidance_scale)
 
 

@@ -53,7 +53,10 @@ def make_sigmas(part: Sigmas, seq_len: int | None = None) -> Array:
         ends = np.array([1.0, 1 / _NUM_TRAIN_TIMESTEPS])
         last = float((ends if isinstance(part.shift, DynamicShift) else shift_sigmas(ends, shift))[-1])
     grid = np.linspace(1.0, last, part.num_inference_steps)
-    return np.append(shift_sigmas(grid, shift), 0.0)
+    sigmas = shift_sigmas(grid, shift)
+    if part.terminal:
+        sigmas = 1 - (1 - sigmas) * (1 - part.terminal) / (1 - sigmas[-1])
+    return np.append(sigmas, 0.0)
 
 
 def respaced_tail(sigmas: Array, start: int, num_steps: int, shift: float) -> Array:

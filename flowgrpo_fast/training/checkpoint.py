@@ -1,7 +1,8 @@
 """Checkpoints: a folder per step, written beside its final name and moved there whole.
 
-    checkpoints/step_000120/model.safetensors     the trained module
-                            average.safetensors   its moving average, where the recipe has one
+    checkpoints/step_000120/model.safetensors     the trained module; of a LoRA run, in its place
+                            pytorch_lora_weights.safetensors   the adapter, as diffusers and peft load it
+                            average.safetensors   the moving average, where the recipe has one, alike
                             optimizer.pt          AdamW's state
                             state.json            counters
 
@@ -17,9 +18,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor
 
+from flowgrpo_fast.models.adapters import ADAPTER_FILE, has_adapter, load_adapter, save_adapter
 from flowgrpo_fast.training.engine import Engine
+from flowgrpo_fast.training.snapshots import Snapshot, trained_parameters
 
 _KEEP = 2  # finished checkpoints; the older one survives whatever happens to the newer
 
@@ -57,14 +61,49 @@ def save_checkpoint(engine: Engine, run_dir: Path) -> Path:
 
 
 def _write(engine: Engine, folder: Path) -> None:
-    save_model(engine.model.module, str(folder / "model.safetensors"))
+    module = engine.model.module
+    if has_adapter(module):
+        save_adapter(module, folder / ADAPTER_FILE)
+    else:
+        save_model(module, str(folder / "model.safetensors"))
     if engine.averaged is not None:
-        save_model(engine.averaged.module, str(folder / "average.safetensors"))
+        _save_average(engine.averaged, folder / "average.safetensors")
     torch.save(engine.optimizer.state_dict(), folder / "optimizer.pt")
     (folder / "state.json").write_text(json.dumps({"step": engine.step, "num_updates": engine.num_updates}))
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+
+
+def _save_average(averaged: Snapshot, file: Path) -> None:
+    if has_adapter(averaged.module):
+        save_adapter(averaged.module, file, averaged.values)
+        return
+    values = zip(_trained_names(averaged), averaged.values, strict=True)
+    save_file({name: value.cpu().contiguous() for name, value in values}, file)
+
+
+def _load_average(averaged: Snapshot, file: Path) -> None:
+    if has_adapter(averaged.module):
+        averaged.load(load_adapter(averaged.module, file))
+        return
+    saved = load_file(file)
+    averaged.load([saved[name] for name in _trained_names(averaged)])
+
+
+def _trained_names(averaged: Snapshot) -> list[str]:
+    return [name for name, parameter in averaged.module.named_parameters() if parameter.requires_grad]
+
+
+def _load_trained(engine: Engine, folder: Path) -> None:
+    """In place: pointers that graphs hold stay good."""
+    module = engine.model.module
+    if not has_adapter(module):
+        load_model(module, str(folder / "model.safetensors"))
+        return
+    values: list[Tensor] = load_adapter(module, folder / ADAPTER_FILE)
+    for parameter, value in zip(trained_parameters(module), values, strict=True):
+        parameter.data.copy_(value)
 
 
 def finished_checkpoints(run_dir: Path) -> list[Path]:
@@ -84,9 +123,9 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
         ValueError: the folder is not a checkpoint of this model.
     """
     try:
-        load_model(engine.model.module, str(folder / "model.safetensors"))
+        _load_trained(engine, folder)
         if engine.averaged is not None:
-            load_model(engine.averaged.module, str(folder / "average.safetensors"))
+            _load_average(engine.averaged, folder / "average.safetensors")
         state = torch.load(folder / "optimizer.pt", map_location=engine.device, weights_only=True)
         engine.optimizer.load_state_dict(state)
         counters = json.loads((folder / "state.json").read_text())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.models.adapters import has_adapter
+from flowgrpo_fast.recipe import LoRA, Recipe
+from flowgrpo_fast.training.snapshots import Snapshot, WithoutAdapter, trained_parameters
 from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
 
 
@@ -24,6 +26,14 @@ class Judge(Protocol):
         ...
 
 
+class PromptRows(Protocol):
+    """Conditioning of a set of prompts: a `Conditioning`, or what reads one from disk."""
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """Rows `index [B]` (int64), on the index's device."""
+        ...
+
+
 @dataclass(slots=True)
 class Engine:
     """Everything a step reads or changes."""
@@ -31,12 +41,12 @@ class Engine:
     recipe: Recipe
     model: FlowModel
     prompts: tuple[str, ...]
-    conditioning: Conditioning  # of all prompts, encoded once
+    conditioning: PromptRows  # of all prompts, encoded once
     rewards: tuple[RewardFunction, ...]
     judge: Judge | None
     optimizer: torch.optim.Optimizer
     reference: FlowModel | None  # the start weights, where the loss has a KL
-    averaged: FlowModel | None  # the moving average, where the recipe has one
+    averaged: Snapshot | None  # the moving average, where the recipe has one
     device: torch.device
     step: int = 0  # finished training steps
     num_updates: int = 0  # finished optimiser steps
@@ -56,17 +66,16 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     """Loads model, prompts, rewards and judge as the recipe's task names them.
 
     Raises:
-        ValueError: a name that does not resolve, or an empty prompt file.
+        ValueError: a name that does not resolve, an empty prompt file, or what the model cannot be.
     """
     task = recipe.task
-    model = load_model(task.model, device)
-    prompts = tuple(_read_prompts(task.prompts) if task.prompts else _own_prompts(task.model))
+    prompts = tuple(_read_lines(task.prompts, "prompt") if task.prompts else _own_prompts(task.model))
+    model = load_model(recipe, device)
     model.module.eval()  # no dropout: rollout and replay must agree to the bit
     with torch.no_grad():
-        conditioning = model.encode(list(prompts))
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
+        conditioning = _encode(model, prompts, task.images)
     optimizer = torch.optim.AdamW(
-        parameters,
+        trained_parameters(model.module),
         lr=recipe.optimizer.lr,
         betas=recipe.optimizer.betas,
         weight_decay=recipe.optimizer.weight_decay,
@@ -80,20 +89,59 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         rewards=tuple(resolve(term.function) for term in task.rewards),
         judge=resolve(task.judge)() if task.judge else None,
         optimizer=optimizer,
-        reference=_frozen_copy(model) if recipe.loss.kl_beta > 0 else None,
-        averaged=_frozen_copy(model) if recipe.optimizer.ema_decay > 0 else None,
+        reference=_start_of(model, recipe) if recipe.loss.kl_beta > 0 else None,
+        averaged=Snapshot(model) if recipe.optimizer.ema_decay > 0 else None,
         device=device,
     )
 
 
-def load_model(name: str, device: torch.device) -> FlowModel:
-    """`digits` is `flowgrpo_fast.models.digits:load`; `package.module:function` is taken as it stands."""
-    model: FlowModel = _model_part(name, "load")(device)
+def load_model(recipe: Recipe, device: torch.device) -> FlowModel:
+    """The model of `recipe.task.model`.
+
+    `sd3` is `flowgrpo_fast.models.sd3:load`; `package.module:function` is taken as it stands. A loader takes the
+    device, and the recipe where it reads one.
+    """
+    loader = _model_part(recipe.task.model, "load")
+    model: FlowModel = loader(*(device, recipe)[: len(inspect.signature(loader).parameters)])
     return model
 
 
+def _start_of(model: FlowModel, recipe: Recipe) -> FlowModel:
+    """The start weights: a fresh adapter's are the base alone."""
+    train = recipe.network.train
+    fresh = has_adapter(model.module) and isinstance(train, LoRA) and not train.path
+    return WithoutAdapter(model) if fresh else Snapshot(model)
+
+
+def _encode(model: FlowModel, prompts: tuple[str, ...], images: str) -> PromptRows:
+    """All prompts' conditioning: in memory, or on disk where the model keeps it there."""
+    arguments: dict[str, Any] = {"images": _source_images(model, prompts, images)} if images else {}
+    on_disk: Callable[..., PromptRows | None] | None = getattr(model, "on_disk", None)
+    stored = on_disk(list(prompts), **arguments) if on_disk else None
+    return stored or model.encode(list(prompts), **arguments)
+
+
+def _source_images(model: FlowModel, prompts: tuple[str, ...], images: str) -> list[Path]:
+    if "images" not in inspect.signature(model.encode).parameters:
+        raise ValueError(f"task.images is {images!r}; this model takes prompts alone")
+    paths = [Path(images).parent / line for line in _read_lines(images, "image")]
+    if len(paths) != len(prompts):
+        raise ValueError(
+            f"{images!r} names {len(paths)} images for {len(prompts)} prompts; give one for each"
+        )
+    return paths
+
+
 def _own_prompts(name: str) -> list[str]:
-    prompts: list[str] = _model_part(name, "prompts")()
+    try:
+        own = _model_part(name, "prompts")
+    except ValueError as error:
+        if "has no 'prompts'" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} brings no prompts of its own; set task.prompts to a text file, one prompt a line"
+        ) from None
+    prompts: list[str] = own()
     return prompts
 
 
@@ -125,18 +173,12 @@ def resolve(path: str) -> Any:
         raise ValueError(f"{path!r}: module {module_name} has no {name!r}") from None
 
 
-def _read_prompts(path: str) -> list[str]:
+def _read_lines(path: str, what: str) -> list[str]:
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except OSError as error:
-        raise ValueError(f"cannot read prompts from {path!r}: {error.strerror}") from None
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise ValueError(f"{path!r} holds no prompt; write one a line")
-    return prompts
-
-
-def _frozen_copy(model: FlowModel) -> FlowModel:
-    twin = copy.deepcopy(model)
-    twin.module.requires_grad_(False)
-    return twin
+        raise ValueError(f"cannot read {what}s from {path!r}: {error.strerror}") from None
+    kept = [line for line in lines if line]
+    if not kept:
+        raise ValueError(f"{path!r} holds no {what}; write one a line")
+    return kept

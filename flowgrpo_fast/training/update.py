@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowgrpo_fast.losses.clipped_ratio import LossTerms, clipped_ratio, drift_kl
 from flowgrpo_fast.sampling.sampler import replay, row_slices
@@ -83,10 +82,7 @@ def _average(engine: Engine) -> None:
     engine.num_updates += 1
     if engine.averaged is None or engine.num_updates % engine.recipe.optimizer.ema_every:
         return
-    average = get_ema_multi_avg_fn(engine.recipe.optimizer.ema_decay)
-    old, new = (list(model.module.parameters()) for model in (engine.averaged, engine.model))
-    with torch.no_grad():
-        average(old, [p.detach() for p in new], 0)
+    engine.averaged.average(engine.recipe.optimizer.ema_decay)
 
 
 def _metrics(tally: _Tally) -> dict[str, float]:

@@ -29,6 +29,18 @@ def test_dynamic_shift_is_what_diffusers_computes(seq_len: int) -> None:
     assert dynamic_shift(part, part.base_seq_len) == pytest.approx(np.exp(0.5))
 
 
+def test_a_terminal_stretches_the_schedule_as_diffusers_does() -> None:
+    """Qwen-Image's scheduler: dynamic shift to 8192 tokens, then stretched to end at 0.02."""
+    part = DynamicShift(max_shift=0.9, max_seq_len=8192)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9, max_image_seq_len=8192
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 10, 10), mu=np.log(dynamic_shift(part, 1024)))
+    ours = make_sigmas(Sigmas(num_inference_steps=10, shift=part, terminal=0.02), 1024)
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), rtol=2e-6, atol=1e-7)
+    assert ours[-2] == pytest.approx(0.02)
+
+
 def test_linear_spacing_is_an_even_grid_before_the_shift() -> None:
     ours = make_sigmas(Sigmas(num_inference_steps=8, shift=3.0))
     np.testing.assert_allclose(shift_sigmas(ours, 1 / 3.0), np.linspace(1, 0, 9), atol=1e-15)

@@ -165,7 +165,7 @@ def test_the_average_is_the_average(toy_recipe) -> None:
     for _ in range(3):
         train_step(engine)
         expected = 0.5 * expected + 0.5 * weights(engine)
-    averaged = torch.cat([p.flatten() for p in engine.averaged.module.parameters()])
+    averaged = torch.cat([p.flatten() for p in engine.averaged.values])
     torch.testing.assert_close(averaged, expected)
     assert engine.evaluated is engine.averaged
 

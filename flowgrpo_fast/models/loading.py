@@ -1,0 +1,96 @@
+"""From `Network.path` to the parts of a diffusers pipeline, with one clear line for what cannot be one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+
+def pipeline_folder(path: str, wanted: type, family: str) -> Path:
+    """The local folder of a pipeline of class `wanted`; a name on the hub is downloaded, or found in its cache.
+
+    Raises:
+        ValueError: nothing there, no pipeline, another family's, or a part of it is missing.
+    """
+    if not path:
+        raise ValueError(
+            f"Network.path is empty; {family} needs a {wanted.__name__}: a folder, or a name on the hub"
+        )
+    folder = Path(path)
+    if not folder.exists():
+        folder = _download(path)
+    index = _read_index(folder)
+    found = index.get("_class_name")
+    if found != wanted.__name__:
+        raise ValueError(
+            f"Network.path {path!r} holds a {found}; task.model {family!r} takes a {wanted.__name__}"
+        )
+    missing = [name for name in _parts(index) if not (folder / name).is_dir()]
+    if missing:
+        raise ValueError(
+            f"Network.path {path!r} lacks {', '.join(f'{name}/' for name in missing)}, which its "
+            "model_index.json names; download the whole pipeline"
+        )
+    return folder
+
+
+def load_parts(
+    folder: Path, pipeline: type[Any], leave_out: Sequence[str], dtypes: dict[str, torch.dtype]
+) -> Any:
+    """The pipeline on the CPU without the parts of `leave_out`; `dtypes` by part, `"default"` for the rest.
+
+    Raises:
+        ValueError: a part cannot be read, in one line.
+    """
+    index = _read_index(folder)
+    empty = {name for name, value in index.items() if isinstance(value, list) and value[0] is None}
+    without = dict.fromkeys(empty | {name for name in leave_out if name in index})
+    try:
+        with (
+            warnings.catch_warnings()
+        ):  # its new name, `dtype`, means nothing to the oldest diffusers we take
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+            return pipeline.from_pretrained(str(folder), torch_dtype=dtypes, **without)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"Network.path {str(folder)!r} cannot be loaded: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what a library said."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def freeze(module: nn.Module) -> None:
+    """No gradient, and no dropout."""
+    module.requires_grad_(False).eval()
+
+
+def _download(path: str) -> Path:
+    try:
+        return Path(DiffusionPipeline.download(path))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Network.path {path!r} is neither a folder nor a pipeline that the hub gives: {one_line(error)}"
+        ) from error
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        raise ValueError(
+            f"Network.path {str(folder)!r} holds no readable model_index.json; it is not a diffusers pipeline"
+        ) from None
+    return index
+
+
+def _parts(index: dict[str, Any]) -> list[str]:
+    """Names of the folders a pipeline is made of."""
+    return [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]

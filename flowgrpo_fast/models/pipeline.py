@@ -1,0 +1,284 @@
+"""What all families share: a diffusers pipeline as a `FlowModel`.
+
+A family is one small file: the pipeline's class, the names of its layers, and four methods that say how its prompts
+are embedded, how its latents are laid out, how its transformer is called and how its autoencoder decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from flowgrpo_fast.models.adapters import add_lora
+from flowgrpo_fast.models.execution import prepare
+from flowgrpo_fast.models.loading import freeze, load_parts, pipeline_folder
+from flowgrpo_fast.models.text_cache import Embedding, Encoder, embed, fill, fingerprint
+from flowgrpo_fast.recipe import LoRA, Network, Recipe
+from flowgrpo_fast.types import Conditioning
+
+_DECODED_PIXELS = 1 << 22  # at once: 16 images of 512 x 512
+_MEMORY_BYTES = 1 << 31  # of embeddings; more are read from the text cache as they are needed
+
+
+class PipelineModel:
+    """A `FlowModel` over the parts of a diffusers pipeline. Families are subclasses; `load` makes one."""
+
+    pipeline_class: ClassVar[type[Any]]
+    blocks: ClassVar[tuple[str, ...]]  # class names of the repeated blocks: what is compiled
+    streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")  # that a block passes on
+    lora_targets: ClassVar[tuple[str, ...]]  # ends of layer names, as published recipes choose them
+    sensitive: ClassVar[tuple[str, ...]]  # regular expressions over layer names: never quantised
+    max_sequence_length: ClassVar[int]  # text tokens, where the recipe names none
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    transformer_parts: ClassVar[tuple[str, ...]] = ("transformer",)
+    varying_length: ClassVar[bool] = False  # prompts are as long as they are, under a mask
+    vae_in_fp32: ClassVar[bool] = False  # an autoencoder that bf16 would damage
+
+    latent_shape: tuple[int, ...]
+    image_seq_len: int  # image tokens of one sample: a dynamic shift grows with them
+
+    def __init__(self, folder: Path, pipe: Any, recipe: Recipe) -> None:
+        self.folder, self.pipe, self.network = folder, pipe, recipe.network
+        self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        self.device = torch.device("cpu")
+        parts = {name: getattr(pipe, name) for name in self.transformer_parts if getattr(pipe, name, None)}
+        # One transformer is trained as it stands; several by their names.
+        self.module: nn.Module = parts["transformer"] if len(parts) == 1 else nn.ModuleDict(parts)
+        self.check_size(recipe.network)
+        self.lay_out(recipe.network)
+
+    @classmethod
+    def family(cls) -> str:
+        """The name a recipe calls it by: its module's."""
+        return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def load(cls, device: torch.device, recipe: Recipe) -> PipelineModel:
+        """The family's model as `recipe.network` describes it, ready to train on `device`.
+
+        Frozen weights are held in the recipe's precision, trained ones in fp32.
+
+        Raises:
+            ValueError: a path, size, target or backend that cannot be; one line with the value and the remedy.
+        """
+        network = recipe.network
+        folder = pipeline_folder(network.path, cls.pipeline_class, cls.family())
+        base = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        lora = isinstance(network.train, LoRA)
+        dtypes = (
+            {"default": base}
+            if lora
+            else {"default": base, **dict.fromkeys(cls.transformer_parts, torch.float32)}
+        )
+        if cls.vae_in_fp32:
+            dtypes["vae"] = torch.float32
+        model = cls(folder, load_parts(folder, cls.pipeline_class, cls.text_parts, dtypes), recipe)
+        freeze(model.pipe.vae)
+        model.prepare_training(recipe)
+        return model.to(device)
+
+    def prepare_training(self, recipe: Recipe) -> None:
+        """Adapters or all weights, checkpointing, attention and compilation, of every transformer."""
+        train = recipe.network.train
+        for index, (name, transformer) in enumerate(self.transformers.items()):
+            transformer.requires_grad_(True).eval()
+            if isinstance(train, LoRA):
+                add_lora(transformer, train, self.lora_targets, recipe.seed + index, name)
+            streams = (
+                self.streams
+                if isinstance(train, LoRA)
+                else ("hidden_states", "encoder_hidden_states", "temb")
+            )
+            prepare(transformer, recipe.network, self.blocks, streams)
+
+    def to(self, device: torch.device) -> PipelineModel:
+        """Moves everything."""
+        self.device = device
+        self.module.to(device)
+        self.pipe.vae.to(device)
+        self.lay_out(self.network)
+        return self
+
+    @property
+    def transformer(self) -> Any:
+        """What is called, and what low precision applies to. A copy of the model with another `module` calls that."""
+        return self.module
+
+    @property
+    def transformers(self) -> dict[str, Any]:
+        """Each transformer by the name of its folder."""
+        return (
+            dict(self.module.items())
+            if isinstance(self.module, nn.ModuleDict)
+            else {"transformer": self.module}
+        )
+
+    # ------------------------------------------------------------------------------- what a family says
+
+    def lay_out(self, network: Network) -> None:
+        """Sets `latent_shape`, `image_seq_len` and constants on `self.device`."""
+        raise TypeError(f"{type(self).__name__} does not say how its latents are laid out")
+
+    def encode_prompt(self, pipe: Any, prompt: str, max_sequence_length: int) -> Embedding:
+        """One prompt's embeddings under the names of `Conditioning`'s fields, without a batch axis."""
+        raise TypeError(f"{type(self).__name__} does not say how it encodes a prompt")
+
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The transformer's velocity; sigma is `[B]`."""
+        raise TypeError(f"{type(self).__name__} does not say how its transformer is called")
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The autoencoder's pixels in [-1, 1]."""
+        raise TypeError(f"{type(self).__name__} does not say how it decodes")
+
+    def multiple(self) -> int:
+        """What height and width must be a multiple of: pixels a latent times latents a token."""
+        patch: int = self.pipe.transformer.config.patch_size
+        return int(self.pipe.vae_scale_factor) * patch
+
+    def check_size(self, network: Network) -> None:
+        """Raises ValueError for a resolution that does not divide into tokens, or frames of an image model."""
+        step = self.multiple()
+        for name in ("height", "width"):
+            value = getattr(network, name)
+            if value % step:
+                below = value // step * step
+                near = f"{below} or {below + step}" if below else str(step)
+                raise ValueError(
+                    f"Network.{name} is {value}; {self.family()} needs a multiple of {step}, such as {near}"
+                )
+        self.check_frames(network)
+
+    def check_frames(self, network: Network) -> None:
+        """An image has one."""
+        if network.num_frames != 1:
+            raise ValueError(
+                f"Network.num_frames is {network.num_frames}; {self.family()} makes images: set 1"
+            )
+
+    # ------------------------------------------------------------------------------------- the protocol
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
+        """One row per prompt and the recipe's negative prompt for all; the text encoders are gone afterwards.
+
+        Raises:
+            ValueError: images for a family that takes none, or a cache that cannot be written.
+        """
+        if images:
+            raise ValueError(f"task.images is set; {self.family()} makes images from text alone")
+        wanted = [*prompts, self.network.negative_prompt]
+        *rows, negative = embed(wanted, self._load_encoder, self.network.text_cache, self._text_identity)
+        return self._assemble(rows, negative)
+
+    def on_disk(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> StoredPrompts | None:
+        """The prompts' rows, read from the text cache step by step; None where all of them fit into memory.
+
+        Raises ValueError as `encode`.
+        """
+        if not self.network.text_cache:
+            return None
+        (first,) = embed(prompts[:1], self._load_encoder, self.network.text_cache, self._text_identity)
+        if len(prompts) * sum(value.nbytes for value in first.values()) <= _MEMORY_BYTES:
+            return None
+        fill(prompts, self._load_encoder, self.network.text_cache, self._text_identity)
+        return StoredPrompts(self, list(prompts), list(images))
+
+    def _load_encoder(self) -> Encoder:
+        leave_out = ("vae", *self.transformer_parts)
+        pipe = load_parts(self.folder, self.pipeline_class, leave_out, {"default": self.dtype})
+        for name in self.text_parts:
+            if isinstance(part := getattr(pipe, name, None), nn.Module):
+                freeze(part.to(self.device))
+        return lambda prompt: self.encode_prompt(pipe, prompt, self._text_length)
+
+    @property
+    def _text_length(self) -> int:
+        return self.network.max_sequence_length or self.max_sequence_length
+
+    @cached_property
+    def _text_identity(self) -> str:
+        """What an embedding depends on, besides its prompt."""
+        if not self.network.text_cache:
+            return ""
+        folders = [self.folder / name for name in self.text_parts]
+        return fingerprint(folders, self.family(), self._text_length, self.dtype)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """d latents / d sigma `[B, *S]` at sigma `[B]` or `[]` fp32; conditioning has B rows.
+
+        In the dtype of the module, or of autocast where it is on. Raises ValueError when the shapes disagree.
+        """
+        batch = latents.shape[0]
+        if tuple(latents.shape[1:]) != self.latent_shape:
+            shape = ", ".join(map(str, self.latent_shape))
+            raise ValueError(f"latents must be [B, {shape}], got {list(latents.shape)}")
+        if sigma.shape not in ((), (batch,)):
+            raise ValueError(f"sigma must be [] or [{batch}], got {list(sigma.shape)}")
+        rows = conditioning.prompt_embeds.shape[0]
+        if rows != batch:
+            raise ValueError(f"conditioning must hold {batch} rows, one per sample, got {rows}")
+        return self.predict(latents, sigma.expand(batch), conditioning)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]`, or videos `[B, F, 3, H, W]`, fp32 in [0, 1]; a few at a time, without gradient."""
+        pixels = self.network.height * self.network.width * self.network.num_frames
+        rows = max(1, _DECODED_PIXELS // pixels)
+        with torch.no_grad():
+            parts = [self.decode_latents(part.to(self.pipe.vae.dtype)) for part in latents.split(rows)]
+        return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
+
+    def _assemble(self, rows: list[Embedding], negative: Embedding) -> Conditioning:
+        """Stacks the prompts; where lengths differ, zeros fill up and `extra["mask"]` tells the words from them.
+
+        To the recipe's `max_sequence_length` where it names one: shapes then never change. Else to the longest.
+        """
+        fields: dict[str, Tensor] = {}
+        extra: dict[str, Tensor] = {}
+        lengths = torch.tensor([len(row["prompt_embeds"]) for row in rows])
+        for name in rows[0]:
+            values = [row[name].to(self.device) for row in rows]
+            fields[name] = (
+                pad_sequence(values, batch_first=True) if values[0].ndim > 1 else torch.stack(values)
+            )
+            other = negative[name].to(self.device)
+            fields[f"negative_{name}"] = other.expand(len(rows), *other.shape)
+        longest = int(lengths.max())
+        if self.varying_length:
+            longest = self.network.max_sequence_length or longest
+            embeds = fields["prompt_embeds"]
+            fields["prompt_embeds"] = functional.pad(embeds, (0, 0, 0, longest - embeds.shape[1]))
+        if int(lengths.min()) < longest:
+            extra["mask"] = (torch.arange(longest) < lengths[:, None]).to(self.device)
+            everywhere = torch.ones(len(negative["prompt_embeds"]), dtype=torch.bool, device=self.device)
+            extra["negative_mask"] = everywhere.expand(len(rows), -1)
+        return Conditioning(**fields, extra=extra)
+
+
+class StoredPrompts:
+    """Conditioning rows of a set of prompts that is too large for memory."""
+
+    def __init__(self, model: PipelineModel, prompts: list[str], images: list[Path]) -> None:
+        self._model, self._prompts, self._images = model, prompts, images
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """Rows `index [B]` (int64) on the model's device; each prompt is read once."""
+        wanted, place = torch.unique(index.cpu(), return_inverse=True)
+        prompts = [self._prompts[i] for i in wanted.tolist()]
+        images = [self._images[i] for i in wanted.tolist()] if self._images else []
+        return self._model.encode(prompts, images).rows(place.to(index.device))
+
+
+def denormalised(latents: Tensor, vae: Any) -> Tensor:
+    """Latents `[B, C, F, H, W]` on the autoencoder's own scale: its configuration holds a mean and std a channel."""
+    mean, std = (
+        torch.tensor(values, dtype=latents.dtype).view(1, -1, 1, 1, 1).to(latents.device)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return latents * std + mean

@@ -1,0 +1,100 @@
+"""The model as it was at the start, and its moving average: no second copy of weights that never change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from flowgrpo_fast.models.adapters import adapters_off
+from flowgrpo_fast.types import Conditioning, FlowModel
+
+
+class Snapshot:
+    """A `FlowModel` that shares the model's frozen weights and holds its own values of the trained ones.
+
+    They are swapped in for each velocity and out again, whatever happens in between: two pointers a parameter, no
+    copy. Optimiser and gradients keep seeing the model's own parameters.
+    """
+
+    def __init__(self, model: FlowModel) -> None:
+        self.model = model
+        self.latent_shape = model.latent_shape
+        self.guided = getattr(model, "guided", None)
+        self.module = model.module  # its weights are the snapshot's only inside `swapped_in`
+        self.parameters = trained_parameters(model.module)
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model's module holds this snapshot's weights, inside."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """As the model: text encoders are not trained."""
+        return self.model.encode(prompts)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """As the model under these weights, without gradient."""
+        with torch.no_grad(), self.swapped_in():
+            return self.model.velocity(latents, sigma, conditioning)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As the model: the autoencoder is not trained."""
+        return self.model.decode(latents)
+
+    def average(self, decay: float) -> None:
+        """Moves the values towards the model's: `decay * values + (1 - decay) * parameters`."""
+        with torch.no_grad():
+            get_ema_multi_avg_fn(decay)(self.values, [p.detach() for p in self.parameters], 0)
+
+    def load(self, values: Sequence[Tensor]) -> None:
+        """Takes over values, in place.
+
+        Raises:
+            ValueError: not one of each parameter's shape.
+        """
+        shapes = [[tuple(t.shape) for t in tensors] for tensors in (values, self.values)]
+        if shapes[0] != shapes[1]:
+            raise ValueError("the snapshot's tensors are not those of the trained parameters")
+        for own, value in zip(self.values, values, strict=True):
+            own.copy_(value)
+
+    def _swap(self) -> None:
+        for index, parameter in enumerate(self.parameters):
+            parameter.data, self.values[index] = self.values[index], parameter.data
+
+
+class WithoutAdapter:
+    """A `FlowModel` view of an adapted model with its adapters off: the start of a LoRA run, for no memory at all."""
+
+    def __init__(self, model: FlowModel) -> None:
+        self.model = model
+        self.latent_shape = model.latent_shape
+        self.guided = getattr(model, "guided", None)
+        self.module = model.module
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """As the model."""
+        return self.model.encode(prompts)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """As the frozen base, without gradient."""
+        with torch.no_grad(), adapters_off(self.model.module):
+            return self.model.velocity(latents, sigma, conditioning)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As the model."""
+        return self.model.decode(latents)
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those with gradient, in the module's order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

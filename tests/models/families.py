@@ -1,0 +1,137 @@
+"""What the tests know of each family: its size in the tiny pipelines, its loader, and how its pipeline is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flowgrpo_fast.recipe import (
+    ClippedRatio,
+    FlowSDE,
+    FrozenWindow,
+    LoRA,
+    Network,
+    Optimizer,
+    Recipe,
+    RewardTerm,
+    Sigmas,
+    Task,
+)
+from flowgrpo_fast.types import Conditioning
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the tests."""
+
+    name: str
+    variant: dict[str, Any] = field(default_factory=dict)  # of the tiny pipeline
+    network: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)  # of the pipeline
+    scale: str = "guidance_scale"  # the pipeline's name for classifier-free guidance
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.variant.items())])
+
+    @property
+    def edits(self) -> bool:
+        return self.name == "flux_kontext"
+
+    def encode(self, model: Any, prompts: list[str], images: list[Path]) -> Conditioning:
+        """With the source images where the family takes them."""
+        return model.encode(prompts, images) if self.edits else model.encode(prompts)
+
+
+def source_images(folder: Path, count: int) -> list[Path]:
+    """Pictures to edit, one for each prompt."""
+    paths = [folder / f"source_{index}.png" for index in range(count)]
+    for index, path in enumerate(paths):
+        noise = torch.rand(40, 24, 3, generator=torch.Generator().manual_seed(index))
+        Image.fromarray((255 * noise).byte().numpy()).save(path)
+    return paths
+
+
+SD3 = Family("sd3", network={"max_sequence_length": 16}, call={"max_sequence_length": 16})
+FLUX = Family(
+    "flux", network={"max_sequence_length": 16}, call={"max_sequence_length": 16}, scale="true_cfg_scale"
+)
+KONTEXT = replace(FLUX, name="flux_kontext", call={**FLUX.call, "max_area": 32 * 32, "_auto_resize": False})
+QWEN_IMAGE = Family("qwen_image", scale="true_cfg_scale")
+WAN = Family(
+    "wan",
+    network={"max_sequence_length": 16, "num_frames": 5},
+    call={"max_sequence_length": 16, "num_frames": 5},
+)
+FAMILIES = [
+    SD3,
+    replace(SD3, variant={"dual": True}),
+    replace(SD3, variant={"t5": False}),
+    FLUX,
+    replace(FLUX, variant={"guidance": False}),
+    KONTEXT,
+    QWEN_IMAGE,
+    WAN,
+    replace(WAN, variant={"experts": True}),
+    replace(WAN, variant={"expand_timesteps": True}),
+]
+ONE_EACH = [family for family in FAMILIES if not family.variant]
+
+
+def red(images: Tensor, prompts: list[str]) -> Tensor:
+    """A reward for images and videos alike: how much red there is."""
+    return (
+        images.float().flatten(2).mean(2)[:, 0] if images.ndim == 4 else images.float().mean((1, 3, 4))[:, 0]
+    )
+
+
+def recipe_for(family: Family, path: Path, prompts: Path, **changes: Any) -> Recipe:
+    """A small job on a tiny pipeline; keywords that are fields of Network go there, others to the recipe."""
+    network = {"height": 32, "width": 32, "train": LoRA(rank=2, alpha=4.0), **family.network}
+    network |= {key: changes.pop(key) for key in list(changes) if key in Network.__dataclass_fields__}
+    images = prompts.with_name("images.txt")
+    if family.edits:
+        names = [path.name for path in source_images(prompts.parent, len(prompts.read_text().splitlines()))]
+        images.write_text("\n".join(names))
+    recipe = Recipe(
+        name="tiny",
+        sigmas=Sigmas(num_inference_steps=4, shift=3.0, spacing="diffusers"),
+        dynamics=FlowSDE(noise_level=0.7),
+        window=FrozenWindow(size=2, start=0),
+        group_size=2,
+        num_prompts=2,
+        loss=ClippedRatio(clip_range=0.05),
+        optimizer=Optimizer(lr=1e-3),
+        network=Network(path=str(path), **network),
+        task=Task(
+            model=family.name,
+            prompts=str(prompts),
+            images=str(images) if family.edits else "",
+            rewards=(RewardTerm(function="families_of_tests:red"),),
+            judge="",
+            num_eval_samples=3,
+        ),
+    )
+    return replace(recipe, **changes)
+
+
+def captured(pipe: Any, run: Callable[[], Any]) -> tuple[Any, list[tuple[dict[str, Any], Tensor]]]:
+    """What `run` returns, and arguments and output of each call of the pipeline's transformers meanwhile."""
+    calls: list[tuple[dict[str, Any], Tensor]] = []
+
+    def keep(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((kwargs, output[0]))
+
+    parts = [pipe.transformer, getattr(pipe, "transformer_2", None)]
+    hooks = [part.register_forward_hook(keep, with_kwargs=True) for part in parts if part is not None]
+    try:
+        with torch.no_grad():
+            return run(), calls
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,239 @@
+"""Every family on a tiny configuration of its real pipeline, against diffusers' own pipeline on the same folder."""
+
+from __future__ import annotations
+
+import gc
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowgrpo_fast.ops import philox_normal
+from flowgrpo_fast.recipe import FullFineTuning, LoRA
+from flowgrpo_fast.sampling.sampler import predict
+from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowgrpo_fast.training.engine import build_engine, load_model
+from flowgrpo_fast.training.loop import evaluate, train_step
+from flowgrpo_fast.training.snapshots import trained_parameters
+from tests.models import tiny
+from tests.models.families import FAMILIES, ONE_EACH, QWEN_IMAGE, SD3, captured, source_images
+
+CPU = torch.device("cpu")
+every_variant = pytest.mark.parametrize("family", FAMILIES, ids=str)
+every_family = pytest.mark.parametrize("family", ONE_EACH, ids=str)
+
+
+def start_noise(model, batch):
+    return philox_normal(torch.arange(batch), model.latent_shape)
+
+
+def euler(model, latents, sigmas, conditioning, recipe):
+    """The ODE in plain PyTorch, guidance written out; also the velocities of both halves."""
+    seen = []
+    for sigma, after in pairwise(sigmas):
+        velocity, guidance = predict(model, latents, sigma, conditioning, recipe)
+        halves = [conditioning] if recipe.guidance_scale == 1 else [conditioning, conditioning.negative()]
+        seen += [model.velocity(latents, sigma, half) for half in halves]
+        if guidance is not None:
+            velocity = guidance.negative_velocity + guidance.scale * (velocity - guidance.negative_velocity)
+        latents = latents + (after - sigma) * velocity
+    return latents, seen
+
+
+def call_pipeline(pipe, family, prompts, latents, scale=1.0, images=()):
+    arguments = {"height": 32, "width": 32, "num_inference_steps": 3, "latents": latents, **family.call}
+    arguments[family.scale] = scale
+    if scale > 1:
+        arguments["negative_prompt"] = ["a blur"] * len(prompts)
+    if images:
+        arguments["image"] = [Image.open(path).resize((32, 32), Image.Resampling.LANCZOS) for path in images]
+    out, calls = captured(pipe, lambda: pipe(prompt=prompts, output_type="pt", **arguments))
+    return out[0], calls
+
+
+@every_variant
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_velocity_and_sample_equal_the_pipelines(family, scale, tiny_recipe, pipeline, tmp_path) -> None:
+    """Same start latents, same sigmas: every call of the transformer, and the finished pixels."""
+    pipe = pipeline(family)
+    recipe = tiny_recipe(family, guidance_scale=scale, negative_prompt="a blur" if scale > 1 else "")
+    model = load_model(recipe, CPU)
+    prompts, images = tiny.PROMPTS[:2], source_images(tmp_path, 2) if family.edits else []
+    conditioning = family.encode(model, prompts, images)
+    start = start_noise(model, len(prompts))
+    expected, calls = call_pipeline(pipe, family, prompts, start, scale, images)
+    with torch.no_grad():
+        latents, velocities = euler(model, start, pipe.scheduler.sigmas, conditioning, recipe)
+        ours = model.decode(latents)
+    theirs = [output for _, output in calls]
+    if len(theirs) < len(velocities):  # both halves in one call, the unconditional one first
+        theirs = [half for both in theirs for half in both.chunk(2)[::-1]]
+    assert len(theirs) == len(velocities) == 3 * (1 + (scale > 1))
+    for mine, other in zip(velocities, theirs, strict=True):
+        torch.testing.assert_close(mine, other[:, : mine.shape[1]], rtol=2e-5, atol=2e-6)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+
+
+@every_variant
+def test_two_steps_of_training_are_exact_on_policy(family, tiny_recipe) -> None:
+    engine = build_engine(tiny_recipe(family), CPU)
+    before = [p.detach().clone() for p in engine.model.module.parameters()]
+    reports = [train_step(engine) for _ in range(2)]
+    assert reports[0].metrics["ratio_self_test"] == 0.0
+    assert [report.metrics["first_ratio_error"] for report in reports] == [0.0, 0.0]
+    assert all(report.metrics["grad_norm"] > 0 for report in reports)
+    moved = [not torch.equal(a, b) for a, b in zip(before, engine.model.module.parameters(), strict=True)]
+    trained = [p.requires_grad for p in engine.model.module.parameters()]
+    assert not any(m and not t for m, t in zip(moved, trained, strict=True))
+    assert sum(moved) >= 0.7 * sum(trained)  # last blocks drop their text half; experts see their own sigmas
+    assert all(p.dtype == torch.float32 for p in trained_parameters(engine.model.module))
+
+
+@every_family
+def test_full_fine_tuning_trains_every_weight(family, tiny_recipe) -> None:
+    engine = build_engine(
+        tiny_recipe(family, train=FullFineTuning(), precision="bf16", guidance_scale=2.0), CPU
+    )
+    report = train_step(engine)
+    assert report.metrics["ratio_self_test"] == 0.0
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in engine.model.module.parameters())
+
+
+@every_family
+def test_bf16_holds_the_base_in_bf16_and_the_adapter_in_fp32(family, tiny_recipe) -> None:
+    engine = build_engine(tiny_recipe(family, precision="bf16"), CPU)
+    assert {p.dtype for p in trained_parameters(engine.model.module)} == {torch.float32}
+    frozen = [p for p in engine.model.module.parameters() if not p.requires_grad]
+    assert sum(p.numel() for p in frozen if p.dtype == torch.bfloat16) > 0.9 * sum(p.numel() for p in frozen)
+    assert train_step(engine).metrics["ratio_self_test"] == 0.0
+
+
+@every_family
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_changes_no_gradient(family, mode, tiny_recipe, tmp_path) -> None:
+    gradients, flops = [], []
+    for checkpointing in ("none", mode):
+        model = load_model(tiny_recipe(family, checkpointing=checkpointing), CPU)
+        for index, parameter in enumerate(trained_parameters(model.module)):
+            generator = torch.Generator().manual_seed(index)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        conditioning = family.encode(model, tiny.PROMPTS[:2], source_images(tmp_path, 2))
+        with FlopCounterMode(display=False) as counter:
+            velocity = model.velocity(start_noise(model, 2), torch.tensor([0.9, 0.4]), conditioning)
+            velocity.square().mean().backward()
+        flops.append(counter.get_total_flops())
+        parameters = trained_parameters(model.module)
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+    assert flops[1] == flops[0] if mode == "selective" else flops[1] > 1.2 * flops[0]
+    assert sum(bool(g.abs().sum() > 0) for g in gradients[0]) >= 0.7 * len(gradients[0])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+@every_family
+def test_the_text_cache_gives_the_same_without_the_encoders(
+    family, tiny_recipe, tmp_path, monkeypatch
+) -> None:
+    kept = tiny_recipe(family, text_cache=str(tmp_path / "text"))
+    images = source_images(tmp_path, 3)
+    plain = family.encode(load_model(tiny_recipe(family), CPU), tiny.PROMPTS, images)
+    first = family.encode(load_model(kept, CPU), tiny.PROMPTS, images)
+    again = load_model(kept, CPU)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a text encoder was loaded")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
+    for other in (first, family.encode(again, tiny.PROMPTS[::-1], images[::-1])):
+        order = torch.arange(3) if other is first else torch.tensor([2, 1, 0])
+        ours = plain.rows(order)
+        assert torch.equal(ours.prompt_embeds, other.prompt_embeds)
+        assert torch.equal(ours.negative().prompt_embeds, other.negative().prompt_embeds)
+        assert ours.extra.keys() == other.extra.keys()
+        assert all(torch.equal(ours.extra[name], other.extra[name]) for name in ours.extra)
+    gc.collect()
+    assert not [o for o in gc.get_objects() if isinstance(o, transformers.PreTrainedModel)]
+
+
+@every_family
+def test_a_lora_run_resumes_to_the_bit_and_diffusers_loads_its_adapter(
+    family, tiny_recipe, pipeline, tmp_path
+) -> None:
+    from flowgrpo_fast.recipe import ClippedRatio, Optimizer
+
+    recipe = tiny_recipe(
+        family, loss=ClippedRatio(clip_range=0.05, kl_beta=0.1), optimizer=Optimizer(lr=1e-2, ema_decay=0.5)
+    )
+    whole = build_engine(recipe, CPU)
+    train_step(whole)
+    folder = save_checkpoint(whole, tmp_path)
+    assert train_step(whole).metrics["kl"] > 0
+    resumed = build_engine(recipe, CPU)
+    load_checkpoint(resumed, latest_checkpoint(tmp_path))
+    train_step(resumed)
+    for one, other in zip(whole.model.module.parameters(), resumed.model.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert all(torch.equal(a, b) for a, b in zip(whole.averaged.values, resumed.averaged.values, strict=True))
+    assert evaluate(whole).metrics == evaluate(resumed).metrics
+    restored = build_engine(recipe, CPU)
+    load_checkpoint(restored, folder)
+    pipe = pipeline(family)
+    pipe.load_lora_weights(str(folder))
+    start = start_noise(restored.model, 2)
+    images = source_images(tmp_path, 2) if family.edits else []
+    _, calls = call_pipeline(pipe, family, tiny.PROMPTS[:2], start, images=images)
+    conditioning = family.encode(restored.model, tiny.PROMPTS[:2], images)
+    sigma = pipe.scheduler.sigmas[0]
+    with torch.no_grad():
+        ours, _ = predict(restored.model, start, sigma, conditioning, recipe)
+        base, _ = predict(restored.reference, start, sigma, conditioning, recipe)
+    torch.testing.assert_close(ours, calls[0][1][:, : ours.shape[1]], rtol=2e-5, atol=2e-6)
+    assert (ours - base).abs().max() > 1e-4  # the adapter says something
+
+
+def test_an_adapter_can_start_another_run(tiny_recipe, tmp_path) -> None:
+    from flowgrpo_fast.recipe import ClippedRatio, Optimizer
+
+    recipe = tiny_recipe(SD3, optimizer=Optimizer(lr=1e-2))
+    engine = build_engine(recipe, CPU)
+    train_step(engine)
+    folder = save_checkpoint(engine, tmp_path)
+    started = build_engine(
+        tiny_recipe(SD3, train=LoRA(rank=2, alpha=4.0, path=str(folder)), loss=ClippedRatio(kl_beta=0.1)), CPU
+    )
+    pairs = list(zip(*(trained_parameters(e.model.module) for e in (engine, started)), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    start, sigma = start_noise(started.model, 3), torch.full((3,), 0.7)
+    with torch.no_grad():
+        now = started.model.velocity(start, sigma, started.conditioning)
+        assert torch.equal(now, started.reference.velocity(start, sigma, started.conditioning))
+        for parameter in trained_parameters(started.model.module):
+            parameter += 0.1
+        assert torch.equal(now, started.reference.velocity(start, sigma, started.conditioning))
+        assert not torch.equal(now, started.model.velocity(start, sigma, started.conditioning))
+
+
+def test_prompts_too_many_for_memory_are_read_from_disk(tiny_recipe, tmp_path, monkeypatch) -> None:
+    """The same training, to the bit, and no text encoder after the first pass."""
+    for family in (SD3, QWEN_IMAGE):
+        length = 16 if family is SD3 else 400  # characters are tokens here, and Qwen's come in a template
+        recipe = tiny_recipe(family, text_cache=str(tmp_path / "text"), max_sequence_length=length)
+        monkeypatch.setattr("flowgrpo_fast.models.pipeline._MEMORY_BYTES", 1 << 31)
+        whole = build_engine(recipe, CPU)
+        monkeypatch.setattr("flowgrpo_fast.models.pipeline._MEMORY_BYTES", 1)
+        stored = build_engine(recipe, CPU)
+        assert type(stored.conditioning) is not type(whole.conditioning)
+        index = torch.tensor([2, 0, 2, 1])
+        for half in (lambda c: c, lambda c: c.negative()):
+            one, other = (half(engine.conditioning.rows(index)) for engine in (whole, stored))
+            assert torch.equal(one.prompt_embeds, other.prompt_embeds)
+            assert all(torch.equal(one.extra[name], other.extra[name]) for name in one.extra)
+        assert ("mask" in stored.conditioning.rows(index).extra) == (family is QWEN_IMAGE)
+        for engine in (whole, stored):
+            train_step(engine)
+        pairs = zip(*(trained_parameters(engine.model.module) for engine in (whole, stored)), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
