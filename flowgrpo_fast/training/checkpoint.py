@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from flowgrpo_fast.training.engine import Engine
+from flowgrpo_fast.training.engine import Engine, sync_weights
 
 _KEEP = 2  # finished checkpoints; the older one survives whatever happens to the newer
 
@@ -91,5 +91,6 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
         engine.optimizer.load_state_dict(state)
         counters = json.loads((folder / "state.json").read_text())
         engine.step, engine.num_updates = int(counters["step"]), int(counters["num_updates"])
+        sync_weights(engine)
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"{str(folder)!r} is not a checkpoint of this recipe: {error}") from error

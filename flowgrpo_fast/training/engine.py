@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.precision import LowPrecisionModel, build_low_precision, check_masters, check_recipe
+from flowgrpo_fast.recipe import LowPrecision, Recipe
 from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
 
 
@@ -40,11 +41,17 @@ class Engine:
     device: torch.device
     step: int = 0  # finished training steps
     num_updates: int = 0  # finished optimiser steps
+    low_precision: LowPrecisionModel | None = None  # what steps without a log-prob run
 
     @property
     def seq_len(self) -> int | None:
         """Image tokens of a sample, where the model says so; a dynamic shift needs them."""
         return getattr(self.model, "image_seq_len", None)
+
+    @property
+    def outside(self) -> FlowModel:
+        """The model of the steps without a log-prob."""
+        return self.model if self.low_precision is None else self.low_precision.model
 
     @property
     def evaluated(self) -> FlowModel:
@@ -58,12 +65,15 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     Raises:
         ValueError: a name that does not resolve, or an empty prompt file.
     """
-    task = recipe.task
+    check_recipe(recipe)
+    task, part = recipe.task, recipe.rollout_precision
     model = load_model(task.model, device)
+    check_masters(model.module)
     prompts = tuple(_read_prompts(task.prompts) if task.prompts else _own_prompts(task.model))
     model.module.eval()  # no dropout: rollout and replay must agree to the bit
     with torch.no_grad():
         conditioning = model.encode(list(prompts))
+    low_precision = build_low_precision(model, part) if isinstance(part, LowPrecision) else None
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -83,7 +93,14 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         reference=_frozen_copy(model) if recipe.loss.kl_beta > 0 else None,
         averaged=_frozen_copy(model) if recipe.optimizer.ema_decay > 0 else None,
         device=device,
+        low_precision=low_precision,
     )
+
+
+def sync_weights(engine: Engine) -> None:
+    """Brings a copy in low precision up to the trained weights, in place; whatever else there is shares them."""
+    if engine.low_precision is not None:
+        engine.low_precision.refresh()
 
 
 def load_model(name: str, device: torch.device) -> FlowModel:
