@@ -78,15 +78,13 @@ class Format(ABC):
 
     def multiply(self, x: Tensor, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`x [M, K]` times the stored weight: `[M, N]` of `dtype`; emulated where the device lacks the format."""
-        if not self.is_native(x.device):
-            return F.linear(self.rounded(x, dtype), self.values(stored, dtype), _cast(bias, dtype))
-        if bias is None or dtype is not torch.float32:  # with fp32 results CUDA takes no bias
-            return self.scaled_mm(x, stored, _cast(bias, dtype), dtype)
-        return self.scaled_mm(x, stored, None, dtype) + bias
-
-
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):  # a CPU's scaled_mm would round its operands to bf16
+            if not self.is_native(x.device):
+                return F.linear(self.rounded(x, dtype), self.values(stored, dtype), bias)
+            if bias is None or dtype is not torch.float32:
+                return self.scaled_mm(x, stored, bias, dtype)
+            return self.scaled_mm(x, stored, None, dtype) + bias  # CUDA takes no bias with fp32 results
 
 
 def merged(weight: Tensor, lora: Lora | None) -> Tensor:

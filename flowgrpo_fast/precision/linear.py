@@ -39,7 +39,8 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()
     def write_(self, weight: Tensor, lora: Lora | None = None) -> None:
         """Quantises another weight `[N, K]` into the same memory."""
-        self.form.write_(self.stored, weight, lora)
+        with torch.autocast(weight.device.type, enabled=False):  # merging is fp32
+            self.form.write_(self.stored, weight, lora)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` as it acts."""
