@@ -76,11 +76,15 @@ class Format(ABC):
     def is_native(self, device: torch.device) -> bool:
         """Whether `scaled_mm` runs there."""
 
-    def multiply(self, x: Tensor, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """`x [M, K]` times the stored weight: `[M, N]` of `dtype`; emulated where the device lacks the format."""
+    def multiply(
+        self, x: Tensor, stored: Stored, bias: Tensor | None, dtype: torch.dtype, native: bool
+    ) -> Tensor:
+        """`x [M, K]` times the stored weight: `[M, N]` of `dtype`, natively or emulated."""
         bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):  # a CPU's scaled_mm would round its operands to bf16
-            if not self.is_native(x.device):
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # a CPU's scaled_mm would round its operands to bf16
+            if not native:
                 return F.linear(self.rounded(x, dtype), self.values(stored, dtype), bias)
             if bias is None or dtype is not torch.float32:
                 return self.scaled_mm(x, stored, bias, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,15 @@ class QuantizedLinear(nn.Module):
         stored = form.empty(self.out_features, self.in_features, source.weight.device)
         for name, value in stored._asdict().items():
             self.register_buffer(name, value, persistent=False)
+        self.native = form.is_native(
+            source.weight.device
+        )  # asked once: a compiled forward cannot ask the driver
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """As every module; another device may have other formats."""
+        super()._apply(fn, recurse)
+        self.native = self.form.is_native(self.codes.device)
+        return self
 
     @property
     def stored(self) -> Stored:
@@ -52,7 +62,7 @@ class QuantizedLinear(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         rows = x.reshape(-1, self.in_features).contiguous()
         stored = (self.codes, self.scale, self.global_scale)
-        result: Tensor = _Multiply.apply(rows, *stored, self.bias, self.form, dtype)
+        result: Tensor = _Multiply.apply(rows, *stored, self.bias, self.form, dtype, self.native)
         return result.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -72,12 +82,13 @@ class _Multiply(torch.autograd.Function):
         bias: Tensor | None,
         form: Format,
         dtype: torch.dtype,
+        native: bool,
     ) -> Tensor:
-        return form.multiply(x, Stored(codes, scale, global_scale), bias, dtype)
+        return form.multiply(x, Stored(codes, scale, global_scale), bias, dtype, native)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *stored, _, form, _ = inputs
+        x, *stored, _, form, _, _ = inputs
         ctx.save_for_backward(*stored)
         ctx.form, ctx.x_dtype = form, x.dtype
 
@@ -85,4 +96,4 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         weight = ctx.form.values(Stored(*ctx.saved_tensors), grad.dtype)
-        return (grad @ weight).to(ctx.x_dtype), *[None] * 6
+        return (grad @ weight).to(ctx.x_dtype), *[None] * 7
