@@ -11,6 +11,7 @@ Whatever a copy does not quantise is the training model's own memory, so that an
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -43,20 +44,18 @@ class LowPrecisionModel:
 def build_low_precision(model: FlowModel, part: LowPrecision) -> LowPrecisionModel:
     """The low-precision model of a training model; with `shared_base` that model is changed in place.
 
-    The family says by `sensitive`, parts of layer names, what is never quantised, and by `transformer` where its
-    layers are; without these nothing is spared and all of `module` is searched.
+    The family says by `sensitive`, regular expressions searched for in layer names, what is never quantised, and by
+    `transformer` where its layers are; without these nothing is spared and all of `module` is searched.
 
     Raises:
-        ValueError: no layer can be quantised, an adapter is not plain LoRA, a name to skip matches no layer, or the
-            device lacks the format and the recipe does not emulate it.
+        ValueError: no layer can be quantised, an adapter is not plain LoRA, `skip` matches no layer, or the device
+            lacks the format and the recipe does not emulate it.
     """
     form = FORMATS[part.format]
     emulated = _check_device(form, next(model.module.parameters()).device, part)
     layers = list(linear_layers(_transformer(model)))
+    _check_skip(part.skip, layers)
     sensitive = (*getattr(model, "sensitive", ()), *part.skip)
-    for name in part.skip:
-        if not any(name in layer.name for layer in layers):
-            raise ValueError(f"rollout_precision.skip names {name!r}, which is in no linear layer's name")
     reasons = Counter({layer: _left_alone(layer, form, part.mode, sensitive) for layer in layers}.values())
     chosen = [layer for layer in layers if not _left_alone(layer, form, part.mode, sensitive)]
     left = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()) if reason)
@@ -95,6 +94,20 @@ def _check_device(form: Format, device: torch.device, part: LowPrecision) -> str
     return f"; {line}"
 
 
+def _check_skip(skip: tuple[str, ...], layers: list[Layer]) -> None:
+    for pattern in skip:
+        try:
+            matches = any(re.search(pattern, layer.name) for layer in layers)
+        except re.error as error:
+            raise ValueError(
+                f"rollout_precision.skip has {pattern!r}, no regular expression: {error}"
+            ) from None
+        if not matches:
+            raise ValueError(
+                f"rollout_precision.skip has {pattern!r}, which is found in no linear layer's name"
+            )
+
+
 def _transformer(model: FlowModel) -> nn.Module:
     transformer: nn.Module = getattr(model, "transformer", model.module)
     return transformer
@@ -102,7 +115,7 @@ def _transformer(model: FlowModel) -> nn.Module:
 
 def _left_alone(layer: Layer, form: Format, mode: str, sensitive: tuple[str, ...]) -> str:
     """Why a layer stays as it is; empty if it is quantised."""
-    if any(part in layer.name for part in sensitive):
+    if any(re.search(pattern, layer.name) for pattern in sensitive):
         return "sensitive"
     rows, columns = form.multiples
     if layer.linear.out_features % rows or layer.linear.in_features % columns:
@@ -132,10 +145,11 @@ def sharing_copy(model: FlowModel) -> FlowModel:
     memo: dict[int, object] = {id(t): t for t in (*model.module.parameters(), *model.module.buffers())}
     twin = copy.copy(model)
     copy.deepcopy(model.module, memo)
-    for name, value in vars(model).items():
+    for name in (*getattr(model, "__dict__", ()), *getattr(model, "__slots__", ())):
+        value = getattr(model, name)
         if isinstance(value, nn.Module) and id(value) in memo:
-            setattr(twin, name, memo[id(value)])
+            object.__setattr__(twin, name, memo[id(value)])
     for name, module in model.module.named_modules():
         if getattr(module, "_compiled_call_impl", None) is not None:
-            twin.module.get_submodule(name).compile()
+            twin.module.get_submodule(name).compile(dynamic=False)
     return twin

@@ -26,7 +26,7 @@ class LowPrecision:
 
     format: Literal["fp8_rows", "fp8_tensor", "fp8_blocks", "nvfp4"] = "fp8_rows"
     mode: Literal["merged", "bare_layers", "branch", "shared_base"] = "branch"
-    skip: tuple[str, ...] = ()  # parts of layer names left alone, besides the family's own
+    skip: tuple[str, ...] = ()  # regular expressions: layers left alone, besides the family's own
     emulate: bool = True  # where the device lacks the format: dequantise and multiply, slowly; else refuse
 
     def __post_init__(self) -> None:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from flowgrpo_fast.models.digits import DigitsModel
 from flowgrpo_fast.precision import FORMATS, QuantizedLinear, build_low_precision
@@ -214,6 +222,58 @@ def test_a_thousand_refreshes_do_not_drift(form) -> None:
     assert all(map(torch.equal, result.model.module.buffers(), first))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_a_bf16_base_under_autocast(mode) -> None:
+    """As models are loaded: frozen weights and biases in bf16, adapters in fp32."""
+    model = sd3()
+    exact = model.velocity(*sd3_inputs(model))
+    for name, parameter in model.module.named_parameters():
+        parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
+    inputs = sd3_inputs(model)
+    result = low(model, mode)
+    result.refresh()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = result.model.velocity(*inputs)
+    assert got.dtype is torch.bfloat16
+    assert (got.float() - exact).norm() < 0.1 * exact.norm()
+
+
+def _selective(context, op, *args, **kwargs):
+    kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("selective", [False, True])
+@pytest.mark.parametrize("form", NAMES)
+def test_checkpointing_a_shared_base_changes_no_gradient(form, selective) -> None:
+    model = sd3()
+    low(model, "shared_base", form)
+    inputs = sd3_inputs(model)
+    trained = [p for p in model.module.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model.velocity(*inputs).square().sum(), trained)
+
+    def checkpointed(block, *args):
+        context = partial(create_selective_checkpoint_contexts, _selective) if selective else noop_context_fn
+        return checkpoint(block, *args, use_reentrant=False, context_fn=context)
+
+    model.transformer.enable_gradient_checkpointing(checkpointed)
+    got = torch.autograd.grad(model.velocity(*inputs).square().sum(), trained)
+    assert all(map(torch.equal, got, expected))
+
+
+def test_a_model_of_slots_is_copied() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Slotted:
+        module: nn.Module
+        latent_shape: tuple[int, ...] = (8,)
+
+    module = nn.Sequential(nn.Linear(16, 16))
+    result = low(Slotted(module))
+    assert type(result.model.module[0]) is QuantizedLinear
+    assert type(module[0]) is nn.Linear
+
+
 @torch.no_grad()
 def test_full_fine_tuning_is_merged_from_the_masters() -> None:
     model = sd3(lora=False)
@@ -288,8 +348,14 @@ def test_skipped_names_and_their_typos() -> None:
     names = quantized_names(low(model, skip=("ff.net.2", "add_")).model)
     assert names
     assert not any("ff.net.2" in name or "add_" in name for name in names)
-    with pytest.raises(ValueError, match=r"skip names 'ff.nett', which is in no linear layer's name"):
+    names = quantized_names(low(model, skip=(r"^transformer_blocks\.0\.", r"attn\.to_[qk]$")).model)
+    assert {name.split(".")[1] for name in names} == {"1"}
+    assert "transformer_blocks.1.attn.to_v" in names
+    assert "transformer_blocks.1.attn.to_q" not in names
+    with pytest.raises(ValueError, match=r"skip has 'ff.nett', which is found in no linear layer's name"):
         low(model, skip=("ff.nett",))
+    with pytest.raises(ValueError, match=r"skip has '\(', no regular expression: missing \), unterminated"):
+        low(model, skip=("(",))
 
 
 @pytest.mark.parametrize(
