@@ -48,6 +48,7 @@ def sd3(lora: bool = True, seed: int = 0, **changes) -> DigitsModel:
     network.words.requires_grad_(False)
     if lora:
         with_lora(network.transformer, **changes)
+        network.peft_config = network.transformer.peft_config  # where a checkpoint reads it
     randomized(network)
     return DigitsModel(network)
 
