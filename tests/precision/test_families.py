@@ -11,9 +11,9 @@ from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import train_step
 
 pytest.importorskip("flowgrpo_fast.models.pipeline")
-from tests.models import families
-from tests.models.conftest import tiny_path, tiny_recipe  # noqa: F401
-
+families = pytest.importorskip("tests.models.families")
+theirs = pytest.importorskip("tests.models.conftest")
+tiny_path, tiny_recipe = theirs.tiny_path, theirs.tiny_recipe
 pytestmark = pytest.mark.filterwarnings("ignore:.* is emulated on a CPU:RuntimeWarning")
 MODES = ("merged", "bare_layers", "branch", "shared_base")
 
@@ -29,7 +29,7 @@ def two_steps(recipe):
 
 @pytest.mark.parametrize("family", families.FAMILIES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_two_steps_of_every_family(family, mode, tiny_recipe, monkeypatch) -> None:  # noqa: F811
+def test_two_steps_of_every_family(family, mode, tiny_recipe, monkeypatch) -> None:
     monkeypatch.setattr(FORMATS["fp8_rows"], "multiples", (2, 2))  # the tiny Wan is 24 wide
     train = LoRA(rank=2, alpha=4.0, targets=("to_q",) if mode == "bare_layers" else ())
     part = LowPrecision(mode=mode)
@@ -40,12 +40,12 @@ def test_two_steps_of_every_family(family, mode, tiny_recipe, monkeypatch) -> No
 @pytest.mark.parametrize(
     "changes", [{"checkpointing": "full"}, {"checkpointing": "selective"}, {"compile": True}], ids=str
 )
-def test_checkpointed_and_compiled(mode, changes, tiny_recipe) -> None:  # noqa: F811
+def test_checkpointed_and_compiled(mode, changes, tiny_recipe) -> None:
     part = LowPrecision(mode=mode)
     two_steps(tiny_recipe(families.SD3, precision="bf16", rollout_precision=part, **changes))
 
 
 @pytest.mark.parametrize("form", ["fp8_rows", "nvfp4"])
-def test_full_fine_tuning(form, tiny_recipe) -> None:  # noqa: F811
+def test_full_fine_tuning(form, tiny_recipe) -> None:
     part = LowPrecision(mode="merged", format=form)
     two_steps(tiny_recipe(families.FLUX, precision="bf16", rollout_precision=part, train=FullFineTuning()))
