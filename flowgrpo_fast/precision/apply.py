@@ -36,7 +36,7 @@ class LowPrecisionModel:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Merges from the master weights, into the same memory: captured graphs stay valid. Nothing, but for merged."""
+        """Merges from the master weights, into the same memory: captured graphs stay valid. Only `merged` needs it."""
         for quantized, source in self.merged:
             quantized.write_(source.linear.weight, active_lora(source.wrapper))
 
@@ -56,9 +56,9 @@ def build_low_precision(model: FlowModel, part: LowPrecision) -> LowPrecisionMod
     layers = list(linear_layers(_transformer(model)))
     _check_skip(part.skip, layers)
     sensitive = (*getattr(model, "sensitive", ()), *part.skip)
-    reasons = Counter({layer: _left_alone(layer, form, part.mode, sensitive) for layer in layers}.values())
-    chosen = [layer for layer in layers if not _left_alone(layer, form, part.mode, sensitive)]
-    left = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()) if reason)
+    reasons = [_left_alone(layer, form, part.mode, sensitive) for layer in layers]
+    chosen = [layer for layer, reason in zip(layers, reasons, strict=True) if not reason]
+    left = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons).items()) if reason)
     if not chosen:
         raise ValueError(
             f"rollout_precision: no linear layer can run in {form.name} with mode={part.mode!r}: "
@@ -68,20 +68,21 @@ def build_low_precision(model: FlowModel, part: LowPrecision) -> LowPrecisionMod
         for layer in chosen:
             check_adapter(layer)
     target = model if part.mode == "shared_base" else sharing_copy(model)
-    pairs = tuple((_quantize(_transformer(target), layer, form, part.mode), layer) for layer in chosen)
-    description = (
-        f"{len(chosen)} of {len(layers)} linear layers in {form.name}, mode {part.mode}"
-        f"{f' ({left})' if left else ''}{emulated}"
+    pairs = [(_quantize(_transformer(target), layer, form, part.mode), layer) for layer in chosen]
+    follows = tuple(
+        pair for pair in pairs if part.mode == "merged" and (pair[1].wrapper or pair[1].is_trained)
     )
-    return LowPrecisionModel(target, pairs if part.mode == "merged" else (), description)
+    how = f"{form.name}{', emulated' if emulated else ''}, mode {part.mode}"
+    description = f"{len(chosen)} of {len(layers)} linear layers in {how}{f' ({left})' if left else ''}"
+    return LowPrecisionModel(target, follows, description)
 
 
-def _check_device(form: Format, device: torch.device, part: LowPrecision) -> str:
-    """Empty, or what is said once of an emulated format."""
+def _check_device(form: Format, device: torch.device, part: LowPrecision) -> bool:
+    """Whether the format is emulated there, which is said once."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"rollout_precision: there is no low precision on {device.type}; use a CPU or CUDA")
     if form.is_native(device):
-        return ""
+        return False
     name = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     if not part.emulate:
         able = [other.name for other in FORMATS.values() if other.is_native(device)]
@@ -91,7 +92,7 @@ def _check_device(form: Format, device: torch.device, part: LowPrecision) -> str
         )
     line = f"{form.name} is emulated on {name}: the numbers are right, but slower than bf16"
     warnings.warn(line, RuntimeWarning, stacklevel=3)
-    return f"; {line}"
+    return True
 
 
 def _check_skip(skip: tuple[str, ...], layers: list[Layer]) -> None:

@@ -160,6 +160,19 @@ class RowScales(Format):
         return device.type == "cpu" or capability(device) >= (8, 9)
 
 
+def quantize_whole(x: Tensor) -> Fp8Rows:
+    """FP8 with one scale `[1, 1]` for all of `x`.
+
+    The bits of `quantize_fp8_rows` on one long row, which on a GPU would be the work of one block of threads.
+    """
+    scale = x.abs().amax().float().clamp(min=2.0**-100) / 448
+    return Fp8Rows((x.float() / scale).clamp(-448, 448).to(FP8), scale.view(1, 1))
+
+
+def _dequantize_whole(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantize_fp8_rows(codes, scale.expand(len(codes), 1).contiguous(), dtype)
+
+
 class TensorScale(RowScales):
     """FP8 with one scale for a weight and one for all activations of a call."""
 
@@ -171,24 +184,24 @@ class TensorScale(RowScales):
         return Stored(_bytes(rows, columns, device=device), _bytes(1, 4, device=device), _nothing(device))
 
     def write_(self, out: Stored, weight: Tensor, lora: Lora | None = None) -> None:
-        """As one long row."""
-        row = Fp8Rows(out.codes.view(1, -1).view(FP8), out.scale.view(torch.float32))
-        quantize_fp8_rows(merged(weight, lora).reshape(1, -1), out=row)
+        """Through a copy."""
+        codes, scale = quantize_whole(merged(weight, lora))
+        out.codes.copy_(codes.view(torch.uint8))
+        out.scale.view(torch.float32).copy_(scale)
 
     def values(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         """`codes * scale`."""
-        row = stored.codes.view(1, -1).view(FP8)
-        return dequantize_fp8_rows(row, stored.scale.view(torch.float32), dtype).view(stored.codes.shape)
+        return _dequantize_whole(stored.codes.view(FP8), stored.scale.view(torch.float32), dtype)
 
     def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """As one long row."""
-        return dequantize_fp8_rows(*quantize_fp8_rows(x.view(1, -1)), dtype).view(x.shape)
+        """All with one scale."""
+        return _dequantize_whole(*quantize_whole(x), dtype)
 
     def scaled_mm(self, x: Tensor, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Tensor-wise."""
-        codes, scale = quantize_fp8_rows(x.view(1, -1))
+        codes, scale = quantize_whole(x)
         return F.scaled_mm(
-            codes.view(x.shape),
+            codes,
             stored.codes.view(FP8).t(),
             scale,
             ScalingType.TensorWise,
@@ -236,7 +249,8 @@ class BlockScales(Format):
     def scaled_mm(self, x: Tensor, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """1 x 128 by 128 x 128, whose activation scales lie column after column."""
         num_rows = x.shape[0]
-        x = F.pad(x, (0, 0, 0, -num_rows % 4))  # columns of scales start on 16 bytes
+        if num_rows % 4:  # columns of scales start on 16 bytes
+            x = F.pad(x, (0, 0, 0, -num_rows % 4))
         codes, scale = quantize_fp8_rows(x.view(-1, BLOCK))
         product = F.scaled_mm(
             codes.view(x.shape),

@@ -73,8 +73,10 @@ def test_each_mode_quantises_its_layers_and_says_so(make, mode, form) -> None:
     assert quantized_names(model) == (adapted | bare if mode == "shared_base" else set())
     assert (result.model is model) == (mode == "shared_base")
     assert result.description.startswith(
-        f"{len(quantized_names(result.model))} of {total} linear layers in {form}, mode {mode} ("
+        f"{len(quantized_names(result.model))} of {total} linear layers in {form}"
     )
+    emulated = "" if form in ("fp8_rows", "fp8_tensor") else ", emulated"
+    assert f" in {form}{emulated}, mode {mode} (" in result.description
     assert "sensitive" in result.description
     for word in model.sensitive:
         assert not any(word in name for name in quantized_names(result.model))
@@ -389,7 +391,7 @@ def test_a_format_the_device_lacks_is_emulated_aloud_or_refused() -> None:
     ) as seen:
         result = low(sd3(), form="nvfp4")
     assert len(seen) == 1
-    assert "nvfp4 is emulated on a CPU" in result.description
+    assert "nvfp4, emulated, mode merged" in result.description
     message = r"format is 'fp8_blocks', which a CPU lacks \(it has fp8_rows, fp8_tensor\); emulate=true"
     with pytest.raises(ValueError, match=message):
         low(sd3(), form="fp8_blocks", emulate=False)

@@ -140,6 +140,17 @@ def test_log_probs_of_another_model_are_recomputed(job, form) -> None:
     assert torch.equal(again.log_prob, foreign.log_prob)
 
 
+@pytest.mark.parametrize("form", NAMES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_stops_the_run(job, form, value) -> None:
+    """Low precision has no way to hide it: the first step, outside the window, already names it."""
+    engine = build_engine(job(rollout_precision=LowPrecision(mode="merged", format=form)), CPU)
+    next(p for p in engine.model.module.parameters() if p.requires_grad).data[0, 0] = value
+    engine.low_precision.refresh()
+    with pytest.raises(ValueError, match="the velocity is NaN or infinite at step 0"):
+        rollout(engine.model, *parts(engine), engine.outside)
+
+
 def test_the_copy_follows_every_update(job) -> None:
     engine, _ = run(job(rollout_precision=LowPrecision(mode="merged")))
     fresh = build_low_precision(engine.model, engine.recipe.rollout_precision)
