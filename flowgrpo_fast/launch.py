@@ -107,6 +107,8 @@ class Run:
             f"{device_name(self.device)}\n{self.folder}",
             highlight=False,
         )
+        if engine.low_precision is not None:
+            self.console.print(f"low precision: {engine.low_precision.description}", highlight=False)
 
     def _record(self, engine: Engine, report: StepReport, last: bool) -> dict[str, float]:
         """One line of metrics; every `eval_every` steps and at the end with an evaluation."""

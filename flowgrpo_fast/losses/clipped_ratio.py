@@ -26,6 +26,7 @@ class LossTerms:
     policy: Tensor
     kl: Tensor
     ratio: Tensor  # detached
+    log_ratio: Tensor  # detached
     clipped: Tensor  # 1 where the clip is active
 
 
@@ -36,7 +37,8 @@ def clipped_ratio(
 
     All inputs are `[R]` fp32; gradient flows through `log_prob` and `kl`.
     """
-    ratio = torch.exp(log_prob - old_log_prob)
+    log_ratio = log_prob - old_log_prob
+    ratio = torch.exp(log_ratio)
     plain = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - part.clip_range, 1 + part.clip_range)
     policy = torch.maximum(plain, bounded)
@@ -46,6 +48,7 @@ def clipped_ratio(
         policy=policy.detach(),
         kl=torch.zeros_like(ratio).detach() if kl is None else kl.detach(),
         ratio=ratio.detach(),
+        log_ratio=log_ratio.detach(),
         clipped=(bounded > plain).float().detach(),
     )
 

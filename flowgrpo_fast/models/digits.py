@@ -80,9 +80,16 @@ class DigitsModel:
     """The digits generator (a `FlowModel`)."""
 
     latent_shape: tuple[int, ...] = (1, IMAGE_SIZE, IMAGE_SIZE)
+    sensitive: tuple[str, ...] = ("time_text_embed", "context_embedder", "norm", "proj_out")
 
     def __init__(self, module: DigitsNetwork) -> None:
         self.module = module
+
+    @property
+    def transformer(self) -> nn.Module:
+        """What low precision may quantise."""
+        transformer: nn.Module = self.module.transformer
+        return transformer
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """One row per prompt, with the empty prompt as the negative; no gradient reaches the word table.

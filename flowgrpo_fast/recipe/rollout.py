@@ -20,12 +20,14 @@ class LowPrecision:
 
     `mode` trades speed for a faithful update (docs/precision.md): "merged": a copy with the adapter merged in,
     refreshed in place after every update; "bare_layers": only layers without an adapter; "branch": frozen base in
-    low precision, the adapter beside it in bf16; "shared_base": one low-precision base in rollout and update.
+    low precision, the adapter beside it in the precision of the update; "shared_base": one low-precision base in
+    rollout and update.
     """
 
     format: Literal["fp8_rows", "fp8_tensor", "fp8_blocks", "nvfp4"] = "fp8_rows"
     mode: Literal["merged", "bare_layers", "branch", "shared_base"] = "branch"
-    skip: tuple[str, ...] = ()  # parts of layer names left alone, besides the family's own
+    skip: tuple[str, ...] = ()  # regular expressions: layers left alone, besides the family's own
+    emulate: bool = True  # where the device lacks the format: dequantise and multiply, slowly; else refuse
 
     def __post_init__(self) -> None:
         """Known names."""

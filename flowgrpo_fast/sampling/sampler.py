@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +35,12 @@ def row_slices(num_rows: int, rows: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def rollout(
-    model: FlowModel, conditioning: Conditioning, draws: Draws, schedule: Schedule, recipe: Recipe
+    model: FlowModel,
+    conditioning: Conditioning,
+    draws: Draws,
+    schedule: Schedule,
+    recipe: Recipe,
+    outside: FlowModel | None = None,
 ) -> Trajectory:
     """Samples B trajectories and keeps the stochastic steps.
 
@@ -44,6 +49,7 @@ def rollout(
         draws: the seeds; every sample's noise is a function of (seed, step, element) alone.
         schedule: from `resolve_schedule`.
         recipe: guidance_scale, precision and rows per forward are read.
+        outside: what the steps without a log-prob run, say a copy in low precision; None = `model`.
 
     Raises:
         ValueError: the model gave a NaN or infinite velocity; names step and sample.
@@ -54,7 +60,13 @@ def rollout(
     for rows in row_slices(len(draws.seed), recipe.rollout_rows):
         part = conditioning.rows(torch.arange(rows.start, rows.stop, device=device))
         walks.append(
-            _walk(model, part, (draws.start_seed[rows], draws.seed[rows]), (schedule, coeffs), recipe)
+            _walk(
+                (model, outside or model),
+                part,
+                (draws.start_seed[rows], draws.seed[rows]),
+                (schedule, coeffs),
+                recipe,
+            )
         )
     log_prob = torch.cat([walk.log_prob for walk in walks])
     check_finite(log_prob)
@@ -78,20 +90,22 @@ def _stack(kept: list[list[Tensor]]) -> Tensor:
 
 
 def _walk(
-    model: FlowModel,
+    models: tuple[FlowModel, FlowModel],
     conditioning: Conditioning,
     seeds: tuple[Tensor, Tensor],
     table: tuple[Schedule, Tensor],
     recipe: Recipe,
 ) -> _Walk:
     """All steps of one micro-batch; nothing here asks the device for a number."""
+    model, outside = models
     start_seed, seed = seeds
     schedule, coeffs = table
     latents = philox_normal(start_seed, model.latent_shape, stream=START_NOISE_STREAM)
     x0_pred: Tensor | None = None
     before, after, log_probs = [], [], []
     for step in range(schedule.num_steps):
-        velocity, guidance = predict(model, latents, coeffs[step, 0], conditioning, recipe)
+        stepper = model if step in schedule.kept else outside
+        velocity, guidance = predict(stepper, latents, coeffs[step, 0], conditioning, recipe)
         needs_x0 = step + 1 < schedule.num_steps and schedule.history[step + 1]
         out = flow_step(
             latents,
@@ -171,6 +185,25 @@ def replay(
     extras = Extras(reference_velocity=other, reference_negative=negative)
     out = flow_log_prob(*transition, guidance=guidance, extras=extras)
     return out.log_prob, out.drift
+
+
+@torch.no_grad()
+def rescored(
+    model: FlowModel, trajectory: Trajectory, conditioning: Conditioning, recipe: Recipe
+) -> Trajectory:
+    """The trajectory with log-probs under `model`: for one that another model, or another precision, sampled.
+
+    Costs a forward a kept step. Micro-batches are those of the rollout, so a replay by `model` has ratio 1.
+    """
+    num_rows, num_kept = trajectory.log_prob.shape
+    device = trajectory.log_prob.device
+    log_prob = torch.empty_like(trajectory.log_prob)
+    for rows in row_slices(num_rows, recipe.rollout_rows):
+        part = conditioning.rows(torch.arange(rows.start, rows.stop, device=device))
+        for kept in range(num_kept):
+            position = torch.full((rows.stop - rows.start,), kept, device=device)
+            log_prob[rows, kept], _ = replay(model, trajectory, part, rows, position, recipe)
+    return replace(trajectory, log_prob=log_prob)
 
 
 def check_finite(log_prob: Tensor) -> None:

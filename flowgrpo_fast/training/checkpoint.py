@@ -22,7 +22,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from flowgrpo_fast.models.adapters import ADAPTER_FILE, has_adapter, load_adapter, save_adapter
-from flowgrpo_fast.training.engine import Engine
+from flowgrpo_fast.training.engine import Engine, sync_weights
 from flowgrpo_fast.training.snapshots import Snapshot, trained_parameters
 
 _KEEP = 2  # finished checkpoints; the older one survives whatever happens to the newer
@@ -130,5 +130,6 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
         engine.optimizer.load_state_dict(state)
         counters = json.loads((folder / "state.json").read_text())
         engine.step, engine.num_updates = int(counters["step"]), int(counters["num_updates"])
+        sync_weights(engine)
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"{str(folder)!r} is not a checkpoint of this recipe: {error}") from error

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.models.adapters import has_adapter
-from flowgrpo_fast.recipe import LoRA, Recipe
+from flowgrpo_fast.precision import LowPrecisionModel, build_low_precision, check_masters, check_recipe
+from flowgrpo_fast.recipe import LoRA, LowPrecision, Recipe
 from flowgrpo_fast.training.snapshots import Snapshot, WithoutAdapter, trained_parameters
 from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
 
@@ -50,11 +51,17 @@ class Engine:
     device: torch.device
     step: int = 0  # finished training steps
     num_updates: int = 0  # finished optimiser steps
+    low_precision: LowPrecisionModel | None = None  # what steps without a log-prob run
 
     @property
     def seq_len(self) -> int | None:
         """Image tokens of a sample, where the model says so; a dynamic shift needs them."""
         return getattr(self.model, "image_seq_len", None)
+
+    @property
+    def outside(self) -> FlowModel:
+        """The model of the steps without a log-prob."""
+        return self.model if self.low_precision is None else self.low_precision.model
 
     @property
     def evaluated(self) -> FlowModel:
@@ -68,12 +75,15 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     Raises:
         ValueError: a name that does not resolve, an empty prompt file, or what the model cannot be.
     """
-    task = recipe.task
+    check_recipe(recipe)
+    task, part = recipe.task, recipe.rollout_precision
     prompts = tuple(_read_lines(task.prompts, "prompt") if task.prompts else _own_prompts(task.model))
     model = load_model(recipe, device)
+    check_masters(model.module)
     model.module.eval()  # no dropout: rollout and replay must agree to the bit
     with torch.no_grad():
         conditioning = _encode(model, prompts, task.images)
+    low_precision = build_low_precision(model, part) if isinstance(part, LowPrecision) else None
     optimizer = torch.optim.AdamW(
         trained_parameters(model.module),
         lr=recipe.optimizer.lr,
@@ -92,7 +102,14 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         reference=_start_of(model, recipe) if recipe.loss.kl_beta > 0 else None,
         averaged=Snapshot(model) if recipe.optimizer.ema_decay > 0 else None,
         device=device,
+        low_precision=low_precision,
     )
+
+
+def sync_weights(engine: Engine) -> None:
+    """Brings a copy in low precision up to the trained weights, in place; whatever else there is shares them."""
+    if engine.low_precision is not None:
+        engine.low_precision.refresh()
 
 
 def load_model(recipe: Recipe, device: torch.device) -> FlowModel:

@@ -14,7 +14,7 @@ from flowgrpo_fast.credit.advantages import assign_credit
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import Schedule, ode_schedule, resolve_schedule
 from flowgrpo_fast.training.draws import draw, draw_eval, draw_step_positions
-from flowgrpo_fast.training.engine import Engine
+from flowgrpo_fast.training.engine import Engine, sync_weights
 from flowgrpo_fast.training.self_test import ratio_self_test
 from flowgrpo_fast.training.update import update
 from flowgrpo_fast.types import Conditioning, Draws, RewardOutput, TrainBatch, Trajectory
@@ -45,7 +45,7 @@ def train_step(engine: Engine) -> StepReport:
         draws = draw(recipe, len(engine.prompts), engine.step, engine.device)
         schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
         conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
-        trajectory = rollout(engine.model, conditioning, draws, schedule, recipe)
+        trajectory = rollout(engine.model, conditioning, draws, schedule, recipe, engine.outside)
     with report.phase("reward"):
         rewards = score(engine, trajectory)
         report.metrics |= reward_metrics(rewards, draws)
@@ -57,6 +57,7 @@ def train_step(engine: Engine) -> StepReport:
             report.metrics["ratio_self_test"] = ratio_self_test(engine, batch)
     with report.phase("update"):
         report.metrics |= update(engine, batch)
+        sync_weights(engine)
     report.metrics["window_start"] = float(schedule.kept[0])
     engine.step += 1
     return report

@@ -10,6 +10,7 @@ from torch import Tensor
 from flowgrpo_fast.losses.clipped_ratio import LossTerms, clipped_ratio, drift_kl
 from flowgrpo_fast.sampling.sampler import replay, row_slices
 from flowgrpo_fast.training.engine import Engine
+from flowgrpo_fast.training.mismatch import Mismatch
 from flowgrpo_fast.types import TrainBatch
 
 
@@ -19,6 +20,7 @@ class _Tally:
 
     terms: list[LossTerms] = field(default_factory=list)
     on_policy_ratio: list[Tensor] = field(default_factory=list)  # before the first optimiser step
+    mismatch: Mismatch = field(default_factory=Mismatch)  # likewise
     grad_norm: list[Tensor] = field(default_factory=list)
 
 
@@ -36,7 +38,7 @@ def update(engine: Engine, batch: TrainBatch) -> dict[str, float]:
         engine.optimizer.step()
         engine.optimizer.zero_grad(set_to_none=True)
         _average(engine)
-    return _metrics(tally)
+    return _metrics(tally, batch.trajectory.step_index)
 
 
 def accumulate_share(engine: Engine, batch: TrainBatch, share: slice, tally: _Tally) -> bool:
@@ -51,6 +53,7 @@ def accumulate_share(engine: Engine, batch: TrainBatch, share: slice, tally: _Ta
             tally.terms.append(terms)
             if not tally.grad_norm:
                 tally.on_policy_ratio.append(terms.ratio)
+                tally.mismatch.add(batch.step_position[rows, turn], terms.log_ratio)
     return bool(micro_batches)
 
 
@@ -85,7 +88,7 @@ def _average(engine: Engine) -> None:
     engine.averaged.average(engine.recipe.optimizer.ema_decay)
 
 
-def _metrics(tally: _Tally) -> dict[str, float]:
+def _metrics(tally: _Tally, step_index: Tensor) -> dict[str, float]:
     """Means over all replayed transitions; the one place where the device is asked for numbers."""
     if not tally.terms:
         return {}
@@ -99,5 +102,6 @@ def _metrics(tally: _Tally) -> dict[str, float]:
         "ratio_max": ratio.max(),
         "first_ratio_error": (torch.cat(tally.on_policy_ratio) - 1).abs().max(),
         "grad_norm": torch.stack(tally.grad_norm).mean(),
+        **tally.mismatch.values(step_index),
     }
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))

@@ -1,0 +1,156 @@
+"""The low-precision model beside the training model: which layers are quantised, and the refresh.
+
+    merged        a copy, adapters merged into its weights, written again in place after every update
+    bare_layers   a copy whose frozen layers without an adapter are quantised, once
+    branch        a copy whose frozen layers are quantised, once; adapters stay beside them as they are
+    shared_base   the training model itself, its frozen layers quantised, once: rollout and update run the same bits
+
+Whatever a copy does not quantise is the training model's own memory, so that an update is in it at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from flowgrpo_fast.precision.adapters import Layer, active_lora, check_adapter, linear_layers
+from flowgrpo_fast.precision.formats import FORMATS, Format
+from flowgrpo_fast.precision.linear import QuantizedLinear
+from flowgrpo_fast.recipe import LowPrecision
+from flowgrpo_fast.types import FlowModel
+
+
+@dataclass(frozen=True, slots=True)
+class LowPrecisionModel:
+    """What the steps without a log-prob run."""
+
+    model: FlowModel  # in mode shared_base the training model itself
+    merged: tuple[tuple[QuantizedLinear, Layer], ...]  # layers that follow a trained weight
+    description: str  # one line: what is quantised, what is not and why
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Merges from the master weights, into the same memory: captured graphs stay valid. Only `merged` needs it."""
+        for quantized, source in self.merged:
+            quantized.write_(source.linear.weight, active_lora(source.wrapper))
+
+
+def build_low_precision(model: FlowModel, part: LowPrecision) -> LowPrecisionModel:
+    """The low-precision model of a training model; with `shared_base` that model is changed in place.
+
+    The family says by `sensitive`, regular expressions searched for in layer names, what is never quantised, and by
+    `transformer` where its layers are; without these nothing is spared and all of `module` is searched.
+
+    Raises:
+        ValueError: no layer can be quantised, an adapter is not plain LoRA, `skip` matches no layer, or the device
+            lacks the format and the recipe does not emulate it.
+    """
+    form = FORMATS[part.format]
+    emulated = _check_device(form, next(model.module.parameters()).device, part)
+    layers = list(linear_layers(_transformer(model)))
+    _check_skip(part.skip, layers)
+    sensitive = (*getattr(model, "sensitive", ()), *part.skip)
+    reasons = [_left_alone(layer, form, part.mode, sensitive) for layer in layers]
+    chosen = [layer for layer, reason in zip(layers, reasons, strict=True) if not reason]
+    left = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons).items()) if reason)
+    if not chosen:
+        raise ValueError(
+            f"rollout_precision: no linear layer can run in {form.name} with mode={part.mode!r}: "
+            f"of {len(layers)}, {left or 'none is there'}. Mode 'merged' takes trained layers and adapters"
+        )
+    if part.mode != "bare_layers":
+        for layer in chosen:
+            check_adapter(layer)
+    target = model if part.mode == "shared_base" else sharing_copy(model)
+    pairs = [(_quantize(_transformer(target), layer, form, part.mode), layer) for layer in chosen]
+    follows = tuple(
+        pair for pair in pairs if part.mode == "merged" and (pair[1].wrapper or pair[1].is_trained)
+    )
+    how = f"{form.name}{', emulated' if emulated else ''}, mode {part.mode}"
+    description = f"{len(chosen)} of {len(layers)} linear layers in {how}{f' ({left})' if left else ''}"
+    return LowPrecisionModel(target, follows, description)
+
+
+def _check_device(form: Format, device: torch.device, part: LowPrecision) -> bool:
+    """Whether the format is emulated there, which is said once."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"rollout_precision: there is no low precision on {device.type}; use a CPU or CUDA")
+    if form.is_native(device):
+        return False
+    name = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    if not part.emulate:
+        able = [other.name for other in FORMATS.values() if other.is_native(device)]
+        raise ValueError(
+            f"rollout_precision.format is {form.name!r}, which {name} lacks (it has "
+            f"{', '.join(able) or 'no low precision'}); emulate=true runs it dequantised, slower than bf16"
+        )
+    line = f"{form.name} is emulated on {name}: the numbers are right, but slower than bf16"
+    warnings.warn(line, RuntimeWarning, stacklevel=3)
+    return True
+
+
+def _check_skip(skip: tuple[str, ...], layers: list[Layer]) -> None:
+    for pattern in skip:
+        try:
+            matches = any(re.search(pattern, layer.name) for layer in layers)
+        except re.error as error:
+            raise ValueError(
+                f"rollout_precision.skip has {pattern!r}, no regular expression: {error}"
+            ) from None
+        if not matches:
+            raise ValueError(
+                f"rollout_precision.skip has {pattern!r}, which is found in no linear layer's name"
+            )
+
+
+def _transformer(model: FlowModel) -> nn.Module:
+    transformer: nn.Module = getattr(model, "transformer", model.module)
+    return transformer
+
+
+def _left_alone(layer: Layer, form: Format, mode: str, sensitive: tuple[str, ...]) -> str:
+    """Why a layer stays as it is; empty if it is quantised."""
+    if any(re.search(pattern, layer.name) for pattern in sensitive):
+        return "sensitive"
+    rows, columns = form.multiples
+    if layer.linear.out_features % rows or layer.linear.in_features % columns:
+        return f"not a multiple of {rows} x {columns}"
+    if mode != "merged" and layer.is_trained:
+        return "trained"
+    if mode == "bare_layers" and layer.wrapper is not None:
+        return "with an adapter"
+    return ""
+
+
+def _quantize(transformer: nn.Module, layer: Layer, form: Format, mode: str) -> QuantizedLinear:
+    """Puts the quantised layer in the place of its source, or of its source within the adapter's wrapper."""
+    quantized = QuantizedLinear(layer.linear, form)
+    quantized.train(layer.linear.training)
+    quantized.write_(layer.linear.weight, active_lora(layer.wrapper) if mode == "merged" else None)
+    parent_name, _, name = layer.name.rpartition(".")
+    parent = transformer.get_submodule(parent_name)
+    if layer.wrapper is not None and mode != "merged":
+        parent, name = parent.get_submodule(name), "base_layer"
+    setattr(parent, name, quantized)
+    return quantized
+
+
+def sharing_copy(model: FlowModel) -> FlowModel:
+    """A model with modules of its own and the tensors of the original; compiled modules are compiled again."""
+    memo: dict[int, object] = {id(t): t for t in (*model.module.parameters(), *model.module.buffers())}
+    twin = copy.copy(model)
+    copy.deepcopy(model.module, memo)
+    for name in (*getattr(model, "__dict__", ()), *getattr(model, "__slots__", ())):
+        value = getattr(model, name)
+        if isinstance(value, nn.Module) and id(value) in memo:
+            object.__setattr__(twin, name, memo[id(value)])
+    for name, module in model.module.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            twin.module.get_submodule(name).compile(dynamic=False)
+    return twin

@@ -1,0 +1,256 @@
+"""Training in every mode and format: the first ratio is exactly 1, and each step runs the precision it must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowgrpo_fast.ops import flow_log_prob
+from flowgrpo_fast.precision import FORMATS, build_low_precision, check_masters
+from flowgrpo_fast.recipe import (
+    AllSteps,
+    DPMSolver2M,
+    FractionOfSteps,
+    LowPrecision,
+    Optimizer,
+    Prune,
+    Scouts,
+)
+from flowgrpo_fast.sampling.sampler import rescored, rollout
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowgrpo_fast.training.draws import draw
+from flowgrpo_fast.training.engine import build_engine
+from flowgrpo_fast.training.loop import train, train_step
+from flowgrpo_fast.training.mismatch import Mismatch
+
+from .conftest import sd3
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* is emulated on a CPU:RuntimeWarning")
+
+CPU = torch.device("cpu")
+MODES = ("merged", "bare_layers", "branch", "shared_base")
+NAMES = sorted(FORMATS)
+
+
+def run(recipe, steps: int | None = None):
+    engine, reports = build_engine(recipe, CPU), []
+    train(engine, reports.append, lambda: steps is not None and engine.step >= steps)
+    return engine, reports
+
+
+def trained(engine) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in engine.model.module.parameters() if p.requires_grad])
+
+
+def is_exact(reports) -> bool:
+    ratios = [report.metrics["first_ratio_error"] for report in reports]
+    deltas = [report.metrics["delta_log_prob_max"] for report in reports]
+    return reports[0].metrics["ratio_self_test"] == 0 and not any(ratios) and not any(deltas)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", NAMES)
+@pytest.mark.parametrize("mode", MODES)
+def test_two_steps_with_a_first_ratio_of_exactly_one(job, mode, form, precision) -> None:
+    recipe = job(precision=precision, rollout_precision=LowPrecision(mode=mode, format=form))
+    start = trained(build_engine(recipe, CPU))
+    engine, reports = run(recipe)
+    assert is_exact(reports)
+    assert all(report.metrics["grad_norm"] > 0 for report in reports)
+    assert not torch.equal(trained(engine), start)
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_full_fine_tuning_with_a_merged_copy(job, form) -> None:
+    engine, reports = run(
+        job("load_whole", rollout_precision=LowPrecision(mode="merged", format=form), precision="bf16")
+    )
+    assert is_exact(reports)
+    fresh = build_low_precision(engine.model, engine.recipe.rollout_precision)
+    theirs = fresh.model.module.buffers()
+    assert all(map(torch.equal, engine.low_precision.model.module.buffers(), theirs))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_scale": 3.0},
+        {"solver": DPMSolver2M(keep=0.5)},
+        {"optimizer": Optimizer(lr=3e-3, num_updates=2)},
+        {"rows_per_forward": 4},
+        {"window": FractionOfSteps(fraction=0.5)},
+        {"window": AllSteps()},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_ratio_is_exact_whatever_else_the_recipe_does(job, mode, changes) -> None:
+    _, reports = run(job(rollout_precision=LowPrecision(mode=mode), **changes))
+    assert is_exact(reports)
+
+
+def parts(engine):
+    draws = draw(engine.recipe, len(engine.prompts), 0, CPU)
+    schedule = resolve_schedule(engine.recipe, 0)
+    return engine.conditioning.rows(draws.prompt_index[draws.group_id]), draws, schedule, engine.recipe
+
+
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_steps_with_a_log_prob_run_the_training_model_and_the_others_the_copy(job, mode, monkeypatch) -> None:
+    engine = build_engine(job(rollout_precision=LowPrecision(mode=mode)), CPU)
+    calls = []
+    for name, model in (("training", engine.model), ("low", engine.outside)):
+
+        def velocity(latents, sigma, conditioning, name=name, inner=model.velocity):
+            calls.append((name, round(float(sigma[0]), 3)))
+            return inner(latents, sigma, conditioning)
+
+        monkeypatch.setattr(model, "velocity", velocity)
+    trajectory = rollout(engine.model, *parts(engine), engine.outside)
+    sigmas = [round(float(sigma), 3) for sigma in trajectory.sigmas[:-1]]
+    assert calls == list(zip(["low", "training", "training", "low", "low"], sigmas, strict=True))
+
+
+def test_only_the_steps_outside_the_window_differ(job) -> None:
+    """The copy moves the latents; the log-prob stays that of the training model at those latents."""
+    engine = build_engine(job(rollout_precision=LowPrecision(mode="bare_layers")), CPU)
+    conditioning, draws, schedule, recipe = parts(engine)
+    exact = rollout(engine.model, conditioning, draws, schedule, recipe)
+    got = rollout(engine.model, conditioning, draws, schedule, recipe, engine.outside)
+    assert not torch.equal(got.latents, exact.latents)
+    for k, step in enumerate(schedule.kept):
+        sigma = schedule.sigmas[step].expand(8)
+        with torch.no_grad():
+            velocity = engine.model.velocity(got.latents[:, k], sigma, conditioning)
+        before, after = (values[:, k].contiguous() for values in (got.latents, got.next_latents))
+        assert torch.equal(flow_log_prob(before, velocity, after, got.coeffs, step), got.log_prob[:, k])
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_log_probs_of_another_model_are_recomputed(job, form) -> None:
+    engine = build_engine(job(rollout_precision=LowPrecision(mode="merged", format=form)), CPU)
+    conditioning, draws, schedule, recipe = parts(engine)
+    foreign = rollout(engine.outside, conditioning, draws, schedule, recipe)
+    own = rescored(engine.model, foreign, conditioning, recipe)
+    assert torch.equal(own.latents, foreign.latents)
+    delta = (own.log_prob - foreign.log_prob).abs()
+    assert 1e-6 < float(delta.max()) < 1
+    again = rescored(engine.outside, own, conditioning, recipe)
+    assert torch.equal(again.log_prob, foreign.log_prob)
+
+
+@pytest.mark.parametrize("form", NAMES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_stops_the_run(job, form, value) -> None:
+    """Low precision has no way to hide it: the first step, outside the window, already names it."""
+    engine = build_engine(job(rollout_precision=LowPrecision(mode="merged", format=form)), CPU)
+    next(p for p in engine.model.module.parameters() if p.requires_grad).data[0, 0] = value
+    engine.low_precision.refresh()
+    with pytest.raises(ValueError, match="the velocity is NaN or infinite at step 0"):
+        rollout(engine.model, *parts(engine), engine.outside)
+
+
+def test_the_copy_follows_every_update(job) -> None:
+    engine, _ = run(job(rollout_precision=LowPrecision(mode="merged")))
+    fresh = build_low_precision(engine.model, engine.recipe.rollout_precision)
+    before = build_low_precision(sd3(), engine.recipe.rollout_precision)
+    ours = list(engine.low_precision.model.module.buffers())
+    assert all(map(torch.equal, ours, fresh.model.module.buffers()))
+    assert not all(map(torch.equal, ours, before.model.module.buffers()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(job, mode, tmp_path) -> None:
+    recipe = job(rollout_precision=LowPrecision(mode=mode), num_steps=3)
+    whole, _ = run(recipe)
+    half, _ = run(recipe, steps=1)
+    save_checkpoint(half, tmp_path)
+    resumed = build_engine(recipe, CPU)
+    load_checkpoint(resumed, latest_checkpoint(tmp_path))
+    train(resumed, lambda report: None, lambda: False)
+    assert torch.equal(trained(whole), trained(resumed))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masters_gradients_and_moments_are_fp32_under_bf16(job, mode, monkeypatch) -> None:
+    engine = build_engine(job(precision="bf16", rollout_precision=LowPrecision(mode=mode)), CPU)
+    dtypes = set()
+    inner = engine.optimizer.step
+
+    def step() -> None:
+        dtypes.update(p.grad.dtype for p in engine.optimizer.param_groups[0]["params"])
+        inner()
+
+    monkeypatch.setattr(engine.optimizer, "step", step)
+    train_step(engine)
+    assert dtypes == {torch.float32}
+    assert {p.dtype for p in engine.model.module.parameters() if p.requires_grad} == {torch.float32}
+    moments = [s[name] for s in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert {moment.dtype for moment in moments} == {torch.float32}
+
+
+def test_masters_below_fp32_are_refused(job) -> None:
+    with pytest.raises(ValueError, match=r"is trained in bfloat16; trained parameters must be float32"):
+        build_engine(job("load_half"), CPU)
+    model = sd3()
+    for name, parameter in model.module.named_parameters():
+        parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
+    check_masters(model.module)  # a frozen base may be bf16
+
+
+SHARED = LowPrecision(mode="shared_base", format="nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout_precision": SHARED, "window": FractionOfSteps(fraction=0.5)}, "replays other batches"),
+        ({"rollout_precision": SHARED, "replay_rows": 4}, "replays other batches"),
+        ({"rollout_precision": SHARED, "prune": Prune(at=(1,), sizes=(8,))}, "replays other batches"),
+        ({"rollout_precision": SHARED, "explore": Scouts(num_scouts=8)}, "replays other batches"),
+        (
+            {"explore": Scouts(num_scouts=8, regenerate=False, precision=LowPrecision())},
+            "log-probs of the loss's ratio would be those of another model",
+        ),
+    ],
+    ids=["steps", "rows", "pruning", "scouts", "naive scouts"],
+)
+def test_recipes_whose_ratio_would_not_be_one_are_refused(job, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_engine(job(**changes), CPU)
+
+
+def test_the_batch_scale_of_the_refused_ones_does_break_the_ratio(job, monkeypatch) -> None:
+    """What the refusal prevents: random steps a sample, one activation scale a batch."""
+    monkeypatch.setattr("flowgrpo_fast.training.engine.check_recipe", lambda recipe: None)
+    part = LowPrecision(mode="shared_base", format="fp8_tensor")
+    _, reports = run(job(rollout_precision=part, window=FractionOfSteps(fraction=0.5)), steps=1)
+    assert reports[0].metrics["delta_log_prob_max"] > 1e-6
+
+
+def test_mismatch_by_step_is_the_maximum_and_mean_of_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    position = torch.randint(0, 3, (40,), generator=generator)
+    delta = torch.randn(40, generator=generator)
+    mismatch = Mismatch()
+    for rows in (slice(0, 25), slice(25, 40)):
+        mismatch.add(position[rows], delta[rows])
+    values = mismatch.values(torch.tensor([2, 5, 6, 9]))
+    for k, step in enumerate((2, 5, 6)):
+        own = delta[position == k].abs()
+        torch.testing.assert_close(values[f"delta_log_prob_max/step_{step}"], own.max())
+        torch.testing.assert_close(values[f"delta_log_prob_mean/step_{step}"], own.mean())
+    assert values["delta_log_prob_mean/step_9"] == values["delta_log_prob_max/step_9"] == 0
+    torch.testing.assert_close(values["delta_log_prob_max"], delta.abs().max())
+    torch.testing.assert_close(values["delta_log_prob_mean"], delta.abs().mean())
+    assert Mismatch().values(torch.tensor([1])) == {}
+
+
+def test_the_mismatch_is_reported_by_step_of_the_schedule(job) -> None:
+    _, reports = run(job(replay_rows=2))
+    for report in reports:
+        names = {name for name in report.metrics if name.startswith("delta_log_prob")}
+        kinds = ("delta_log_prob_max", "delta_log_prob_mean")
+        assert names == {f"{kind}{step}" for kind in kinds for step in ("", "/step_1", "/step_2")}
+    assert 0 < reports[0].metrics["delta_log_prob_max"] < 1e-5  # other micro-batches, other rounding
