@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
-#if defined(CUDA_ON_HOST_ASAN)
+#if defined(CUDA_ON_HOST_ADDRESS)
 #include <sanitizer/common_interface_defs.h>
-#elif defined(CUDA_ON_HOST_TSAN)
+#elif defined(CUDA_ON_HOST_THREAD)
 #include <sanitizer/tsan_interface.h>
 #endif
 
@@ -57,12 +57,12 @@ struct Order {
   char address;
 
   void publish() {
-#ifdef CUDA_ON_HOST_TSAN
+#ifdef CUDA_ON_HOST_THREAD
     __tsan_release(&address);
 #endif
   }
   void see() {
-#ifdef CUDA_ON_HOST_TSAN
+#ifdef CUDA_ON_HOST_THREAD
     __tsan_acquire(&address);
 #endif
   }
@@ -127,7 +127,7 @@ std::unique_ptr<Fiber> new_fiber() {
   void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStackBytes) - 2;
   *top = reinterpret_cast<void*>(fiber_main);
   fiber->stack_pointer = top - 6;
-#ifdef CUDA_ON_HOST_TSAN
+#ifdef CUDA_ON_HOST_THREAD
   fiber->sanitizer = __tsan_create_fiber(0);
 #endif
   return fiber;
@@ -135,7 +135,7 @@ std::unique_ptr<Fiber> new_fiber() {
 
 // To be called first thing after a switch.
 void arrived_from_switch([[maybe_unused]] Fiber& self) {
-#ifdef CUDA_ON_HOST_ASAN
+#ifdef CUDA_ON_HOST_ADDRESS
   Fiber& from = *state().previous;
   __sanitizer_finish_switch_fiber(self.sanitizer, &from.stack, &from.stack_bytes);
 #endif
@@ -143,9 +143,9 @@ void arrived_from_switch([[maybe_unused]] Fiber& self) {
 
 void switch_fibers(Fiber& from, Fiber& to) {
   state().previous = &from;
-#if defined(CUDA_ON_HOST_ASAN)
+#if defined(CUDA_ON_HOST_ADDRESS)
   __sanitizer_start_switch_fiber(&from.sanitizer, to.stack, to.stack_bytes);
-#elif defined(CUDA_ON_HOST_TSAN)
+#elif defined(CUDA_ON_HOST_THREAD)
   __tsan_switch_to_fiber(to.sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
   cuda_on_host_switch(&from.stack_pointer, to.stack_pointer);
@@ -224,7 +224,7 @@ void prepare(const Grid& grid) {
   gridDim.x = grid.num_blocks;
   block.block.expected = grid.num_threads;
   for (Barrier& warp : block.warps) warp.expected = kWarp;
-#ifdef CUDA_ON_HOST_TSAN
+#ifdef CUDA_ON_HOST_THREAD
   block.host.sanitizer = __tsan_get_current_fiber();
 #endif
 }

@@ -4,8 +4,8 @@
 // run one after another. All lanes of a warp take part in every warp operation. A barrier that some thread never
 // reaches ends the launch with std::runtime_error.
 //
-// To ThreadSanitizer every fiber is a thread. __syncthreads and __syncwarp order memory; shuffles and votes, as in CUDA,
-// do not.
+// To ThreadSanitizer every fiber is a thread. __syncthreads and __syncwarp order memory; shuffles and votes, as in
+// CUDA, do not.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// Stands in for the CUDA runtime where g++ compiles the .cu sources: the words of CUDA C++ the kernels use, and a launch
-// that runs them on the host, see block.h. Anything else CUDA has does not compile here.
+// Stands in for the CUDA runtime where g++ compiles the .cu sources: the words of CUDA C++ the kernels use, and a
+// launch that runs them on the host, see block.h. Anything else CUDA has does not compile here.
 #pragma once
 
 #include "block.h"

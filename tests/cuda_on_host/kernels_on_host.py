@@ -38,8 +38,8 @@ FLAGS = (
 )
 SANITIZERS = {
     "plain": "",
-    "address": "-g1 -fno-omit-frame-pointer -fsanitize=address,undefined",
-    "thread": "-g1 -fno-omit-frame-pointer -fsanitize=thread",
+    "address": "-g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
+    "thread": "-g1 -fno-omit-frame-pointer -fsanitize=thread -fno-tree-pta",
 }
 RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 RULES = """# Written by kernels_on_host.py

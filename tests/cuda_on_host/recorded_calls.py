@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CPU, CUDA = 1, 2
-MAX_BYTES = 1 << 20  # of a recorded call
+MAX_BYTES = 1 << 18  # of an array in a recorded call
 
 
 class DataType(ctypes.Structure):
