@@ -292,7 +292,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("module")
     parser.add_argument("calls")
-    parser.add_argument("--cuda", action="store_true", help="CUDA on the host: results must be the recorded bits")
+    parser.add_argument(
+        "--cuda", action="store_true", help="CUDA on the host: results must be the recorded bits"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--planted", choices=("short", "race"), help="a defect the sanitizer must find")
     options = parser.parse_args()
