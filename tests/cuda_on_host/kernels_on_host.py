@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -24,24 +23,20 @@ from typing import Any
 from unittest import mock
 
 import recorded_calls
+from sanitized import CXX, SANITIZERS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 FOLDER = ROOT / "build" / "cuda_on_host"
-CXX = os.environ.get("CXX") or "g++"
 
 # Bits depend on -ffp-contract=off, as in setup.py; on the rest only how fast this runs.
 FLAGS = (
     f"-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas "
     f"-I{HERE} -I{CSRC}"
 )
-SANITIZERS = {
-    "plain": "",
-    "address": "-g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
-    "thread": "-g1 -fno-omit-frame-pointer -fsanitize=thread -fno-tree-pta",
-}
-RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+# GCC instruments no variable that its points-to analysis sees only one function use, as it does __shared__ ones.
+KINDS = {"plain": "", "address": SANITIZERS["address"], "thread": SANITIZERS["thread"] + " -fno-tree-pta"}
 RULES = """# Written by kernels_on_host.py
 rule cxx
   command = {cxx} {flags} $more -MMD -MF $out.d -x c++ -c $in -o $out
@@ -86,7 +81,7 @@ def ninja_text() -> str:
         return name
 
     includes = [sysconfig.get_path("include"), __import__("pybind11").get_include()]
-    definitions = "VERSION COMPILER CUDA_ARCHS NVCC".split()
+    definitions = ("VERSION", "COMPILER", "CUDA_ARCHS", "NVCC")
     binding_flags = " ".join(
         ["-O0 -DFLOWGRPO_WITH_CUDA", *(f"-isystem {path}" for path in includes)]
         + [rf"-DFLOWGRPO_{name}=\"host\"" for name in definitions]
@@ -95,7 +90,7 @@ def ninja_text() -> str:
     bindings += [
         compiled(source, "bindings", "") for source in (CSRC / "cpu_dispatch.cpp", FOLDER / "stubs.cpp")
     ]
-    for kind, sanitizer in SANITIZERS.items():
+    for kind, sanitizer in KINDS.items():
         told = f"-DCUDA_ON_HOST_{kind.upper()}"
         kernels = [compiled(source, kind, sanitizer) for source in sorted(CSRC.glob("*.cu"))]
         runner = compiled(HERE / "block.cpp", kind, told)
@@ -125,15 +120,6 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
-
-
-def preloaded(kind: str) -> str:
-    """LD_PRELOAD for a Python that loads a sanitized module."""
-    paths = [
-        subprocess.run([*CXX.split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout
-        for name in RUNTIMES[kind]
-    ]
-    return " ".join(path.strip() for path in paths)
 
 
 def launched(path: Path) -> set[str]:

@@ -1,7 +1,7 @@
 """A pytest plugin: ``-p record_calls --record-calls folder`` writes down the calls into `_C` that tests make.
 
-``cpu.pickle`` gets those of the ordinary module, ``cuda.pickle`` those of the CUDA code on the host, ``launched.txt`` its
-kernels that ran.
+``cpu.pickle`` gets those of the ordinary module, ``cuda.pickle`` those of the CUDA code on the host, ``launched.txt``
+the kernels of that which ran.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Calls into `_C`, written down while tests run, and repeated without torch.
 
-A sanitizer wants a process of instrumented code and exact allocations. So the calls are recorded under pytest, bytes and
-all, and repeated by a Python that has the sanitizer preloaded and no torch:
+A sanitizer wants a process of instrumented code and exact allocations. So the calls are recorded under pytest, bytes
+and all, and repeated by a Python that has the sanitizer preloaded and no torch:
 
     LD_PRELOAD=libasan.so python -S recorded_calls.py module.so calls.pickle [--cuda] [--threads N] [--planted KIND]
 
@@ -187,7 +187,7 @@ class Recorder:
 
         try:
             call = Call(name, replaced(arguments))
-        except ValueError:
+        except (ValueError, RuntimeError):  # a tensor the exchange API cannot tell of
             return None, []
         call.arrays, addresses = [], []
         for view in views.values():
