@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuda_runtime.h>
-
 #include <stdint.h>
 
 #include <stdexcept>

@@ -5,7 +5,8 @@ and all, and repeated by a Python that has the sanitizer preloaded and no torch:
 
     LD_PRELOAD=libasan.so python -S recorded_calls.py module.so calls.pickle [--cuda] [--threads N] [--planted KIND]
 
-Every array is an allocation of its own and exactly as long as it must be, as far from 16-byte alignment as it was.
+Every array is an allocation of its own and exactly as long as it must be, as far from 16-byte alignment as it was, and
+must hold the recorded bits afterwards.
 """
 
 from __future__ import annotations
@@ -304,16 +305,13 @@ def main() -> None:
     loader.exec_module(module)
     with open(options.calls, "rb") as file:
         calls = pickle.load(file)
-    done = refused = 0
+    if options.planted == "race":
+        race(module, calls[0])
     for call in calls:
-        if options.planted == "race":
-            race(module, call)
-            continue
-        contents = repeat(module, call, options.threads, missing=1 if options.planted else 0)
-        done, refused = done + (contents is not None), refused + (contents is None)
-        if options.cuda and contents != [array.after for array in call.arrays]:
+        contents = repeat(module, call, options.threads, missing=1 if options.planted == "short" else 0)
+        if contents != [array.after for array in call.arrays]:
             sys.exit(f"{call.op} gave other bits than when it was recorded")
-    print(f"{module.build_info()['isa']}: {done} calls repeated, {refused} refused")
+    print(f"{module.build_info()['isa']}: {len(calls)} calls repeated")
 
 
 if __name__ == "__main__":

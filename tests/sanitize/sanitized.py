@@ -15,11 +15,15 @@ SANITIZERS = {
     "address": "-g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
     "thread": "-g1 -fno-omit-frame-pointer -fsanitize=thread",
 }
-RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+RUNTIMES: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "address": ("libasan.so", "libubsan.so"),
+    "thread": ("libtsan.so",),
+}
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": "halt_on_error=1",
+    "TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0",
 }
 
 
@@ -41,7 +45,9 @@ def run(kind: str, command: list[str], **environment: str) -> subprocess.Complet
     preloaded = {"LD_PRELOAD": " ".join(path.strip() for path in paths)}
     merged = os.environ | OPTIONS | preloaded | environment
     done = subprocess.run(command, env=merged, capture_output=True, text=True)
-    if "unexpected memory mapping" in done.stderr:  # more address space randomised than this runtime copes with
+    if (
+        "unexpected memory mapping" in done.stderr
+    ):  # more address space randomised than this runtime copes with
         fixed = ["setarch", platform.machine(), "-R", *command]
         done = subprocess.run(fixed, env=merged, capture_output=True, text=True)
     return done
