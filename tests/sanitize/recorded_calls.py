@@ -229,6 +229,7 @@ class Tensor:
     """An allocation of its own, offered as torch offers its tensors."""
 
     device_type = CPU
+    dtype = device = layout = "recorded"  # as an error would print them
 
     def __init__(self, array: Array, missing: int = 0) -> None:
         """`missing` bytes fewer are allocated than the shape needs."""
@@ -275,6 +276,25 @@ def repeat(module: Any, call: Call, num_threads: int, missing: int = 0) -> list[
             tensor.free()
 
 
+# By DLPack's code and bits: how memoryview calls integers of that width, and the bits of infinity.
+FLOATS = {
+    (2, 16): ("H", 0x7C00),
+    (4, 16): ("H", 0x7F80),
+    (2, 32): ("I", 0x7F800000),
+    (2, 64): ("Q", 0x7FF << 52),
+}
+
+
+def same(array: Array, content: bytes) -> bool:
+    """Whether an array holds the recorded bits. Which NaN an operation gives, compilers may choose."""
+    if content == array.after or array.dtype[:2] not in FLOATS:
+        return content == array.after
+    letter, infinity = FLOATS[array.dtype[:2]]
+    magnitude = (1 << array.dtype[1] - 1) - 1
+    pairs = zip(memoryview(content).cast(letter), memoryview(array.after).cast(letter), strict=True)
+    return all(a == b or min(a & magnitude, b & magnitude) > infinity for a, b in pairs)
+
+
 def race(module: Any, call: Call) -> None:
     """Two threads make the same call on the same arrays."""
     tensors = [Tensor(array) for array in call.arrays]
@@ -306,10 +326,10 @@ def main() -> None:
     with open(options.calls, "rb") as file:
         calls = pickle.load(file)
     if options.planted == "race":
-        race(module, calls[0])
+        race(module, max(calls, key=lambda call: sum(len(array.before) for array in call.arrays)))
     for call in calls:
         contents = repeat(module, call, options.threads, missing=1 if options.planted == "short" else 0)
-        if contents != [array.after for array in call.arrays]:
+        if contents is None or not all(map(same, call.arrays, contents)):
             sys.exit(f"{call.op} gave other bits than when it was recorded")
     print(f"{module.build_info()['isa']}: {len(calls)} calls repeated")
 
