@@ -229,8 +229,9 @@ def demangled(symbols: list[str]) -> list[str]:
     said = subprocess.run(
         [filt], input="\n".join(symbols), capture_output=True, text=True
     ).stdout.splitlines()
-    names = [re.search(r"::(\w+(?:<[^:]*?>)?)\(", line) for line in said]
-    return [name[1].replace("(bool)", "") if name else line for name, line in zip(names, said, strict=True)]
+    plain = [re.sub(r"\([\w:]+\)(?=\d)", "", line) for line in said]  # (bool)1 is 1
+    names = [re.search(r"::(\w+(?:<[^:]*?>)?)\(", line) for line in plain]
+    return [name[1] if name else symbol for name, symbol in zip(names, symbols, strict=True)]
 
 
 def kernel_table(folder: Path) -> str:
