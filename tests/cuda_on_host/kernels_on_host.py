@@ -35,8 +35,7 @@ FLAGS = (
     f"-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas "
     f"-I{HERE} -I{CSRC}"
 )
-# GCC instruments no variable that its points-to analysis sees only one function use, as it does __shared__ ones.
-KINDS = {"plain": "", "address": SANITIZERS["address"], "thread": SANITIZERS["thread"] + " -fno-tree-pta"}
+KINDS = {"plain": "", **SANITIZERS}
 RULES = """# Written by kernels_on_host.py
 rule cxx
   command = {cxx} {flags} $more -MMD -MF $out.d -x c++ -c $in -o $out
@@ -51,7 +50,7 @@ def why_not() -> str:
     """Why the CUDA sources cannot be run here, or nothing."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return "the shim switches stacks on x86-64 Linux only"
-    return "" if shutil.which(CXX.split()[0]) else f"{CXX} not found"
+    return "" if shutil.which(CXX) else f"{CXX} not found"
 
 
 def stubs() -> str:

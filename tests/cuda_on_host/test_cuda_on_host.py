@@ -120,6 +120,6 @@ def test_conversions_are_the_toolkit_s(tmp_path):
     program = tmp_path / "conversions"
     source = Path(__file__).with_name("conversions.cpp")
     flags = ["-std=c++17", "-O1", f"-isystem{TOOLKIT}/include", f"-I{kernels_on_host.CSRC}"]
-    subprocess.run([*sanitized.CXX.split(), *flags, str(source), "-o", str(program)], check=True)
+    subprocess.run([sanitized.CXX, *flags, str(source), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CXX = os.environ.get("CXX") or "g++"
+CXX = "g++"  # whose runtimes are libraries that can be preloaded
 
 SANITIZERS = {
     "address": "-g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
@@ -39,7 +39,7 @@ def record(folder: Path, tests: list[Path], marks: str) -> subprocess.CompletedP
 def run(kind: str, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a program with the runtime of a sanitizer preloaded."""
     paths = [
-        subprocess.run([*CXX.split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout
+        subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True).stdout
         for name in RUNTIMES[kind]
     ]
     preloaded = {"LD_PRELOAD": " ".join(path.strip() for path in paths)}
