@@ -11,7 +11,9 @@ PIP   := $(BIN)/pip --disable-pip-version-check
 SETUP := $(VENV)/.torch-$(TORCH)
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format build figures benchmarks gpu-check clean
+NATIVE := $(wildcard csrc/* tests/build/*.cpp $(addprefix tests/cuda_on_host/*., h cpp cu))
+
+.PHONY: demo test sanitize lint format build figures benchmarks gpu-check clean
 
 demo: build
 	$(BIN)/flowgrpo-fast train
@@ -19,16 +21,20 @@ demo: build
 test: build lint
 	$(BIN)/pytest
 
+# the CPU code under the sanitizers (a few minutes); that of the GPU, on the host, is part of the tests
+sanitize: build
+	$(BIN)/python tests/sanitize/sanitize_cpu.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/* tests/build/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/* tests/build/*.cpp)
+	$(BIN)/clang-format -i $(NATIVE)
 
 # ninja decides what is out of date; with nothing to do this takes a fraction of a second
 build: $(READY)

@@ -7,7 +7,8 @@ Environment:
     FLOWGRPO_FAST_BUILD    folder of build.ninja and the objects (default: build/flowgrpo_fast next to this file)
 
 Objects stay in the build folder, with header dependencies and one log a compilation (warnings, and what ptxas says of
-registers and spills), so a second build does only what a change asks for.
+registers and spills), so a second build does only what a change asks for. What the CUDA kernels use is printed when it
+has changed, and kept in kernels.txt.
 """
 
 from __future__ import annotations
@@ -220,6 +221,43 @@ def bindings_flags(version: str, compiler: str, nvcc: str | None, archs: list[st
     return " ".join([*flags, "-DFLOWGRPO_WITH_CUDA"] if nvcc else flags)
 
 
+def demangled(symbols: list[str]) -> list[str]:
+    """Names of kernels with their template arguments, as far as c++filt is there to tell."""
+    filt = shutil.which("c++filt")
+    if filt is None:
+        return symbols
+    said = subprocess.run(
+        [filt], input="\n".join(symbols), capture_output=True, text=True
+    ).stdout.splitlines()
+    plain = [re.sub(r"\([\w:]+\)(?=\d)", "", line) for line in said]  # (bool)1 is 1
+    names = [re.search(r"::(\w+(?:<[^:]*?>)?)\(", line) for line in plain]
+    return [name[1] if name else symbol for name, symbol in zip(names, symbols, strict=True)]
+
+
+def kernel_table(folder: Path) -> str:
+    """A line a kernel, a column an architecture: what ptxas said of each, from the logs."""
+    pattern = r"'(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for source in sources("*.cu"):
+        log = (folder / f"{source}.o.log").read_text()
+        found = re.findall(r"Compiling entry function " + pattern, log, re.S)
+        names = demangled([symbol for symbol, *_ in found])
+        for name, (_, arch, stores, loads, registers, rest) in zip(names, found, strict=True):
+            shared = re.search(r"(\d+) bytes smem", rest)
+            cell = f"{registers} {shared[1] if shared else 0} {int(stores) + int(loads)}"
+            rows.setdefault((source, name), {})[arch] = cell
+    archs = sorted(
+        {arch for row in rows.values() for arch in row}, key=lambda arch: int(re.sub(r"\D", "", arch))
+    )
+    lines = [
+        f"{'registers, bytes of shared memory, bytes spilled':68}" + "".join(f"{arch:>14}" for arch in archs)
+    ]
+    for (source, name), row in sorted(rows.items()):
+        label = f"{source} {name.replace(', ', ',')}"
+        lines.append(f"{label:68}" + "".join(f"{row.get(arch, '-'):>14}" for arch in archs))
+    return "\n".join([*lines, ""])
+
+
 class NinjaBuild(build_ext):
     """`build_ext` that hands the compilation to ninja and copies the module to where setuptools wants it."""
 
@@ -229,6 +267,11 @@ class NinjaBuild(build_ext):
         command = [find_ninja(), "-C", str(folder), *(["-v"] if self.verbose > 1 else [])]
         if subprocess.run(command).returncode:
             fail("compilation failed; the compiler's messages are above")
+        if find_nvcc():
+            table, kept = kernel_table(folder), folder / "kernels.txt"
+            if not kept.exists() or kept.read_text() != table:
+                kept.write_text(table)
+                print(table, end="")
         target = Path(self.get_ext_fullpath(ext.name))
         built = folder / "_C.so"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,11 +22,12 @@ int chosen_isa();
 #define FLOWGRPO_PICK(kernel) (baseline::kernel)
 #endif
 
-// Small work is not worth waking another thread for.
-inline int threads_for(int64_t elements, int num_threads) {
-  constexpr int64_t kWorthwhile = 16384;
-  return elements < kWorthwhile ? 1 : num_threads;
-}
+// Elements that are worth waking another thread for; under the sanitizers any number is.
+#ifndef FLOWGRPO_WORTHWHILE
+#define FLOWGRPO_WORTHWHILE 16384
+#endif
+
+inline int threads_for(int64_t elements, int num_threads) { return elements < FLOWGRPO_WORTHWHILE ? 1 : num_threads; }
 
 // Runs a kernel on every one of `count` work items, which have `elements` elements together.
 template <typename Args>

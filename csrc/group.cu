@@ -7,15 +7,14 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Sum over the block divided by `count`, in every thread. May be called again at once.
+// Sum over the block divided by `count`, in every thread. May be called again at once: the next sum's barrier comes
+// before `mean` is written again.
 __device__ __forceinline__ double block_mean(double value, double count) {
   __shared__ double mean;
   const double sum = block_sum(value);
   if (threadIdx.x == 0) mean = sum / count;
   __syncthreads();
-  value = mean;
-  __syncthreads();
-  return value;
+  return mean;
 }
 
 __device__ __forceinline__ int count_bits(unsigned bits) {

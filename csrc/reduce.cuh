@@ -1,33 +1,13 @@
-// Launching, and sums in a fixed order: a block's sum depends on its 256 values only, never on timing.
+// Sums in a fixed order: a block's sum depends on its 256 values only, never on timing.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
 #include "flow_step.h"
+#include "launch.cuh"
 
 namespace flowgrpo_fast::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-
-// The one place that launches a kernel.
-#define FLOWGRPO_LAUNCH(kernel, num_blocks, num_threads, stream, ...)                                               \
-  do {                                                                                                              \
-    kernel<<<::flowgrpo_fast::cuda::checked_grid(num_blocks), num_threads, 0, static_cast<cudaStream_t>(stream)>>>( \
-        __VA_ARGS__);                                                                                               \
-    const cudaError_t flowgrpo_status = cudaGetLastError();                                                         \
-    if (flowgrpo_status != cudaSuccess) {                                                                           \
-      throw std::runtime_error(std::string("flowgrpo_fast: " #kernel ": ") + cudaGetErrorString(flowgrpo_status));  \
-    }                                                                                                               \
-  } while (false)
-
-inline unsigned checked_grid(int64_t num_blocks) {
-  if (num_blocks > 0x7fffffffLL) throw std::runtime_error("flowgrpo_fast: too many elements for one CUDA launch");
-  return static_cast<unsigned>(num_blocks);
-}
 
 __device__ __forceinline__ double warp_sum(double value) {
 #pragma unroll

@@ -111,6 +111,15 @@ def test_native_files_stay_small_and_know_no_torch(path: Path) -> None:
     assert "ATen" not in text
 
 
+def test_kernels_are_launched_through_one_macro() -> None:
+    """Which the host's build replaces, see tests/cuda_on_host; and they use nothing that it lacks."""
+    for path in CSRC:
+        text = path.read_text()
+        assert ("<<<" in text) == (path.name == "launch.cuh"), path
+        for word in ("extern __shared__", "atomic", "cooperative_groups", "asm("):
+            assert path.suffix not in (".cu", ".cuh") or word not in text, f"{path}: {word}"
+
+
 def test_every_op_has_exactly_one_reference() -> None:
     """Each op of `ops` has one function of the same name (without a trailing `_`) in `ops/reference/`, free of `_C`."""
     from flowgrpo_fast import ops

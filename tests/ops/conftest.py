@@ -1,8 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import kernels_on_host
 import pytest
 import torch
 from torch import Tensor
@@ -57,12 +59,33 @@ def make_case(
     )
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Every device an op has code for. A test with this fixture runs on the GPU where there is one."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with the fixture `device` runs on the CPU and on the GPU where there is one; a witness, which is small,
+    also on the CUDA code compiled for the host."""
+    if "device" in metafunc.fixturenames:
+        witness = metafunc.definition.get_closest_marker("witness")
+        params = ["cpu", *(["host"] if witness else []), pytest.param("cuda", marks=pytest.mark.gpu)]
+        metafunc.parametrize("device", params, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def host_module() -> Any:
+    """The CUDA code compiled for the host."""
+    if why := kernels_on_host.why_not():
+        pytest.skip(f"CUDA code not run on the host: {why}")
+    return kernels_on_host.load(kernels_on_host.built("plain/_C.so"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a test's tensors are to be. On the host they are CPU tensors that the ops take for CUDA ones."""
+    if request.param == "host":
+        with kernels_on_host.in_place_of_the_gpu(request.getfixturevalue("host_module")):
+            yield "cpu:0"
+        return
     if request.param == "cuda" and not build_info()["cuda_archs"]:
         pytest.skip("built without CUDA: GPU code not run")
-    return request.param
+    yield request.param
 
 
 @pytest.fixture

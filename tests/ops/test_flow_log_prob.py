@@ -98,6 +98,34 @@ def test_matches_reference_with_guidance_and_history(case, dtype, velocity_dtype
     check_against_reference(case((2, 4, 9, 31), dtype, velocity_dtype, True, True, device))
 
 
+@pytest.mark.witness
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_matches_reference_without_extras(case, dtype, device):
+    c = case((2, 4, 9, 31), dtype, guided=True, history=True, device=device)
+    rest = (c.next_latents, c.coeffs, c.step_index)
+    (got,), grads = gradients(c, None, lambda v, g: [flow_log_prob(c.latents, v, *rest, g, c.x0_prev)])
+    (want,), exact_grads = gradients(
+        c, torch.float64, lambda v, g: reference_outputs(c, v, g, extras_of(c))[:1]
+    )
+    assert got.dtype == dtype
+    for left, right in zip([got, *grads], [want, *exact_grads], strict=True):
+        bound = {"rtol": 1e-13, "atol": 1e-15} if dtype is torch.float64 else {"rtol": 2e-5, "atol": 4e-6}
+        torch.testing.assert_close(left.double(), right, **bound)
+
+
+@pytest.mark.witness
+@pytest.mark.parametrize("axis", [1, -1])
+def test_float64_is_computed_in_double(case, axis, device):
+    c = case((2, 4, 9, 31), torch.float64, guided=True, history=True, device=device)
+    extras = extras_of(c, axis)
+    rest = (c.next_latents, c.coeffs, c.step_index)
+    outputs, grads = gradients(c, None, lambda v, g: flow_log_prob(c.latents, v, *rest, g, c.x0_prev, extras))
+    exact, exact_grads = gradients(c, torch.float64, lambda v, g: reference_outputs(c, v, g, extras))
+    for got, want in zip([*outputs, *grads], [*exact, *exact_grads], strict=True):
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=5).map(tuple),

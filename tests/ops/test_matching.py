@@ -164,6 +164,21 @@ def test_dtypes_mix(turn, device):
 
 
 @pytest.mark.witness
+@pytest.mark.parametrize("weight", [None, *REPEATED], ids=str)
+@pytest.mark.parametrize("given", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+def test_float64_is_computed_in_double(given, weight, device):
+    arguments = make((2, 4, 9, 31), (torch.float64,), *given, weight=weight, device=device)
+    for beta in (None, 0.3) if "old_velocity" in arguments else (None,):
+        means, gradient = run(arguments, beta)
+        velocity = arguments["velocity"].detach().clone().requires_grad_()
+        wanted, exact = with_gradient(velocity, exact_means({**arguments, "velocity": velocity}, beta))
+        assert {mean.dtype for mean in means.values()} == {torch.float64}
+        for name, mean in means.items():
+            torch.testing.assert_close(mean, wanted[name], rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient, exact, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.witness
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0, 2.5])
 def test_any_beta(beta, device):
     check(make((2, 4, 9, 31), device=device), beta)

@@ -58,6 +58,12 @@ def test_equals_quantising_the_merged_weight(device, shape, dtype):
     check(*shape, dtype, device, swizzle=shape[0] > 128)
 
 
+@pytest.mark.witness
+def test_many_rows(device):
+    """More than a block each four: the CUDA code then looks for the maximum in several turns."""
+    check(4100, 16, 3, torch.bfloat16, device)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 20),

@@ -129,8 +129,10 @@ def test_gram_keeps_small_distances_under_a_large_mean(case):
     torch.testing.assert_close(distance.double(), exact, rtol=1e-4, atol=1e-10)
 
 
-def test_float64_is_computed_in_double(case):
-    c = case((4, 3, 6, 6), torch.float64, guided=True)
+@pytest.mark.witness
+@pytest.mark.parametrize("shape", [(4, 3, 6, 6), (4, 3, 6, 24)], ids=str)
+def test_float64_is_computed_in_double(case, shape, device):
+    c = case(shape, torch.float64, guided=True, device=device)
     pooled, gram = preview(c.latents, c.velocity, c.coeffs, c.step_index, 3, c.guidance, group_size=2)
     exact = pooled_by_torch(exact_x0(c, c.coeffs[c.step_index, 0]), 3)
     torch.testing.assert_close(pooled, exact, rtol=1e-14, atol=1e-14)

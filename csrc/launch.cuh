@@ -1,0 +1,33 @@
+// Launching a kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include <stdexcept>
+#include <string>
+
+// nvcc's syntax, unless <cuda_runtime.h> brings a launch of its own (tests/cuda_on_host).
+#ifndef FLOWGRPO_KERNEL
+#define FLOWGRPO_KERNEL(kernel, num_blocks, num_threads, stream) kernel<<<num_blocks, num_threads, 0, stream>>>
+#endif
+
+// The one place that launches a kernel.
+#define FLOWGRPO_LAUNCH(kernel, num_blocks, num_threads, stream, ...)                                              \
+  do {                                                                                                             \
+    FLOWGRPO_KERNEL(kernel, ::flowgrpo_fast::cuda::checked_grid(num_blocks), num_threads,                          \
+                    static_cast<cudaStream_t>(stream))(__VA_ARGS__);                                               \
+    const cudaError_t flowgrpo_status = cudaGetLastError();                                                        \
+    if (flowgrpo_status != cudaSuccess) {                                                                          \
+      throw std::runtime_error(std::string("flowgrpo_fast: " #kernel ": ") + cudaGetErrorString(flowgrpo_status)); \
+    }                                                                                                              \
+  } while (false)
+
+namespace flowgrpo_fast::cuda {
+
+inline unsigned checked_grid(int64_t num_blocks) {
+  if (num_blocks > 0x7fffffffLL) throw std::runtime_error("flowgrpo_fast: too many elements for one CUDA launch");
+  return static_cast<unsigned>(num_blocks);
+}
+
+}  // namespace flowgrpo_fast::cuda
