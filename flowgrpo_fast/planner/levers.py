@@ -96,7 +96,7 @@ def _method(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
             solver = replace(recipe, solver=DPMSolver2M(keep=0.4))
             setting = "solver=DPMSolver2M solver.keep=0.4"
             yield _Change(
-                "second-order solver, 40 % of the steps after the window",
+                "second-order solver, 40 % of the tail",
                 setting,
                 False,
                 False,
@@ -105,9 +105,7 @@ def _method(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
             )
     else:
         euler = replace(recipe, solver=replace(recipe.solver, keep=1.0))
-        yield _Change(
-            "second-order solver, fewer steps after the window", "solver.keep", False, True, euler, execution
-        )
+        yield _Change("second-order solver, shorter tail", "solver.keep", False, True, euler, execution)
     half = recipe.group_size // 2
     if (
         isinstance(recipe.prune, KeepAll)
@@ -132,12 +130,20 @@ def _method(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
 def _sharing(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
     """Levers of execution, which keep the estimator."""
     if recipe.share_start_noise:
-        setting = "share_start_noise=true"
         prefix = replace(execution, share_prefix=not execution.share_prefix)
-        yield _Change("shared steps before the window", setting, True, execution.share_prefix, recipe, prefix)
+        yield _Change(
+            "shared steps before the window",
+            "Execution.share_prefix",
+            True,
+            execution.share_prefix,
+            recipe,
+            prefix,
+        )
         pulled = execution.share_first_step
         first = replace(execution, share_first_step=not pulled, share_first_forward=not pulled)
-        yield _Change("shared first stochastic step", setting, True, pulled, recipe, first)
+        yield _Change(
+            "shared first stochastic step", "Execution.share_first_step", True, pulled, recipe, first
+        )
     if recipe.guidance_scale != 1.0:
         uncond = replace(execution, uncond_gradient=not execution.uncond_gradient)
         pulled = not execution.uncond_gradient
