@@ -150,7 +150,8 @@ def count(pipeline: Architecture, network: Network) -> Counts:
     """
     size = pipeline.size(network)
     key = json.dumps([pipeline.transformer, pipeline.vae, pipeline.text_encoders], sort_keys=True)
-    rank, targets = (0, ())
+    rank = 0
+    targets: tuple[str, ...] = ()
     if isinstance(network.train, LoRA):
         rank, targets = network.train.rank, network.train.targets or ATTENTION
     return replace(_count(key, size, rank, targets), name=pipeline.name)

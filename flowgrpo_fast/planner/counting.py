@@ -119,7 +119,7 @@ def count_work(call: Callable[[], Any], adapted: Mapping[str, nn.Linear] | None 
     finally:
         for handle in handles:
             handle.remove()
-    by_op = counter.get_flop_counts()["Global"]
+    by_op = counter.get_flop_counts().get("Global", {})
     products = sum(float(flops) for op, flops in by_op.items() if op in _PRODUCTS)
     total = float(sum(by_op.values())) - attention.inside
     products = min(products, total)  # attention that decomposes on this device was products, too

@@ -59,7 +59,7 @@ def floor_of(engine: Engine) -> Floor | None:
     recipe = engine.recipe
     try:
         counts = count_model(engine.model, engine.conditioning, engine.device, engine.seq_len)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
+    except (RuntimeError, TypeError, ValueError, AttributeError):
         return None  # whatever a model of the user's own does under a counter
     step = plan_step(counts, recipe)
     if not counts.forward.forward:
@@ -172,5 +172,5 @@ def out_of_memory_in_one_line(recipe: Recipe, device: torch.device) -> Iterator[
             advice = (
                 f"the largest part is {largest.name}, about {largest.bytes / 1e9:.1f} GB: {largest.remedy}"
             )
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = ". ".join(str(error).split(". ")[:2]).rstrip(".")  # what was asked for; the rest is statistics
         raise ValueError(f"out of memory on {device}: {reason}; {advice}") from error
