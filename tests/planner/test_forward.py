@@ -87,7 +87,9 @@ def test_the_other_published_networks_have_their_published_sizes() -> None:
         ("wan2.1-14b", 14.3),
     ):
         assert counts(model).parameters / 1e9 == pytest.approx(billions, rel=0.01), model
-    assert counts("sana-1.6b").forward.products > 0  # linear attention: no softmax, still activations by activations
+    assert (
+        counts("sana-1.6b").forward.products > 0
+    )  # linear attention: no softmax, still activations by activations
 
 
 def tiny_sd3(device: str = "meta", **changes):
@@ -180,8 +182,16 @@ def test_adapters_keep_less_than_full_fine_tuning_and_cost_their_parameters() ->
 
 def test_a_folder_is_read_like_a_published_name(tmp_path) -> None:
     entry = PUBLISHED["sd3-medium"]
-    parts = {"transformer": entry["transformer"], "vae": entry["vae"], "text_encoder": entry["text_encoders"][0]}
-    index = {"_class_name": "StableDiffusion3Pipeline", "scheduler": ["diffusers", "X"], "feature": [None, None]}
+    parts = {
+        "transformer": entry["transformer"],
+        "vae": entry["vae"],
+        "text_encoder": entry["text_encoders"][0],
+    }
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "scheduler": ["diffusers", "X"],
+        "feature": [None, None],
+    }
     for name, (kind, config) in parts.items():
         index[name] = ["diffusers", kind]
         (tmp_path / name).mkdir()
@@ -204,11 +214,17 @@ def test_a_folder_is_read_like_a_published_name(tmp_path) -> None:
     [
         (lambda: architecture("sd3.5-medum"), "did you mean 'sd3.5-medium'"),
         (lambda: architecture("/nowhere"), "unknown model '/nowhere'"),
-        (lambda: counts("sd3.5-medium", 500), "Network.height is 500; sd3.5-medium needs a multiple of 16, such as 496"),
+        (
+            lambda: counts("sd3.5-medium", 500),
+            "Network.height is 500; sd3.5-medium needs a multiple of 16, such as 496",
+        ),
         (lambda: counts("sana-1.6b", 512, 528), "Network.width is 528; .* multiple of 32"),
         (lambda: counts("wan2.1-1.3b", num_frames=32), "num_frames is 32; .* 1 more than a multiple of 4"),
         (lambda: counts("flux.1-dev", num_frames=5), "num_frames is 5; flux.1-dev needs 1"),
-        (lambda: counts("sd3-medium", train=LoRA(targets=("query",))), "match no linear layer of SD3Transformer2D"),
+        (
+            lambda: counts("sd3-medium", train=LoRA(targets=("query",))),
+            "match no linear layer of SD3Transformer2D",
+        ),
         (lambda: named_gpu("h10"), "unknown GPU 'h10'; did you mean 'h100'"),
     ],
 )

@@ -10,7 +10,15 @@ from flowgrpo_fast.planner.architectures import Counts, architecture, count
 from flowgrpo_fast.planner.counting import Activations, Work
 from flowgrpo_fast.planner.memory import plan_memory, usable
 from flowgrpo_fast.planner.step import Execution
-from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LowPrecision, Network, Optimizer, Recipe, Scouts
+from flowgrpo_fast.recipe import (
+    ClippedRatio,
+    FullFineTuning,
+    LowPrecision,
+    Network,
+    Optimizer,
+    Recipe,
+    Scouts,
+)
 
 COUNTS = Counts(
     name="simple",

@@ -70,9 +70,7 @@ TABLE = {
     "dance_grpo": Row("flux.1-dev", dance_grpo(), (115, 262, 471, 418), FLUX),
     "mix_grpo": Row("flux.1-dev", mix_grpo(), (358, 233, 741, 572), FLUX, MIX),
     "mix_grpo_flash": Row("flux.1-dev", mix_grpo_flash(), (229, 233, 580, 472), FLUX, MIX),
-    "mix_grpo, LoRA, no checkpointing": Row(
-        "flux.1-dev", mix_grpo(), (358, 125, 606, 438), FLUX_LORA, MIX
-    ),
+    "mix_grpo, LoRA, no checkpointing": Row("flux.1-dev", mix_grpo(), (358, 125, 606, 438), FLUX_LORA, MIX),
     "mix_grpo, shared prefix and first step of the update": Row(
         "flux.1-dev",
         mix_grpo(),
@@ -259,12 +257,20 @@ def test_levers_save_what_the_table_says() -> None:
         for lever in levers(count(flux, FLUX), mix, h100, MIX, lambda other: count(flux, other.network))
     }
     assert found["shared steps before the window"].saves == pytest.approx((358 - 286) / 0.8, rel=0.02)
-    first_forward = (384 - 32) * 37.28e-3 / 0.8  # the table shares the first stochastic step in the update only
-    assert found["shared first stochastic step"].saves == pytest.approx((233 - 179) / 0.8 + first_forward, rel=0.03)
+    first_forward = (
+        (384 - 32) * 37.28e-3 / 0.8
+    )  # the table shares the first stochastic step in the update only
+    assert found["shared first stochastic step"].saves == pytest.approx(
+        (233 - 179) / 0.8 + first_forward, rel=0.03
+    )
     assert found["no checkpointing"].saves == pytest.approx(384 * 4 * 37.28e-3 / 0.8, rel=0.01)
     assert found["second-order solver, 40 % of the tail"].saves > 0
-    assert found["LoRA instead of full fine-tuning"].saves == pytest.approx(384 * 4 * 32.77e-3 / 0.8, rel=0.01)
-    half = found["prune 12 to 6 before step 3"]  # 3 steps of 12 and 22 of 6; half of the update, decode and reward
+    assert found["LoRA instead of full fine-tuning"].saves == pytest.approx(
+        384 * 4 * 32.77e-3 / 0.8, rel=0.01
+    )
+    half = found[
+        "prune 12 to 6 before step 3"
+    ]  # 3 steps of 12 and 22 of 6; half of the update, decode and reward
     rest = planned(TABLE["mix_grpo"])
     saved = 12 * 32 / 2 * 22 * 37.28e12 + (rest.update + rest.decode + rest.reward) / 2
     assert half.saves == pytest.approx(saved / 800e12, rel=0.01)
@@ -272,9 +278,14 @@ def test_levers_save_what_the_table_says() -> None:
 
 def test_levers_in_use_are_told_apart() -> None:
     pulled = recipe(
-        guidance_scale=2.0, solver=DPMSolver2M(keep=0.5), rollout_precision=LowPrecision(), share_start_noise=True
+        guidance_scale=2.0,
+        solver=DPMSolver2M(keep=0.5),
+        rollout_precision=LowPrecision(),
+        share_start_noise=True,
     )
-    found = {lever.name: lever for lever in levers(SIMPLE, pulled, GPUS["h100"], Execution(share_prefix=True))}
+    found = {
+        lever.name: lever for lever in levers(SIMPLE, pulled, GPUS["h100"], Execution(share_prefix=True))
+    }
     in_use = {name for name, lever in found.items() if lever.in_use}
     assert in_use == {
         "unconditional half under no_grad",
