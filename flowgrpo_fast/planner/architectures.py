@@ -28,8 +28,25 @@ from flowgrpo_fast.planner.shapes import CALLS, Size, vae_latents
 from flowgrpo_fast.recipe import LoRA, Network
 from flowgrpo_fast.recipe_io import nearest
 
-# What Flow-GRPO adapts where a recipe names nothing: the projections of attention.
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# What is adapted where a recipe names nothing: the projections of attention, in some families the MLPs too.
+_ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+_PLAIN = ("to_q", "to_k", "to_v", "to_out.0")
+_TARGETS = {
+    "SD3Transformer2DModel": _ATTENTION,
+    "FluxTransformer2DModel": (
+        *_ATTENTION,
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
+    "QwenImageTransformer2DModel": (
+        *_ATTENTION,
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    ),
+    "Flux2Transformer2DModel": (*_ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out"),
+    "HunyuanVideoTransformer3DModel": _ATTENTION,
+}
 _CLIP_TOKENS = 77
 _SD3 = "SD3Transformer2DModel"
 
@@ -153,7 +170,10 @@ def count(pipeline: Architecture, network: Network) -> Counts:
     rank = 0
     targets: tuple[str, ...] = ()
     if isinstance(network.train, LoRA):
-        rank, targets = network.train.rank, network.train.targets or ATTENTION
+        rank, targets = (
+            network.train.rank,
+            network.train.targets or _TARGETS.get(pipeline.transformer[0], _PLAIN),
+        )
     return replace(_count(key, size, rank, targets), name=pipeline.name)
 
 

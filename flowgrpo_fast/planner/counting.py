@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-_PRODUCTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.bmm, _aten.baddbmm)
+_KEPT = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)  # by selective checkpointing, beside attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,23 @@ def adapted_layers(module: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.
     }
 
 
+class _Products(TorchDispatchMode):
+    """Collects the results of matrix products while `inside` says so."""
+
+    def __init__(self, inside: Callable[[], bool]) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+        self._inside = inside
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _KEPT and self._inside():
+            self.results.append(result)
+        return result
+
+
 @dataclass(slots=True)
 class _Ledger:
     """Distinct storages, kept alive so that none is counted twice."""
@@ -156,9 +176,9 @@ def count_activations(module: nn.Module, call: Callable[[], Any], blocks: list[n
     for ledger in (saved, products, boundaries):
         for parameter in module.parameters():
             ledger.add(parameter)
-    outside, inside, heavy, inputs = 0.0, [0.0], 0.0, 0.0
+    outside, inside, inputs = 0.0, [0.0], 0.0
     depth = [0]
-    attention = _Attention()
+    attention, matrices = _Attention(), _Products(lambda: depth[0] > 0)
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal outside
@@ -178,13 +198,10 @@ def count_activations(module: nn.Module, call: Callable[[], Any], blocks: list[n
     def leave(block: nn.Module, arguments: Any, output: Any) -> None:
         depth[0] -= 1
 
-    def keep(layer: nn.Module, arguments: Any, output: Tensor) -> None:
-        nonlocal heavy
-        heavy += products.add(output)
-
-    with _hooks(blocks, enter, leave, keep), attention, torch.autograd.graph.saved_tensors_hooks(pack, _same):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, _same)
+    with _hooks(blocks, enter, leave), matrices, attention, hooks:
         call()
-    heavy += sum(products.add(output) for output in attention.kept)
+    heavy = sum(products.add(result) for result in (*matrices.results, *attention.kept))
     return Activations(
         all=outside + sum(inside),
         selective=outside + inputs + heavy,
@@ -198,13 +215,11 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooks(blocks: list[nn.Module], enter: Any, leave: Any, keep: Any) -> Iterator[None]:
+def _hooks(blocks: list[nn.Module], enter: Any, leave: Any) -> Iterator[None]:
     handles = []
     for block in blocks:
         handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(block.register_forward_hook(leave))
-        linears = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
-        handles += [layer.register_forward_hook(keep) for layer in linears]
     try:
         yield
     finally:

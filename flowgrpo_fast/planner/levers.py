@@ -80,7 +80,7 @@ def _method(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
     """Levers that change the method."""
     num_steps = recipe.sigmas.num_inference_steps
     window = window_steps(recipe.window, num_steps, 0, recipe.seed)
-    if window.num_trained > 3 and num_steps > 4:
+    if isinstance(recipe.loss, ClippedRatio) and window.num_trained > 3 and num_steps > 4:
         high = max(3, num_steps // 2)
         short = replace(recipe, window=RandomWindow(size=3, low=0, high=high))
         setting = f"window=RandomWindow window.size=3 window.high={high}"
@@ -92,7 +92,7 @@ def _method(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
         free = replace(recipe, loss=replace(recipe.loss, kl_beta=0.0))
         yield _Change("no KL to the start weights", "loss.kl_beta=0.0", False, False, free, execution)
     if not (isinstance(recipe.solver, DPMSolver2M) and recipe.solver.keep < 1):
-        if window.stochastic[-1] + 1 < num_steps - 1:
+        if window.stochastic and window.stochastic[-1] + 1 < num_steps - 1:
             solver = replace(recipe, solver=DPMSolver2M(keep=0.4))
             setting = "solver=DPMSolver2M solver.keep=0.4"
             yield _Change(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from flowgrpo_fast.planner.architectures import Counts, architecture, count
+from flowgrpo_fast.planner.architectures import Architecture, Counts, architecture, count
 from flowgrpo_fast.planner.counting import count_work
 from flowgrpo_fast.planner.devices import recognised_gpu
 from flowgrpo_fast.planner.memory import Memory, plan_memory
@@ -59,6 +59,9 @@ def floor_of(engine: Engine) -> Floor | None:
     recipe = engine.recipe
     try:
         counts = count_model(engine.model, engine.conditioning, engine.device, engine.seq_len)
+        pipeline = _known_pipeline(recipe)
+        if pipeline is not None and not counts.forward.attention:  # a kernel that the counter cannot see into
+            counts = replace(counts, forward=count(pipeline, recipe.network).forward)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None  # whatever a model of the user's own does under a counter
     step = plan_step(counts, recipe)
@@ -131,17 +134,22 @@ def memory_of(device: torch.device) -> float | None:
     return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
-def planned_memory(recipe: Recipe) -> Memory | None:
-    """The memory of a run, where its network is one the planner knows."""
+def _known_pipeline(recipe: Recipe) -> Architecture | None:
+    """The architecture of a recipe's network, where the planner has its configuration and shapes."""
     path = recipe.network.path
     known = {name.lower() for key, entry in PUBLISHED.items() for name in (key, *entry["names"])}
     if not path or not ((Path(path) / "model_index.json").is_file() or path.lower() in known):
         return None
     try:
-        pipeline = architecture(path)
+        return architecture(path)
     except ValueError:
         return None  # a family the planner has no shapes for; the model's own loader speaks for it
-    return plan_memory(count(pipeline, recipe.network), recipe)
+
+
+def planned_memory(recipe: Recipe) -> Memory | None:
+    """The memory of a run, where its network is one the planner knows."""
+    pipeline = _known_pipeline(recipe)
+    return None if pipeline is None else plan_memory(count(pipeline, recipe.network), recipe)
 
 
 def check_memory(recipe: Recipe, device: torch.device, capacity: float | None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flowgrpo_fast.planner.architectures import Counts
 from flowgrpo_fast.planner.step import Execution
-from flowgrpo_fast.recipe import FullFineTuning, LowPrecision, Recipe, Scouts
+from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LowPrecision, Recipe, Scouts
 from flowgrpo_fast.recipe.rollout import RolloutPrecision
 
 _CONTEXT = 1.5e9  # CUDA's own, with the libraries' workspaces
@@ -136,6 +136,8 @@ def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
     ]
     if recipe.optimizer.ema_decay > 0:
         parts.append(Part("moving average", trained, "set optimizer.ema_decay=0"))
+    if not isinstance(recipe.loss, ClippedRatio):  # it samples from a slower policy than it trains
+        parts.append(Part("policy that samples", trained, less))
     if full and getattr(recipe.loss, "kl_beta", 0.0) > 0:
         parts.append(Part("reference weights", counts.parameters * width, "set loss.kl_beta=0"))
     for precision in _low_precisions(recipe):

@@ -25,6 +25,7 @@ class Execution:
         -1
     )  # policies beside the trained one in a loss that matches velocities; -1: the loss's
     trained_steps: int = 0  # steps a sample trains on; 0: the window's
+    trained_of_group: int = 0  # finished samples of a group that the update takes; 0: all
     share_prefix: bool = False  # steps before the window once a group, where the start noise is shared
     share_first_step: bool = False  # the update's first stochastic step once a group
     share_first_forward: bool = False  # and the rollout's
@@ -223,8 +224,12 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, schedule: Sche
     if recipe.network.checkpointing == "full":
         forwards += with_gradient
     each = forwards * work.forward + with_gradient * work.backward(counts.trained_share)
-    samples = recipe.num_prompts * recipe.group_size
-    steps = execution.trained_steps or schedule.num_trained or schedule.num_steps
+    samples = recipe.num_prompts * (execution.trained_of_group or recipe.group_size)
+    steps = execution.trained_steps or schedule.num_trained
+    if (
+        matches and not execution.trained_steps
+    ):  # on finished samples, noised to a share of the schedule's sigmas
+        steps = max(1, int(getattr(recipe.loss, "fraction", 1.0) * schedule.num_steps))
     evaluations = samples * steps
     whole_window = schedule.num_trained == len(schedule.kept)
     if execution.share_first_step and recipe.share_start_noise and whole_window:

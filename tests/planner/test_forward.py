@@ -8,10 +8,11 @@ from dataclasses import asdict
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from flowgrpo_fast.planner.architectures import architecture, count, vit_h_14
-from flowgrpo_fast.planner.counting import adapted_layers, count_activations, count_work
+from flowgrpo_fast.planner.counting import adapted_layers, adapters, count_activations, count_work
 from flowgrpo_fast.planner.devices import GPUS, named_gpu, recognised_gpu
 from flowgrpo_fast.planner.published import PUBLISHED
 from flowgrpo_fast.recipe import FullFineTuning, LoRA, Network
@@ -171,11 +172,22 @@ def test_activations_are_those_autograd_keeps(changes) -> None:
     assert planned.block < planned.all / 2
 
 
+def test_activations_beside_adapters_are_those_of_peft() -> None:
+    targets = ("attn.to_q", "attn.to_out.0")
+    meta, real = tiny_sd3(), tiny_sd3("cpu")
+    meta.requires_grad_(False)
+    real.requires_grad_(False)
+    real.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=list(targets)))
+    with adapters(adapted_layers(meta, targets), 4):
+        planned = count_activations(meta, tiny_call(meta), list(meta.transformer_blocks))
+    assert planned.all == pytest.approx(saved_bytes(real, tiny_call(real, "cpu")), rel=0.03)
+
+
 def test_adapters_keep_less_than_full_fine_tuning_and_cost_their_parameters() -> None:
     lora, full = counts("sd3.5-medium"), counts("sd3.5-medium", train=FullFineTuning())
     assert lora.activations.all < 0.8 * full.activations.all
-    # 24 blocks of joint attention and 13 of a second one, 1536 wide; the last block's text has no output.
-    assert lora.trained == 32 * 2 * 1536 * (24 * 8 - 1 + 13 * 4)
+    # 24 blocks of joint attention, 1536 wide; the last block's text has no output.
+    assert lora.trained == 32 * 2 * 1536 * (24 * 8 - 1)
     assert full.trained == full.parameters
     assert counts("sd3.5-medium", train=LoRA(rank=8)).trained == lora.trained / 4
 
