@@ -63,10 +63,14 @@ def levers(
         same = change.recipe.network == recipe.network
         if not same and again is None:
             continue
-        other = counts if same or again is None else again(change.recipe)
-        then = plan_step(other, change.recipe, change.execution).floor(gpu)
+        try:
+            other = counts if same or again is None else again(change.recipe)
+            then = plan_step(other, change.recipe, change.execution).floor(gpu)
+        except ValueError:
+            continue  # the lever does not go with the rest of the recipe
         saves, whole = (then - now, then) if change.in_use else (now - then, now)
         found.append(Lever(change.name, saves, saves / whole, change.in_use, change.exact, change.setting))
+    found = [lever for lever in found if lever.in_use or lever.saves > 0]
     return sorted(found, key=lambda lever: (lever.in_use, -lever.saves))
 
 
@@ -107,12 +111,9 @@ def _method(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
         euler = replace(recipe, solver=replace(recipe.solver, keep=1.0))
         yield _Change("second-order solver, shorter tail", "solver.keep", False, True, euler, execution)
     half = recipe.group_size // 2
-    if (
-        isinstance(recipe.prune, KeepAll)
-        and isinstance(recipe.explore, NoScouts)
-        and half >= 2
-        and num_steps > 3
-    ):
+    apart = not recipe.share_start_noise  # else candidates are equal before the window
+    unpruned = isinstance(recipe.prune, KeepAll) and isinstance(recipe.explore, NoScouts)
+    if unpruned and apart and half >= 2 and num_steps > 3:
         pruned = replace(
             recipe,
             prune=Prune(at=(3,), sizes=(recipe.group_size,), score="latents"),

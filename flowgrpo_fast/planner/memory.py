@@ -12,6 +12,7 @@ from flowgrpo_fast.planner.architectures import Counts
 from flowgrpo_fast.planner.step import Execution
 from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LowPrecision, Recipe, Scouts
 from flowgrpo_fast.recipe.rollout import RolloutPrecision
+from flowgrpo_fast.sampling.windows import window_steps
 
 _CONTEXT = 1.5e9  # CUDA's own, with the libraries' workspaces
 _USABLE = 0.95  # of what is left: the allocator's blocks do not pack without gaps
@@ -107,8 +108,10 @@ def plan_memory(
 
 
 def _kept_steps(recipe: Recipe) -> int:
-    size: int = getattr(recipe.window, "size", recipe.sigmas.num_inference_steps - 1)
-    return size
+    """States of a sample that wait for the update; a loss without log-probs needs none but the finished sample."""
+    if not isinstance(recipe.loss, ClippedRatio):
+        return 0
+    return len(window_steps(recipe.window, recipe.sigmas.num_inference_steps, 0, recipe.seed).stochastic)
 
 
 def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
@@ -119,9 +122,7 @@ def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
     smaller = "set precision=bf16" if width == _FP32 else "choose a smaller model or a GPU with more memory"
     trained = counts.trained * _FP32
     base = counts.parameters * _FP32 if full else counts.parameters * width
-    shared_base = any(
-        isinstance(p, LowPrecision) and p.mode == "shared_base" for p in _low_precisions(recipe)
-    )
+    shared_base = any(part.mode == "shared_base" for part in _low_precisions(recipe).values())
     if shared_base and not full:
         base -= counts.linear_parameters * width  # only its low-precision form is kept
     parts = [Part("transformer weights", base, lora if full else smaller)]
@@ -140,19 +141,19 @@ def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
         parts.append(Part("policy that samples", trained, less))
     if full and getattr(recipe.loss, "kl_beta", 0.0) > 0:
         parts.append(Part("reference weights", counts.parameters * width, "set loss.kl_beta=0"))
-    for precision in _low_precisions(recipe):
+    for setting, precision in _low_precisions(recipe).items():
         size = 0.5625 if precision.format == "nvfp4" else 1.0  # codes, and a scale for 16 of them
         linear = counts.linear_parameters
         if precision.mode == "bare_layers":
             linear = int(linear * (1 - counts.forward.adapted / max(counts.forward.linear, 1)))
         name = f"low-precision copy ({precision.format})"
-        parts.append(Part(name, linear * size, "set rollout_precision=TrainingPrecision"))
+        parts.append(Part(name, linear * size, f"set {setting}=TrainingPrecision"))
     return parts
 
 
-def _low_precisions(recipe: Recipe) -> list[LowPrecision]:
-    """Distinct low precisions of the rollout and the scouts."""
-    asked: list[RolloutPrecision] = [recipe.rollout_precision]
-    if isinstance(recipe.explore, Scouts):
-        asked.append(recipe.explore.precision)
-    return list(dict.fromkeys(p for p in asked if isinstance(p, LowPrecision)))
+def _low_precisions(recipe: Recipe) -> dict[str, LowPrecision]:
+    """Distinct low precisions, by the setting that asks for them."""
+    asked: dict[str, RolloutPrecision] = {"rollout_precision": recipe.rollout_precision}
+    if isinstance(recipe.explore, Scouts) and recipe.explore.precision != recipe.rollout_precision:
+        asked["explore.precision"] = recipe.explore.precision
+    return {name: part for name, part in asked.items() if isinstance(part, LowPrecision)}

@@ -87,6 +87,15 @@ def test_a_low_precision_copy(precision, size) -> None:
     assert parts(recipe=replace(RECIPE, explore=Scouts(precision=precision)))[name] == size
 
 
+def test_the_remedy_is_the_setting_that_asked() -> None:
+    recipe = replace(RECIPE, explore=Scouts(precision=LowPrecision(format="nvfp4")))
+    copies = [p for p in plan_memory(COUNTS, recipe).fixed if p.name.startswith("low-precision")]
+    assert [p.remedy for p in copies] == ["set explore.precision=TrainingPrecision"]
+    same = replace(recipe, rollout_precision=LowPrecision(format="nvfp4"))
+    copies = [p for p in plan_memory(COUNTS, same).fixed if p.name.startswith("low-precision")]
+    assert [p.remedy for p in copies] == ["set rollout_precision=TrainingPrecision"]
+
+
 def test_a_shared_base_replaces_the_weights() -> None:
     got = parts(recipe=replace(RECIPE, rollout_precision=LowPrecision(mode="shared_base")))
     assert got["transformer weights"] == 2e9 - 2 * 8e8
