@@ -246,6 +246,10 @@ def test_levers_save_what_the_table_says() -> None:
     mine = {x.name: x for x in levers(count(architecture("sd3.5-medium"), network), flow_grpo(), h100)}
     assert mine["unconditional half under no_grad"].in_use
     assert mine["unconditional half under no_grad"].saves == pytest.approx(255 - 220, rel=0.02)
+    # 24 to 12 before step 3: 35 % of the rollout, half of the update and of what encodes and scores the samples.
+    flow = planned(TABLE["flow_grpo"])
+    saved = 0.35 * flow.rollout.total + (flow.update + flow.decode + flow.reward + flow.text) / 2
+    assert found["prune 24 to 12 before step 3"].saves == pytest.approx(saved / 800e12, rel=0.01)
 
     mix = replace(mix_grpo(), network=FLUX)
     flux = architecture("flux.1-dev")
@@ -265,12 +269,9 @@ def test_levers_save_what_the_table_says() -> None:
     assert found["LoRA instead of full fine-tuning"].saves == pytest.approx(
         384 * 4 * 32.77e-3 / 0.8, rel=0.01
     )
-    half = found[
-        "prune 12 to 6 before step 3"
-    ]  # 3 steps of 12 and 22 of 6; half of the update, decode and reward
-    rest = planned(TABLE["mix_grpo"])
-    saved = 12 * 32 / 2 * 22 * 37.28e12 + (rest.update + rest.decode + rest.reward) / 2
-    assert half.saves == pytest.approx(saved / 800e12, rel=0.01)
+    assert not [
+        name for name in found if name.startswith("prune")
+    ]  # one start noise: candidates are equal that early
 
 
 def test_levers_in_use_are_told_apart() -> None:
