@@ -1,7 +1,7 @@
 """What a GPU holds while a recipe trains, part by part, and the largest micro-batch that still fits.
 
-Every GPU holds all weights: this engine replicates, it does not shard. Activations are those of eager mode; compiled
-blocks keep less, so the micro-batch found here is safe.
+Every GPU holds all weights: this engine replicates, it does not shard. Activations are those of eager mode; of compiled
+blocks, which compute element-wise steps again in the backward, those of selective checkpointing.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ def plan_memory(
     network = recipe.network
     halves = 2 if execution.uncond_gradient and recipe.guidance_scale != 1.0 else 1
     kept = counts.activations.kept(network.checkpointing) * halves
+    if network.compile and network.checkpointing == "none":  # the compiler computes element-wise steps again
+        kept = min(kept, counts.activations.kept("selective") * halves)
     transient = counts.activations.block  # of the block that runs: forward, and gradients on the way back
     lighter = {"none": "selective", "selective": "full"}.get(network.checkpointing)
     remedy = (

@@ -102,6 +102,13 @@ def test_a_shared_base_replaces_the_weights() -> None:
     assert got["low-precision copy (fp8_rows)"] == 8e8
 
 
+def test_compiled_blocks_keep_what_selective_checkpointing_keeps() -> None:
+    compiled = replace(RECIPE, network=Network(compile=True))
+    assert parts(recipe=compiled)["activations"] == 2.25e9
+    full = replace(RECIPE, network=Network(compile=True, checkpointing="full"))
+    assert parts(recipe=full)["activations"] == 0.75e9
+
+
 def test_uncond_in_autograd_doubles_the_activations() -> None:
     guided = replace(RECIPE, guidance_scale=4.0)
     doubled = parts(recipe=guided, execution=Execution(uncond_gradient=True))["activations"]
