@@ -24,7 +24,7 @@ from flowgrpo_fast.planner.counting import (
     count_work,
 )
 from flowgrpo_fast.planner.published import PUBLISHED, Part
-from flowgrpo_fast.planner.shapes import CALLS, Size, vae_latents
+from flowgrpo_fast.planner.shapes import CALLS, Size, vae_latents, vae_stride
 from flowgrpo_fast.recipe import LoRA, Network
 from flowgrpo_fast.recipe_io import nearest
 
@@ -68,12 +68,14 @@ class Architecture:
             ValueError: a size the patches of this family do not divide.
         """
         calling = CALLS[self.transformer[0]]
+        stride = vae_stride(*self.vae) if self.vae else 8
+        multiple = stride * calling.patch
         for name in ("height", "width"):
             value = getattr(network, name)
-            if value % calling.multiple:
+            if value % multiple:
                 raise ValueError(
-                    f"Network.{name} is {value}; {self.name} needs a multiple of {calling.multiple}, "
-                    f"such as {max(calling.multiple, value // calling.multiple * calling.multiple)}"
+                    f"Network.{name} is {value}; {self.name} needs a multiple of {multiple}, "
+                    f"such as {max(multiple, value // multiple * multiple)}"
                 )
         if (network.num_frames - 1) % calling.frame_stride or (
             calling.frame_stride == 1 and network.num_frames > 1
@@ -83,7 +85,7 @@ class Architecture:
         tokens = network.max_sequence_length or self.tokens
         if network.max_sequence_length and self.transformer[0] == _SD3:
             tokens += _CLIP_TOKENS
-        return Size(network.height, network.width, network.num_frames, tokens)
+        return Size(network.height, network.width, network.num_frames, tokens, stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ def _count(key: str, size: Size, rank: int, targets: tuple[str, ...]) -> Counts:
         trained=adapter or parameters,
         latent_elements=_latent_elements(inputs),
         activations=activations,
-        sequence=(size.height // 16) * (size.width // 16),
+        sequence=math.prod(size.packed),
     )
     return _with_text(_with_vae(counts, vae, size), encoders, kind, size)
 

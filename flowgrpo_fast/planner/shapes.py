@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,6 +21,17 @@ class Size:
     width: int = 512
     num_frames: int = 1
     tokens: int = 0
+    stride: int = 8  # pixels a latent, each way
+
+    @property
+    def latents(self) -> tuple[int, int]:
+        """Rows and columns of latents."""
+        return self.height // self.stride, self.width // self.stride
+
+    @property
+    def packed(self) -> tuple[int, int]:
+        """Rows and columns of tokens, two by two latents each."""
+        return self.height // (2 * self.stride), self.width // (2 * self.stride)
 
     def __str__(self) -> str:
         """As tables show it."""
@@ -32,7 +44,7 @@ class Calling:
     """How one transformer class is called."""
 
     inputs: Callable[[Config, Size], dict[str, Any]]
-    multiple: int = 16  # of pixels, that height and width must be
+    patch: int = 2  # latents a token, each way
     frame_stride: int = 1  # frames behind one latent frame, after the first
 
 
@@ -42,7 +54,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def _sd3(config: Config, size: Size) -> dict[str, Any]:
     return {
-        "hidden_states": _empty(1, config.in_channels, size.height // 8, size.width // 8),
+        "hidden_states": _empty(1, config.in_channels, *size.latents),
         "encoder_hidden_states": _empty(1, size.tokens, config.joint_attention_dim),
         "pooled_projections": _empty(1, config.pooled_projection_dim),
         "timestep": _empty(1, dtype=torch.float32),
@@ -50,7 +62,7 @@ def _sd3(config: Config, size: Size) -> dict[str, Any]:
 
 
 def _flux(config: Config, size: Size) -> dict[str, Any]:
-    positions = (size.height // 16) * (size.width // 16)
+    positions = math.prod(size.packed)
     return {
         "hidden_states": _empty(1, positions, config.in_channels),
         "encoder_hidden_states": _empty(1, size.tokens, config.joint_attention_dim),
@@ -63,7 +75,7 @@ def _flux(config: Config, size: Size) -> dict[str, Any]:
 
 
 def _flux2(config: Config, size: Size) -> dict[str, Any]:
-    positions = (size.height // 16) * (size.width // 16)
+    positions = math.prod(size.packed)
     return {
         "hidden_states": _empty(1, positions, config.in_channels),
         "encoder_hidden_states": _empty(1, size.tokens, config.joint_attention_dim),
@@ -75,7 +87,7 @@ def _flux2(config: Config, size: Size) -> dict[str, Any]:
 
 
 def _qwen(config: Config, size: Size) -> dict[str, Any]:
-    grid = (1, size.height // 16, size.width // 16)
+    grid = (1, *size.packed)
     return {
         "hidden_states": _empty(1, grid[1] * grid[2], config.in_channels),
         "encoder_hidden_states": _empty(1, size.tokens, config.joint_attention_dim),
@@ -86,7 +98,7 @@ def _qwen(config: Config, size: Size) -> dict[str, Any]:
 
 def _video(config: Config, size: Size) -> Tensor:
     frames = (size.num_frames - 1) // 4 + 1
-    return _empty(1, config.in_channels, frames, size.height // 8, size.width // 8)
+    return _empty(1, config.in_channels, frames, *size.latents)
 
 
 def _wan(config: Config, size: Size) -> dict[str, Any]:
@@ -110,7 +122,7 @@ def _hunyuan(config: Config, size: Size) -> dict[str, Any]:
 
 def _z_image(config: Config, size: Size) -> dict[str, Any]:
     return {
-        "x": [_empty(config.in_channels, 1, size.height // 8, size.width // 8)],
+        "x": [_empty(config.in_channels, 1, *size.latents)],
         "t": _empty(1),
         "cap_feats": [_empty(size.tokens, config.cap_feat_dim)],
     }
@@ -118,7 +130,7 @@ def _z_image(config: Config, size: Size) -> dict[str, Any]:
 
 def _sana(config: Config, size: Size) -> dict[str, Any]:
     return {
-        "hidden_states": _empty(1, config.in_channels, size.height // 32, size.width // 32),
+        "hidden_states": _empty(1, config.in_channels, *size.latents),
         "encoder_hidden_states": _empty(1, size.tokens, config.caption_channels),
         "timestep": _empty(1),
     }
@@ -132,17 +144,26 @@ CALLS = {
     "WanTransformer3DModel": Calling(_wan, frame_stride=4),
     "HunyuanVideoTransformer3DModel": Calling(_hunyuan, frame_stride=4),
     "ZImageTransformer2DModel": Calling(_z_image),
-    "SanaTransformer2DModel": Calling(_sana, multiple=32),
+    "SanaTransformer2DModel": Calling(_sana, patch=1),
 }
 
 
+_NO_FRAMES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderDC")
+
+
+def vae_stride(vae_class: str, config: Mapping[str, Any]) -> int:
+    """Pixels a latent, each way, by the number of halvings the configuration names; 8 where it names none."""
+    halvings = {
+        "AutoencoderDC": len(config.get("decoder_block_out_channels", [0] * 6)) - 1,
+        "AutoencoderKLWan": len(config.get("temperal_downsample", [0] * 3)),
+        "AutoencoderKLQwenImage": len(config.get("temperal_downsample", [0] * 3)),
+        "AutoencoderKLHunyuanVideo": int(config.get("spatial_compression_ratio", 8)).bit_length() - 1,
+    }
+    return 2 ** halvings.get(vae_class, len(config.get("block_out_channels", [0] * 4)) - 1)
+
+
 def vae_latents(vae_class: str, config: Config, size: Size) -> Tensor:
-    """What the autoencoder decodes for one row, with the channels and strides of its class."""
+    """What the autoencoder decodes for one row."""
     channels = config.latent_channels if "latent_channels" in config else config.z_dim
-    frames: tuple[int, ...] = ((size.num_frames - 1) // 4 + 1,)
-    stride = 8
-    if vae_class == "AutoencoderDC":
-        frames, stride = (), 2 ** (len(config.decoder_block_out_channels) - 1)
-    elif vae_class in ("AutoencoderKL", "AutoencoderKLFlux2"):
-        frames, stride = (), 2 ** (len(config.block_out_channels) - 1)
-    return _empty(1, channels, *frames, size.height // stride, size.width // stride, dtype=torch.float32)
+    frames = () if vae_class in _NO_FRAMES else ((size.num_frames - 1) // 4 + 1,)
+    return _empty(1, channels, *frames, *size.latents, dtype=torch.float32)

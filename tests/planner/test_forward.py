@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import diffusers
 import pytest
@@ -219,6 +219,17 @@ def test_a_folder_is_read_like_a_published_name(tmp_path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "UNet"]}))
     with pytest.raises(ValueError, match="holds a UNet; the planner knows SD3Transformer2DModel"):
         architecture(str(tmp_path))
+
+
+def test_an_autoencoder_that_shrinks_less_leaves_more_tokens() -> None:
+    shallow = dict(PUBLISHED["sd3-medium"]["vae"][1], block_out_channels=[128, 256, 512])
+    for key in ("down_block_types", "up_block_types"):
+        shallow[key] = shallow[key][:3]
+    pipeline = replace(architecture("sd3-medium"), vae=("AutoencoderKL", shallow))
+    assert pipeline.size(Network(height=248, width=248)).packed == (31, 31)
+    ours, usual = count(pipeline, Network(height=256, width=256)), counts("sd3-medium")
+    assert ours.forward == usual.forward  # 256 pixels at a stride of 4 are 512 at 8
+    assert ours.latent_elements == usual.latent_elements
 
 
 @pytest.mark.parametrize(
