@@ -18,8 +18,8 @@ from flowgrpo_fast.planner.memory import Memory, plan_memory
 from flowgrpo_fast.planner.published import PUBLISHED
 from flowgrpo_fast.planner.step import plan_step
 from flowgrpo_fast.recipe import Recipe
-from flowgrpo_fast.training.engine import Engine
-from flowgrpo_fast.types import Conditioning, FlowModel
+from flowgrpo_fast.training.engine import Engine, PromptRows
+from flowgrpo_fast.types import FlowModel
 
 _MEASURING = 0.25  # seconds of matrix products, after the first
 _SIDE = {"cpu": 768, "cuda": 8192}
@@ -76,7 +76,7 @@ def floor_of(engine: Engine) -> Floor | None:
 
 
 def count_model(
-    model: FlowModel, conditioning: Conditioning, device: torch.device, sequence: int | None = None
+    model: FlowModel, conditioning: PromptRows, device: torch.device, sequence: int | None = None
 ) -> Counts:
     """Counts one velocity call and one decode of a loaded model, on one row; rewards count as nothing."""
     latents = torch.zeros(1, *model.latent_shape, device=device)

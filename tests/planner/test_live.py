@@ -50,8 +50,9 @@ def test_adapters_are_told_from_full_fine_tuning(toy_recipe) -> None:
 
 def test_the_floor_is_work_over_rate(toy_recipe, monkeypatch) -> None:
     monkeypatch.setattr(live, "measured_rate", lambda device, dtype: 1e6)
-    recipe = toy_recipe(rollout_precision=LowPrecision())  # emulated on a CPU: no faster
-    floor = floor_of(build_engine(recipe, CPU))
+    engine = build_engine(toy_recipe(), CPU)
+    engine.recipe = replace(engine.recipe, rollout_precision=LowPrecision())  # emulated on a CPU: no faster
+    floor = floor_of(engine)
     assert floor is not None
     forward = 2 * (8 * 32 + 32 * 6)
     expected = (
