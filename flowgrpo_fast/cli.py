@@ -1,7 +1,8 @@
-"""The command line: train | sample | bench | env | recipes | report | pretrain-digits."""
+"""The command line: train | plan | sample | bench | env | recipes | report | pretrain-digits."""
 
 from __future__ import annotations
 
+import json as json_text
 import platform
 import subprocess
 import sys
@@ -113,6 +114,39 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def plan(
+    model: tyro.conf.Positional[str],
+    recipe: tyro.conf.Positional[str] = "flow_grpo",
+    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
+    *,
+    gpu: str = "h100",
+    gpus: int = 1,
+    json: bool = False,
+) -> None:
+    """Plans one step without a GPU: FLOPs, floor in GPU-seconds, memory, and what each lever would save.
+
+    Args:
+        model: a published name, e.g. sd3.5-medium, its name on the hub, or a diffusers pipeline's folder.
+        recipe: its name; it is planned in bf16 unless overridden.
+        overrides: field=value, e.g. network.height=720 network.train=FullFineTuning.
+        gpu: h100, h200, b200, a100 or 4090, which the tables of work, memory and levers are for.
+        gpus: how many of them share a step's samples.
+        json: print plain values instead of tables.
+    """
+    from flowgrpo_fast.planner.devices import named_gpu
+    from flowgrpo_fast.planner.show import make_plan, show, to_json
+
+    if "=" in recipe:  # the name was left out
+        recipe, overrides = "flow_grpo", (recipe, *overrides)
+    resolved = override(replace(named_recipe(recipe), precision="bf16"), overrides)
+    result = make_plan(model, resolved, named_gpu(gpu), gpus)
+    if json:
+        print(json_text.dumps(to_json(result), indent=2))
+    else:
+        show(result, Console())
+
+
 def recipes() -> None:
     """Lists the recipes with their paper and idea."""
     table = Table(box=None, pad_edge=False)
@@ -212,6 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; a user's mistake is one line on stderr and exit code 2."""
     commands: dict[str, Callable[..., None]] = {
         "train": train,
+        "plan": plan,
         "sample": sample,
         "bench": bench,
         "env": env,

@@ -20,6 +20,7 @@ from flowgrpo_fast.monitor.figures import sample_grid
 from flowgrpo_fast.monitor.metrics import MetricsLog, TrackerName, make_tracker, read_metrics
 from flowgrpo_fast.monitor.progress import TrainingProgress
 from flowgrpo_fast.monitor.report import write_report
+from flowgrpo_fast.planner.live import Floor, check_memory, floor_of, memory_of, out_of_memory_in_one_line
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.recipe_io import save_recipe, to_dict
 from flowgrpo_fast.sampling.windows import window_steps
@@ -47,13 +48,18 @@ class Run:
             ValueError: a user's mistake or a failed run, in one line. What was finished is saved.
         """
         window_steps(self.recipe.window, self.recipe.sigmas.num_inference_steps, 0)  # refuse early
-        engine = build_engine(self.recipe, self.device)
+        check_memory(self.recipe, self.device, memory_of(self.device))
+        with out_of_memory_in_one_line(self.recipe, self.device):
+            return self._train(build_engine(self.recipe, self.device))
+
+    def _train(self, engine: Engine) -> Path:
         self._prepare_folder(engine)
         earlier = sum(r.get("seconds_step", 0.0) for r in read_metrics(self.folder))
         tracker = make_tracker(self.tracker, self.folder, to_dict(self.recipe))
         log = MetricsLog(self.folder, engine.step, tracker)
         cost = CostMeter(self.device, earlier)
-        self._announce(engine)
+        floor = floor_of(engine)
+        self._announce(engine, floor)
         stop = StopSignal(self.console)
         try:
             with stop, TrainingProgress(self.console, self.recipe.num_steps, engine.step) as progress:
@@ -61,7 +67,7 @@ class Run:
                     log.write({"step": 0, **self._evaluate(engine)})
 
                 def on_step(report: StepReport) -> None:
-                    record = self._record(engine, report, last=stop.requested)
+                    record = self._record(engine, report, floor, last=stop.requested)
                     log.write(record)
                     progress.show(record)
                     if engine.step % self.checkpoint_every == 0 and engine.step < self.recipe.num_steps:
@@ -98,19 +104,22 @@ class Run:
         except OSError as error:
             raise ValueError(f"cannot write to {str(self.folder)!r}: {error.strerror}") from None
 
-    def _announce(self, engine: Engine) -> None:
+    def _announce(self, engine: Engine, floor: Floor | None) -> None:
         recipe = self.recipe
         parameters = sum(p.numel() for p in engine.model.module.parameters() if p.requires_grad)
         self.console.print(
             f"[bold]{recipe.name}[/] on {recipe.task.model}: {parameters:,} trained parameters, "
             f"{recipe.num_prompts} prompts x {recipe.group_size} samples a step, {recipe.precision}\n"
-            f"{device_name(self.device)}\n{self.folder}",
+            f"{device_name(self.device)}\n{floor or 'floor unknown: the operations of this model cannot be counted'}\n"
+            f"{self.folder}",
             highlight=False,
         )
         if engine.low_precision is not None:
             self.console.print(f"low precision: {engine.low_precision.description}", highlight=False)
 
-    def _record(self, engine: Engine, report: StepReport, last: bool) -> dict[str, float]:
+    def _record(
+        self, engine: Engine, report: StepReport, floor: Floor | None, last: bool
+    ) -> dict[str, float]:
         """One line of metrics; every `eval_every` steps and at the end with an evaluation."""
         evaluation: dict[str, float] = {}
         if report.step % self.recipe.task.eval_every == 0 or last or report.step == self.recipe.num_steps:
@@ -122,6 +131,7 @@ class Run:
             **evaluation,
             **{f"seconds/{name}": round(value, 4) for name, value in report.seconds.items()},
             "seconds_step": round(sum(report.seconds.values()), 4),
+            **({"time_over_floor": round(floor.over(report.seconds), 3)} if floor else {}),
         }
 
     def _evaluate(self, engine: Engine) -> dict[str, float]:

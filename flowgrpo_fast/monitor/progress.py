@@ -1,4 +1,4 @@
-"""The progress bar: reward, judge, ratio, seconds per step."""
+"""The progress bar: reward, judge, ratio, seconds per step, and how far that is from the floor."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ class TrainingProgress:
         if "first_ratio_error" in record:
             numbers += f"  |ratio-1| {record['first_ratio_error']:.1e}"
         numbers += f"  {record['seconds_step']:.2f} s/step"
+        if "time_over_floor" in record:  # measured time over what the step's own FLOPs need here
+            numbers += f"  {record['time_over_floor']:.3g}x floor"
         self._progress.update(self._task, completed=record["step"], numbers=numbers)
         last = record["step"] == self._num_steps
         if not self._console.is_terminal and (record["step"] % self._plain_every == 0 or last):

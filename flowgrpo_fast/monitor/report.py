@@ -148,6 +148,9 @@ def _time(records: list[Record], summary: dict[str, Any]) -> str:
         for name, value in summary["cost"].items()
     )
     chart = figures.svg(figures.time_figure(seconds)) if seconds else ""
+    ratios = sorted(record["time_over_floor"] for record in records if "time_over_floor" in record)
+    if ratios:  # of the steps, the median
+        cost += f"<tr><td>time over the floor of its FLOPs</td><td>{ratios[len(ratios) // 2]:.3g}</td></tr>"
     return f"<h2>Time and cost</h2>{chart}<table>{cost}</table>"
 
 

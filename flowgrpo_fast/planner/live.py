@@ -1,0 +1,186 @@
+"""The plan of a run that is about to start or under way: does it fit, and how far is it from its floor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flowgrpo_fast.planner.architectures import Architecture, Counts, architecture, count
+from flowgrpo_fast.planner.counting import count_work
+from flowgrpo_fast.planner.devices import recognised_gpu
+from flowgrpo_fast.planner.memory import Memory, plan_memory
+from flowgrpo_fast.planner.published import PUBLISHED
+from flowgrpo_fast.planner.step import plan_step
+from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.training.engine import Engine, PromptRows
+from flowgrpo_fast.types import FlowModel
+
+_MEASURING = 0.25  # seconds of matrix products, after the first
+_SIDE = {"cpu": 768, "cuda": 8192}
+_OUTSIDE = ("evaluation", "self_test")  # phases of a step that are no part of the recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least one training step can take on this device."""
+
+    seconds: float
+    flops: float  # of the step, rewards left out
+    rate: float  # FLOP/s
+    origin: str  # of the rate
+
+    def over(self, phases: dict[str, float]) -> float:
+        """Measured time of a step's phases over the floor."""
+        return sum(s for name, s in phases.items() if name not in _OUTSIDE) / self.seconds
+
+    def __str__(self) -> str:
+        """As a run announces it."""
+        return (
+            f"floor {self.seconds:.3g} s a step: {_scaled(self.flops)}FLOP, rewards left out, "
+            f"at {_scaled(self.rate)}FLOP/s {self.origin}"
+        )
+
+
+def _scaled(value: float) -> str:
+    for unit, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if value >= unit:
+            return f"{value / unit:.3g} {prefix}"
+    return f"{value / 1e6:.3g} M"
+
+
+def floor_of(engine: Engine) -> Floor | None:
+    """The floor of a step, from one counted velocity call; None for a model whose operations cannot be counted."""
+    recipe = engine.recipe
+    try:
+        counts = count_model(engine.model, engine.conditioning, engine.device, engine.seq_len)
+        pipeline = _known_pipeline(recipe)
+        if pipeline is not None and not counts.forward.attention:  # a kernel that the counter cannot see into
+            counts = replace(counts, forward=count(pipeline, recipe.network).forward)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None  # whatever a model of the user's own does under a counter
+    step = plan_step(counts, recipe)
+    if not counts.forward.forward:
+        return None
+    gpu = recognised_gpu(torch.cuda.get_device_name(engine.device)) if engine.device.type == "cuda" else None
+    if gpu is not None and recipe.precision == "bf16":
+        return Floor(step.floor(gpu), step.total, gpu.rate(), f"(bf16 on a {gpu.name})")
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    rate = measured_rate(engine.device, dtype)
+    return Floor(step.seconds(rate), step.total, rate, f"(measured here, {recipe.precision})")
+
+
+def count_model(
+    model: FlowModel, conditioning: PromptRows, device: torch.device, sequence: int | None = None
+) -> Counts:
+    """Counts one velocity call and one decode of a loaded model, on one row; rewards count as nothing."""
+    latents = torch.zeros(1, *model.latent_shape, device=device)
+    sigma = torch.ones(1, device=device)
+    row = conditioning.rows(torch.zeros(1, dtype=torch.int64, device=device))
+    with torch.compiler.set_stance("force_eager"):
+        forward = count_work(lambda: model.velocity(latents, sigma, row))
+        decode = count_work(lambda: model.decode(latents))
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    weights = [layer.weight for layer in model.module.modules() if isinstance(layer, layers)]
+    moved = sum(w.numel() for w in weights if w.requires_grad)
+    parameters = list(model.module.parameters())
+    return Counts(
+        name=type(model).__name__,
+        size="x".join(map(str, model.latent_shape)),
+        forward=forward,
+        trained_share=moved / max(1, sum(w.numel() for w in weights)),
+        decode=decode.forward,
+        text=0.0,
+        reward=0.0,
+        parameters=sum(p.numel() for p in parameters),
+        linear_parameters=sum(w.numel() for w in weights),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        latent_elements=latents.numel(),
+        sequence=sequence,
+    )
+
+
+def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products on this device as it is now, the best of a quarter of a second."""
+    side = _SIDE.get(device.type, 1024)
+    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    best, spent = float("inf"), 0.0
+    torch.mm(left, right)
+    while spent < _MEASURING:
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(left, right)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+        spent += time.perf_counter() - start
+    return 2.0 * side**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def memory_of(device: torch.device) -> float | None:
+    """Bytes a device has; None for the CPU, whose memory nobody reserves."""
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
+def _known_pipeline(recipe: Recipe) -> Architecture | None:
+    """The architecture of a recipe's network, where the planner has its configuration and shapes."""
+    path = recipe.network.path
+    known = {name.lower() for key, entry in PUBLISHED.items() for name in (key, *entry["names"])}
+    if not path or not ((Path(path) / "model_index.json").is_file() or path.lower() in known):
+        return None
+    try:
+        return architecture(path)
+    except ValueError:
+        return None  # a family the planner has no shapes for; the model's own loader speaks for it
+
+
+def planned_memory(recipe: Recipe) -> Memory | None:
+    """The memory of a run, where its network is one the planner knows."""
+    pipeline = _known_pipeline(recipe)
+    return None if pipeline is None else plan_memory(count(pipeline, recipe.network), recipe)
+
+
+def check_memory(recipe: Recipe, device: torch.device, capacity: float | None) -> None:
+    """Refuses a run that cannot fit, before anything is loaded; `capacity` None: nothing to compare with.
+
+    Raises:
+        ValueError: names the largest part and the setting that shrinks it.
+    """
+    memory = planned_memory(recipe) if capacity is not None else None
+    if memory is None or capacity is None:
+        return
+    refusal = memory.refusal(capacity, f"{device} ({capacity / 1e9:.0f} GB)", recipe.rows_per_update)
+    if refusal:
+        raise ValueError(refusal)
+
+
+@contextmanager
+def out_of_memory_in_one_line(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Turns the device's out-of-memory error into one line that names what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        memory = planned_memory(recipe)
+        rows = recipe.replay_rows or recipe.rollout_rows
+        advice = f"lower rows_per_forward (now {rows})"
+        if memory is not None:
+            largest = memory.parts[0]
+            advice = (
+                f"the largest part is {largest.name}, about {largest.bytes / 1e9:.1f} GB: {largest.remedy}"
+            )
+        reason = ". ".join(str(error).split(". ")[:2]).rstrip(
+            "."
+        )  # what was asked for; the rest is statistics
+        raise ValueError(f"out of memory on {device}: {reason}; {advice}") from error
