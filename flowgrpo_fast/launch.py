@@ -22,6 +22,7 @@ from flowgrpo_fast.monitor.progress import TrainingProgress
 from flowgrpo_fast.monitor.report import write_report
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.recipe_io import save_recipe, to_dict
+from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.sampling.windows import window_steps
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import Engine, build_engine
@@ -48,6 +49,7 @@ class Run:
         """
         window_steps(self.recipe.window, self.recipe.sigmas.num_inference_steps, 0)  # refuse early
         engine = build_engine(self.recipe, self.device)
+        resolve_schedule(self.recipe, 0, engine.seq_len)
         self._prepare_folder(engine)
         earlier = sum(r.get("seconds_step", 0.0) for r in read_metrics(self.folder))
         tracker = make_tracker(self.tracker, self.folder, to_dict(self.recipe))

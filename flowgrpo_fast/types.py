@@ -22,13 +22,13 @@ class Conditioning:
     negative_pooled_prompt_embeds: Tensor | None = None  # [P, C']
     extra: dict[str, Tensor] = field(default_factory=dict)  # name -> [P, ...]: image, mask, ...
 
-    def rows(self, index: Tensor) -> Conditioning:
-        """Rows `index [B]` (int64) of every field; used to repeat prompts over their group."""
+    def rows(self, index: Tensor | slice) -> Conditioning:
+        """Rows `index [B]` (int64) of every field, to repeat prompts over their group; a slice gives views."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         return replace(
             self,
-            **{k: v.index_select(0, index) for k, v in tensors.items() if v is not None},
-            extra={k: v.index_select(0, index) for k, v in self.extra.items()},
+            **{k: v[index] for k, v in tensors.items() if v is not None},
+            extra={k: v[index] for k, v in self.extra.items()},
         )
 
     def negative(self) -> Conditioning:
@@ -54,7 +54,10 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One rollout. Kept steps are the stochastic ones: they carry a log-prob and can be replayed."""
+    """One rollout. Kept steps are the stochastic ones: they carry a log-prob and can be replayed.
+
+    After pruning it holds the survivors, and `draws` theirs.
+    """
 
     sigmas: Tensor  # [T+1] fp32, host: 1 = noise, last = 0
     coeffs: Tensor  # [T, 8] fp32, device
@@ -64,6 +67,7 @@ class Trajectory:
     log_prob: Tensor  # [B, K] fp32, mean over latent elements
     draws: Draws
     x0: Tensor  # [B, *S] the finished samples
+    evaluations: int = 0  # network evaluations spent: rows times forwards, pruned candidates included
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,9 @@ class TrainBatch:
     conditioning: Conditioning  # one row per sample [B, ...]
     advantages: Tensor  # [B] fp32
     weight: Tensor  # [B] fp32: 0 drops a sample from the loss, else 1
-    step_position: Tensor  # [B, N] int64: which of the K kept steps each sample trains on, in order
+    step_position: (
+        Tensor  # [B, N] int64: which of the K kept steps (NFT: of the T sigmas) each sample trains on
+    )
 
 
 class FlowModel(Protocol):
@@ -103,6 +109,9 @@ class FlowModel(Protocol):
         """Images `[B, C, H, W]` fp32 in [0, 1]."""
         ...
 
+
+# Scores unfinished samples: x0 predictions [B, *S] of equal groups, neighbours in the batch -> [B] fp32.
+PreviewScore: TypeAlias = Callable[[Tensor], Tensor]
 
 # A reward: images [B, C, H, W] fp32 in [0, 1] and their B prompts -> [B] fp32.
 RewardFunction: TypeAlias = Callable[[Tensor, list[str]], Tensor]

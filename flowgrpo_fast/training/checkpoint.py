@@ -2,6 +2,7 @@
 
     checkpoints/step_000120/model.safetensors     the trained module
                             average.safetensors   its moving average, where the recipe has one
+                            old.safetensors       the policy that samples, where the loss keeps one
                             optimizer.pt          AdamW's state
                             state.json            counters
 
@@ -60,6 +61,8 @@ def _write(engine: Engine, folder: Path) -> None:
     save_model(engine.model.module, str(folder / "model.safetensors"))
     if engine.averaged is not None:
         save_model(engine.averaged.module, str(folder / "average.safetensors"))
+    if engine.old is not None:
+        save_model(engine.old.module, str(folder / "old.safetensors"))
     torch.save(engine.optimizer.state_dict(), folder / "optimizer.pt")
     (folder / "state.json").write_text(json.dumps({"step": engine.step, "num_updates": engine.num_updates}))
     for file in folder.iterdir():
@@ -87,6 +90,8 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
         load_model(engine.model.module, str(folder / "model.safetensors"))
         if engine.averaged is not None:
             load_model(engine.averaged.module, str(folder / "average.safetensors"))
+        if engine.old is not None:
+            load_model(engine.old.module, str(folder / "old.safetensors"))
         state = torch.load(folder / "optimizer.pt", map_location=engine.device, weights_only=True)
         engine.optimizer.load_state_dict(state)
         counters = json.loads((folder / "state.json").read_text())

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.recipe import NFT, Recipe
 from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
 
 
@@ -37,6 +37,7 @@ class Engine:
     optimizer: torch.optim.Optimizer
     reference: FlowModel | None  # the start weights, where the loss has a KL
     averaged: FlowModel | None  # the moving average, where the recipe has one
+    old: FlowModel | None  # the policy that samples, where the loss keeps it apart from the trained one
     device: torch.device
     step: int = 0  # finished training steps
     num_updates: int = 0  # finished optimiser steps
@@ -45,6 +46,11 @@ class Engine:
     def seq_len(self) -> int | None:
         """Image tokens of a sample, where the model says so; a dynamic shift needs them."""
         return getattr(self.model, "image_seq_len", None)
+
+    @property
+    def sampled(self) -> FlowModel:
+        """The model that training samples come from."""
+        return self.old or self.model
 
     @property
     def evaluated(self) -> FlowModel:
@@ -82,6 +88,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         optimizer=optimizer,
         reference=_frozen_copy(model) if recipe.loss.kl_beta > 0 else None,
         averaged=_frozen_copy(model) if recipe.optimizer.ema_decay > 0 else None,
+        old=_frozen_copy(model) if isinstance(recipe.loss, NFT) else None,
         device=device,
     )
 
