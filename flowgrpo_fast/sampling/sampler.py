@@ -54,15 +54,18 @@ class Walk:
 
     def rows(self, index: Tensor) -> Walk:
         """The rows that go on, gathered in one launch."""
-        own = {name: getattr(self, name) for name in ("latents", "x0_pred", "before", "after", "log_prob")}
-        own = {name: tensor for name, tensor in own.items() if tensor is not None and tensor.numel()}
+        names = ["latents", "log_prob"]
+        names += ["x0_pred"] if self.x0_pred is not None else []
+        names += ["before", "after"] if self.before.numel() else []
+        own = {name: getattr(self, name) for name in names}
         ids = {name: getattr(self.draws, name) for name in ("group_id", "seed", "start_seed")}
         moved = compact(index, *own.values(), *ids.values())
         return replace(
             self,
             conditioning=self.conditioning.rows(index),
             draws=replace(self.draws, **dict(zip(ids, moved[len(own) :], strict=True))),
-            **dict(zip(own, moved[: len(own)], strict=True)),
+            **{"before": self.before[: len(index)], "after": self.after[: len(index)]}  # where none is kept
+            | dict(zip(own, moved[: len(own)], strict=True)),
         )
 
 

@@ -20,7 +20,7 @@ class Schedule:
     sigmas: Tensor  # [T+1] fp32
     coeffs: Tensor  # [T, 8] fp32
     kept: tuple[int, ...]  # steps that carry a log-prob
-    num_trained: int  # of the kept ones (NFT: of all sigmas above 0), per sample
+    num_trained: int  # of the kept ones, per sample
     history: tuple[bool, ...]  # [T] steps that read the x0 prediction of the step before
     cuts: dict[int, int] = field(default_factory=dict)  # before this step a group shrinks to this size
 
@@ -55,7 +55,7 @@ def resolve_schedule(recipe: Recipe, iteration: int, seq_len: int | None = None)
     ]
     kept, num_trained = window.stochastic, window.num_trained
     if isinstance(recipe.loss, NFT):
-        kept, num_trained = (), max(1, int(recipe.loss.fraction * len(rules)))
+        kept, num_trained = (), 0
     return _schedule(sigmas, rules, kept, num_trained, _cuts(recipe, len(rules)))
 
 

@@ -105,8 +105,11 @@ def make_batch(
     advantages, weight = assign_credit(
         rewards, draws.group_id, recipe.credit, recipe.task.rewards, len(draws.prompt_index)
     )
-    num_steps = schedule.num_steps if isinstance(recipe.loss, NFT) else len(schedule.kept)
-    position = draw_step_positions(recipe, num_steps, schedule.num_trained, engine.step)
+    num_steps, num_trained = len(schedule.kept), schedule.num_trained
+    if isinstance(recipe.loss, NFT):
+        num_steps = len(trajectory.sigmas) - 1  # the rollout's own
+        num_trained = max(1, int(recipe.loss.fraction * num_steps))
+    position = draw_step_positions(recipe, num_steps, num_trained, engine.step)
     return TrainBatch(
         trajectory=trajectory,
         conditioning=engine.conditioning.rows(draws.prompt_index[draws.group_id]),
