@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 
 from flowgrpo_fast.recipe.checks import one_of, positive, require
 
+_MOST = 1024  # candidates of a prompt that `ops.best_variance_subset` and `ops.top_bottom` take
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPrecision:
@@ -73,6 +75,10 @@ class Prune:
             all(a > b for a, b in pairwise((*self.sizes, 0))),
             f"Prune.sizes is {self.sizes}; its sizes must fall",
         )
+        require(
+            self.sizes[0] <= _MOST,
+            f"Prune.sizes is {self.sizes}; a selection takes at most {_MOST} of a prompt",
+        )
         one_of(self, ("variance", "top_bottom"), select=self.select)
         one_of(self, ("reward", "latents"), score=self.score)
         positive(self, pool=self.pool)
@@ -107,7 +113,10 @@ class Scouts:
 
     def __post_init__(self) -> None:
         """At least two of each."""
-        positive(self, num_scouts=self.num_scouts)
+        require(
+            2 <= self.num_scouts <= _MOST,
+            f"Scouts.num_scouts is {self.num_scouts}; it must be in [2, {_MOST}]",
+        )
         require(
             self.num_inference_steps >= 2,
             f"Scouts.num_inference_steps is {self.num_inference_steps}; it must be at least 2",

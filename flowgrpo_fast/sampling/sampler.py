@@ -99,7 +99,7 @@ def rollout(
     evaluations, log_probs = 0, []
     for step in range(schedule.num_steps):
         velocity, guidance = _predict_rows(model, walk, coeffs[step, 0], recipe)
-        evaluations += len(velocity) * (1 if guidance is None else 2)
+        evaluations += len(velocity) * halves(recipe)
         out = flow_step(
             walk.latents,
             velocity,
@@ -164,8 +164,8 @@ def _predict_rows(
     if len(parts) == 1:
         return parts[0]
     velocity = torch.cat([velocity for velocity, _ in parts])
-    halves = [guidance.negative_velocity for _, guidance in parts if guidance is not None]
-    return velocity, Guidance(torch.cat(halves), recipe.guidance_scale) if halves else None
+    negative = [guidance.negative_velocity for _, guidance in parts if guidance is not None]
+    return velocity, Guidance(torch.cat(negative), recipe.guidance_scale) if negative else None
 
 
 def predict(
@@ -178,11 +178,16 @@ def predict(
     sigma = sigma.expand(latents.shape[0])
     with _precision(recipe, latents.device):
         velocity = model.velocity(latents, sigma, conditioning).contiguous()
-        if recipe.guidance_scale == 1.0:
+        if halves(recipe) == 1:
             return velocity, None
         with torch.no_grad():
             negative = model.velocity(latents, sigma, conditioning.negative()).contiguous()
     return velocity, Guidance(negative, recipe.guidance_scale)
+
+
+def halves(recipe: Recipe) -> int:
+    """Forwards a velocity takes: guidance has an unconditional half."""
+    return 1 if recipe.guidance_scale == 1.0 else 2
 
 
 def _precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[None]:

@@ -24,6 +24,7 @@ class Exploration:
     draws: Draws
     finished: Trajectory | None = None  # the scouts themselves, where they are trained on
     scout_rewards: Tensor | None = None  # [B], of the chosen seeds
+    mean_reward: Tensor | None = None  # [], of all scouts
     evaluations: int = 0
 
 
@@ -49,7 +50,7 @@ def explore(engine: Engine, draws: Draws) -> Exploration:
         draws, group_id=draws.group_id[rows], seed=draws.seed[rows], start_seed=draws.start_seed[rows]
     )
     finished = None if part.regenerate else replace(_rows(scouts, rows), draws=chosen, evaluations=0)
-    return Exploration(chosen, finished, rewards[rows], scouts.evaluations)
+    return Exploration(chosen, finished, rewards[rows], rewards.mean(), scouts.evaluations)
 
 
 def scout_model(engine: Engine, part: Scouts) -> tuple[FlowModel, Recipe]:
@@ -68,17 +69,20 @@ def _rows(trajectory: Trajectory, rows: Tensor) -> Trajectory:
 
 
 def scout_metrics(explored: Exploration, rewards: Tensor) -> dict[str, float]:
-    """Scouts against the full samples of the same seeds: rank correlation, and overlap of the better halves.
+    """The scouts' mean reward; and, against the full samples of the same seeds, ranks and overlap of the better halves.
 
-    Both are means over prompts, and over the chosen seeds only: picking extremes widens the spread, so that they are
-    above what all scouts would give. `Scouts.select = "random"` measures without that.
+    The chosen are extremes: their own mean reward says little of the policy, and they are told apart more easily than
+    all scouts would be. `Scouts.select = "random"` measures without that.
     """
-    if explored.scout_rewards is None or explored.finished is not None:
+    if explored.scout_rewards is None or explored.mean_reward is None:
         return {}
+    if explored.finished is not None:
+        return {"scout_reward": float(explored.mean_reward)}
     num_groups = len(explored.draws.prompt_index)
     scouts, full = explored.scout_rewards.view(num_groups, -1), rewards.view(num_groups, -1)
-    values = [
-        spearman(scouts, full).mean(),
-        top_overlap(scouts, full, max(1, scouts.shape[1] // 2)).mean(),
-    ]
-    return dict(zip(("scout_spearman", "scout_top_overlap"), torch.stack(values).tolist(), strict=True))
+    values = {
+        "scout_reward": explored.mean_reward.double(),
+        "scout_spearman": spearman(scouts, full).mean(),
+        "scout_top_overlap": top_overlap(scouts, full, scouts.shape[1] // 2).mean().double(),
+    }
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))

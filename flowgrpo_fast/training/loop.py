@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.credit.advantages import assign_credit
-from flowgrpo_fast.recipe import NFT, ClippedRatio
+from flowgrpo_fast.recipe import NFT, ClippedRatio, Prune
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import Schedule, ode_schedule, resolve_schedule
 from flowgrpo_fast.training.draws import draw, draw_eval, draw_step_positions
@@ -71,7 +71,8 @@ def train_step(engine: Engine) -> StepReport:
 def sample(engine: Engine, draws: Draws, schedule: Schedule) -> Trajectory:
     """The rollout of the policy that samples; candidates that the recipe prunes are scored on the way."""
     conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
-    judged = preview_score(engine, draws) if schedule.cuts else None
+    prune = engine.recipe.prune
+    judged = preview_score(engine, draws) if isinstance(prune, Prune) and prune.score == "reward" else None
     return rollout(engine.sampled, conditioning, draws, schedule, engine.recipe, judged)
 
 

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from flowgrpo_fast.losses.clipped_ratio import LossTerms, clipped_ratio, drift_kl
 from flowgrpo_fast.losses.nft import NFTTerms, forward_process, nft, old_decay, optimality
 from flowgrpo_fast.recipe import NFT, ClippedRatio
-from flowgrpo_fast.sampling.sampler import predict, replay, row_slices
+from flowgrpo_fast.sampling.sampler import halves, predict, replay, row_slices
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.types import FlowModel, TrainBatch
 
@@ -133,9 +133,8 @@ def _move_towards(follower: FlowModel | None, model: FlowModel, decay: float) ->
 
 def _spent(engine: Engine, batch: TrainBatch, tally: _Tally) -> dict[str, float]:
     """Rows times forwards through the network, of the rollout and the update; scouts are added by the loop."""
-    halves = 1 if engine.recipe.guidance_scale == 1.0 else 2
     models = 1 + (engine.old is not None) + (engine.reference is not None)
-    evaluations = batch.trajectory.evaluations + tally.backwards * models * halves
+    evaluations = batch.trajectory.evaluations + tally.backwards * models * halves(engine.recipe)
     return {"network_evaluations": float(evaluations), "network_backwards": float(tally.backwards)}
 
 

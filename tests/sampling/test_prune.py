@@ -309,6 +309,8 @@ def test_a_cut_needs_its_score(toy_recipe) -> None:
         (lambda r: Prune(at=(3, 4), sizes=(9,)), "names 2 steps and Prune.sizes 1 sizes"),
         (lambda r: Prune(score="latents", select="top_bottom"), "needs score='reward'"),
         (lambda r: Prune(pool=0), "Prune.pool is 0"),
+        (lambda r: Prune(sizes=(1025,)), "takes at most 1024 of a prompt"),
+        (lambda r: Scouts(num_scouts=1025), r"num_scouts is 1025; it must be in \[2, 1024\]"),
         (lambda r: r(prune=Prune(sizes=(8,))), "ends at 8; it must be above group_size = 8"),
         (lambda r: r(prune=Prune(), explore=Scouts(num_inference_steps=4)), "both choose who is trained"),
         (lambda r: r(explore=Scouts(num_scouts=8)), "num_scouts is 8; it must be above group_size = 8"),
