@@ -6,7 +6,7 @@ python benchmarks/digits_recipes.py --join a.json b.json --output results.json  
 
 A network evaluation is one row of one forward: rollout, pruned candidates, scouts (in whatever precision), replay, old
 policy and reference; a backward is counted apart. The trained weights are judged, not their moving average. The target
-of each seed is Flow-GRPO's own reward at its last step.
+of each seed is Flow-GRPO's own reward at its last step, where it is nearly at its ceiling, or a share of its gain.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from flowgrpo_fast.training.loop import StepReport, evaluate, train
 RESULTS = Path(__file__).parent / "results"
 BASE = "flow_grpo"
 FAIR = ["optimizer.ema_decay=0", "task.eval_every=5"]  # the averages lag behind by different numbers of steps
+SHARES = (1.0, 0.99, 0.9)
 NAMES = [BASE, "pro_grpo", "pro_grpo_flash", "diffusion_nft", "sol_rl"]
 
 
@@ -71,30 +73,53 @@ def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
 
 
 def reached(curve: list[dict[str, float]], target: float) -> dict[str, float] | None:
-    """The first point of a curve at or above a reward."""
+    """The first point of a curve at or above a reward; None if it stays below."""
     return next((point for point in curve if point["reward"] >= target), None)
 
 
 def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each run spent until Flow-GRPO's reward of the same seed, and by which factor that is less."""
-    bases = {r["seed"]: r["curve"][-1] for r in runs if r["recipe"] == BASE}
+    """What each run spent until a share of Flow-GRPO's gain at the same seed, and by which factor that is less."""
+    bases = {r["seed"]: r["curve"] for r in runs if r["recipe"] == BASE}
     rows = []
-    for r in runs:
+    for share, r in product(SHARES, runs):
         base = bases.get(r["seed"])
         if base is None:
             continue
-        point = reached(r["curve"], base["reward"])
-        row = {
-            "recipe": r["recipe"],
-            "seed": r["seed"],
-            "target": base["reward"],
-            "reached": point is not None,
-        }
+        start, end = base[0]["reward"], base[-1]["reward"]
+        target = round(start + share * (end - start), 4)
+        point, own = reached(r["curve"], target), reached(base, target)
+        row = {"share": share, "recipe": r["recipe"], "seed": r["seed"], "target": target}
         for key in ("network_evaluations", "network_backwards"):
             row[key] = point[key] if point else None
-            row[f"fewer_{key}"] = round(base[key] / point[key], 2) if point and point[key] else None
+            row[f"fewer_{key}"] = round(own[key] / point[key], 2) if own and point else None
         rows.append(row | {"last": r["curve"][-1]["reward"]})
     return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: evaluations until each share of Flow-GRPO's gain, the mean of all seeds, or how many got there."""
+    lines = [
+        "| recipe | " + " | ".join(f"{share:.0%} of the gain" for share in SHARES) + " | last reward |",
+        "|---|" + "---|" * (len(SHARES) + 1),
+    ]
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        cells = []
+        for share in SHARES:
+            own = [row for row in rows if row["recipe"] == name and row["share"] == share]
+            there = [row for row in own if row["network_evaluations"]]
+            if len(there) < len(own):
+                cells.append(f"{len(there)} of {len(own)} seeds")
+                continue
+            spent, back, fewer = (
+                sum(row[key] for row in own) / len(own)
+                for key in ("network_evaluations", "network_backwards", "fewer_network_evaluations")
+            )
+            cells.append(f"{spent / 1e3:.0f}k + {back / 1e3:.0f}k ({fewer:.1f}x)")
+        lasts = ", ".join(
+            f"{row['last']:.3f}" for row in rows if (row["recipe"], row["share"]) == (name, 1.0)
+        )
+        lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {lasts} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -119,8 +144,7 @@ def main() -> None:
         "runs": runs,
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    for row in result["until_flow_grpo"]:
-        print(row)
+    print(table(result["until_flow_grpo"]))
 
 
 if __name__ == "__main__":
