@@ -7,10 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowgrpo_fast.recipe import NFT, Credit, Deterministic, LowPrecision, Optimizer, Prune, Scouts
+from flowgrpo_fast.recipe import (
+    NFT,
+    Credit,
+    Deterministic,
+    DPMSolver2M,
+    LowPrecision,
+    Optimizer,
+    Prune,
+    Scouts,
+)
 from flowgrpo_fast.recipes import RECIPES
 from flowgrpo_fast.sampling.prune import choose
-from flowgrpo_fast.sampling.schedule import ode_schedule
+from flowgrpo_fast.sampling.schedule import ode_schedule, resolve_schedule
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
@@ -104,6 +113,24 @@ def test_chosen_seeds_are_regenerated_from_exactly_the_scouts_noise(toy_recipe) 
     assert torch.equal(rows, choose(rewards.view(4, 12), 4, "top_bottom"))
     torch.testing.assert_close(explored.scout_rewards, rewards[rows], rtol=1e-5, atol=1e-6)
     assert train_step(engine).metrics["scout_spearman"] == pytest.approx(1.0)
+
+
+def test_without_batch_dependent_rounding_regenerated_samples_are_the_scouts_to_the_bit(
+    toy_recipe, monkeypatch
+) -> None:
+    def elementwise(model, latents, sigma, conditioning):
+        return latents * (1 + conditioning.prompt_embeds[:, 0]) - sigma[:, None] * latents.sin()
+
+    monkeypatch.setattr(ToyModel, "velocity", elementwise)
+    scouts = Scouts(num_scouts=12, num_inference_steps=6)
+    recipe = toy_recipe(**FORWARD, group_size=4, explore=scouts, solver=DPMSolver2M())
+    kept = replace(recipe, explore=replace(scouts, regenerate=False))
+    engine, naive = build_engine(recipe, CPU), build_engine(kept, CPU)
+    drawn = draw(recipe, 2, 0, CPU)
+    explored, itself = explore(engine, drawn), explore(naive, drawn).finished
+    again = sample(engine, explored.draws, resolve_schedule(recipe, 0))
+    assert torch.equal(again.x0, itself.x0)
+    assert torch.equal(again.draws.start_seed, itself.draws.start_seed)
 
 
 @pytest.mark.parametrize("select", ["top_bottom", "variance", "random"])
