@@ -20,7 +20,7 @@ from flowgrpo_fast.sampling.sampler import row_slices
 from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
 from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import Engine
-from flowgrpo_fast.training.loop import score_images
+from flowgrpo_fast.training.score import score_images
 from flowgrpo_fast.types import Conditioning, Draws, FlowModel
 
 # (latents, velocity, timestep [B], the stored next latents or None) -> next latents, log-prob [B]

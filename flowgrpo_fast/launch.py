@@ -23,6 +23,7 @@ from flowgrpo_fast.monitor.report import write_report
 from flowgrpo_fast.planner.live import Floor, check_memory, floor_of, memory_of, out_of_memory_in_one_line
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.recipe_io import save_recipe, to_dict
+from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.sampling.windows import window_steps
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import Engine, build_engine
@@ -53,6 +54,7 @@ class Run:
             return self._train(build_engine(self.recipe, self.device))
 
     def _train(self, engine: Engine) -> Path:
+        resolve_schedule(self.recipe, 0, engine.seq_len)
         self._prepare_folder(engine)
         earlier = sum(r.get("seconds_step", 0.0) for r in read_metrics(self.folder))
         tracker = make_tracker(self.tracker, self.folder, to_dict(self.recipe))

@@ -10,16 +10,22 @@ from dataclasses import dataclass, replace
 
 from flowgrpo_fast.recipe import (
     CPS,
+    NFT,
     AllSteps,
     ClippedRatio,
     Credit,
     DanceSDE,
+    Deterministic,
     DPMSolver2M,
     FlowSDE,
     FractionOfSteps,
+    KeepAll,
+    LowPrecision,
     Optimizer,
+    Prune,
     RandomWindow,
     Recipe,
+    Scouts,
     Sigmas,
     SlidingWindow,
 )
@@ -105,6 +111,66 @@ def mix_grpo_flash() -> Recipe:
     )
 
 
+def pro_grpo() -> Recipe:
+    """Pro-GRPO: 48 candidates, cut to 24 and to the 12 that are trained on, by the variance of preview rewards."""
+    return replace(
+        flow_grpo(),
+        name="pro_grpo",
+        group_size=12,
+        prune=Prune(at=(5, 7), sizes=(48, 24)),
+    )
+
+
+def pro_grpo_flash() -> Recipe:
+    """Pro-GRPO-Flash: Flow-GRPO's own 24 candidates, cut to 16 and to 12."""
+    return replace(pro_grpo(), name="pro_grpo_flash", prune=Prune(at=(5, 7), sizes=(24, 16)))
+
+
+def diffusion_nft() -> Recipe:
+    """DiffusionNFT, SD3.5-M: finished ODE samples of a slower policy, noised again; no guidance, one update."""
+    return Recipe(
+        name="diffusion_nft",
+        sigmas=Sigmas(num_inference_steps=10, shift=3.0, spacing="diffusers"),
+        window=Deterministic(),
+        solver=DPMSolver2M(),
+        group_size=24,
+        num_prompts=48,
+        credit=Credit(std="batch", per_objective=False, drop_zero_variance=False),
+        loss=NFT(beta=1.0, kl_beta=1e-4),
+        optimizer=Optimizer(lr=3e-4, ema_decay=0.9),
+    )
+
+
+def sol_rl() -> Recipe:
+    """Sol-RL: DiffusionNFT on 24 of 96 seeds, chosen by NVFP4 scouts of six steps, regenerated in full."""
+    return replace(
+        diffusion_nft(),
+        name="sol_rl",
+        explore=Scouts(
+            num_scouts=96, num_inference_steps=6, precision=LowPrecision(format="nvfp4", mode="merged")
+        ),
+    )
+
+
+def naive_scaling() -> Recipe:
+    """Sol-RL's first control: all 96 in full steps and precision; what scouts would cost if they were not cheap."""
+    return replace(
+        diffusion_nft(),
+        name="naive_scaling",
+        explore=Scouts(num_scouts=96, num_inference_steps=10, regenerate=False),
+    )
+
+
+def naive_quantized() -> Recipe:
+    """Sol-RL's second control: all 96 in full steps and NVFP4, and the low-precision samples trained on."""
+    precision = LowPrecision(format="nvfp4", mode="merged")
+    return replace(
+        diffusion_nft(),
+        name="naive_quantized",
+        explore=Scouts(num_scouts=96, num_inference_steps=10, regenerate=False, precision=precision),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A line of `flowgrpo-fast recipes`."""
@@ -120,6 +186,12 @@ RECIPES = {
     "dance_grpo": Entry(dance_grpo, "arXiv 2505.07818"),
     "mix_grpo": Entry(mix_grpo, "arXiv 2507.21802"),
     "mix_grpo_flash": Entry(mix_grpo_flash, "arXiv 2507.21802"),
+    "pro_grpo": Entry(pro_grpo, "arXiv 2512.15347"),
+    "pro_grpo_flash": Entry(pro_grpo_flash, "arXiv 2512.15347"),
+    "diffusion_nft": Entry(diffusion_nft, "arXiv 2509.16117"),
+    "sol_rl": Entry(sol_rl, "arXiv 2604.06916"),
+    "naive_scaling": Entry(naive_scaling, "arXiv 2604.06916"),
+    "naive_quantized": Entry(naive_quantized, "arXiv 2604.06916"),
 }
 
 
@@ -132,18 +204,20 @@ def digits(recipe: Recipe) -> Recipe:
     would blow the last bits up to full-size advantages, and the digits collapse (docs/log.md). The method
     (dynamics, window, solver, credit, KL) stays the paper's.
     """
-    window = recipe.window
+    window, loss = recipe.window, recipe.loss
     if isinstance(window, SlidingWindow):
         window = replace(window, every=5)
+    if isinstance(loss, ClippedRatio):
+        loss = replace(loss, clip_range=0.002)
     return replace(
         recipe,
         sigmas=replace(recipe.sigmas, num_inference_steps=10, shift=1.0, spacing="linear"),
         window=window,
         guidance_scale=1.0,
-        group_size=24,
+        group_size=24 if isinstance(recipe.prune, KeepAll) else recipe.group_size,
         num_prompts=10,
         credit=replace(recipe.credit, eps=0.3),
-        loss=replace(recipe.loss, clip_range=0.002),
+        loss=loss,
         optimizer=replace(recipe.optimizer, lr=1e-4, num_updates=2),
         num_steps=60,
     )

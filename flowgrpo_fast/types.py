@@ -23,8 +23,11 @@ class Conditioning:
     # name -> [P, ...]: image, mask, ...; `negative_<name>` is what the unconditional half sees as `<name>`
     extra: dict[str, Tensor] = field(default_factory=dict)
 
-    def rows(self, index: Tensor) -> Conditioning:
-        """Rows `index [B]` (int64) of every field, on the index's device; repeats prompts over their group."""
+    def rows(self, index: Tensor | slice) -> Conditioning:
+        """Rows `index [B]` (int64) of every field, on the index's device, to repeat prompts over their group.
+
+        A slice gives views.
+        """
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         return replace(
             self,
@@ -44,8 +47,10 @@ class Conditioning:
         )
 
 
-def _rows(values: Tensor, index: Tensor) -> Tensor:
+def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
     """Rows of one field; a row that stands for all of them (stride 0) is not copied."""
+    if isinstance(index, slice):
+        return values[index]
     if values.stride(0) == 0:
         return values[:1].to(index.device).expand(len(index), *values.shape[1:])
     return values.index_select(0, index.to(values.device)).to(index.device)
@@ -63,7 +68,10 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One rollout. Kept steps are the stochastic ones: they carry a log-prob and can be replayed."""
+    """One rollout. Kept steps are the stochastic ones: they carry a log-prob and can be replayed.
+
+    After pruning it holds the survivors, and `draws` theirs.
+    """
 
     sigmas: Tensor  # [T+1] fp32, host: 1 = noise, last = 0
     coeffs: Tensor  # [T, 8] fp32, device
@@ -73,6 +81,7 @@ class Trajectory:
     log_prob: Tensor  # [B, K] fp32, mean over latent elements
     draws: Draws
     x0: Tensor  # [B, *S] the finished samples
+    evaluations: int = 0  # network evaluations spent: rows times forwards, pruned candidates included
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +100,9 @@ class TrainBatch:
     conditioning: Conditioning  # one row per sample [B, ...]
     advantages: Tensor  # [B] fp32
     weight: Tensor  # [B] fp32: 0 drops a sample from the loss, else 1
-    step_position: Tensor  # [B, N] int64: which of the K kept steps each sample trains on, in order
+    step_position: (
+        Tensor  # [B, N] int64: which of the K kept steps (NFT: of the T sigmas) each sample trains on
+    )
 
 
 class FlowModel(Protocol):
@@ -112,6 +123,9 @@ class FlowModel(Protocol):
         """Images `[B, C, H, W]`, or videos `[B, F, C, H, W]`, fp32 in [0, 1]."""
         ...
 
+
+# Scores unfinished samples: x0 predictions [B, *S] of equal groups, neighbours in the batch -> [B] fp32.
+PreviewScore: TypeAlias = Callable[[Tensor], Tensor]
 
 # A reward: images [B, C, H, W] fp32 in [0, 1] and their B prompts -> [B] fp32.
 RewardFunction: TypeAlias = Callable[[Tensor, list[str]], Tensor]

@@ -40,6 +40,16 @@ def check_recipe(recipe: Recipe) -> None:
         )
     part = recipe.rollout_precision
     if (
+        isinstance(explore, Scouts)
+        and isinstance(explore.precision, LowPrecision)
+        and explore.precision.mode == "shared_base"
+        and explore.precision != part
+    ):
+        raise ValueError(
+            "Scouts.precision.mode is 'shared_base': that is the training model itself. Give rollout_precision the "
+            "same, or choose 'merged', 'branch' or 'bare_layers' for scouts"
+        )
+    if (
         isinstance(part, LowPrecision)
         and part.mode == "shared_base"
         and FORMATS[part.format].scale_of_batch

@@ -6,7 +6,7 @@ Paper numbers live in `recipes.py`; this room holds no algorithm.
 
 from __future__ import annotations
 
-from flowgrpo_fast.recipe.learning import ClippedRatio, Credit, Optimizer
+from flowgrpo_fast.recipe.learning import NFT, ClippedRatio, Credit, Loss, Optimizer
 from flowgrpo_fast.recipe.network import FullFineTuning, LoRA, Network, Train
 from flowgrpo_fast.recipe.rollout import (
     Exploring,
@@ -23,6 +23,7 @@ from flowgrpo_fast.recipe.schedule import (
     CPS,
     AllSteps,
     DanceSDE,
+    Deterministic,
     DPMSolver2M,
     Dynamics,
     DynamicShift,
@@ -41,11 +42,13 @@ from flowgrpo_fast.recipe.whole import Recipe
 
 __all__ = [
     "CPS",
+    "NFT",
     "AllSteps",
     "ClippedRatio",
     "Credit",
     "DPMSolver2M",
     "DanceSDE",
+    "Deterministic",
     "DynamicShift",
     "Dynamics",
     "Euler",
@@ -56,6 +59,7 @@ __all__ = [
     "FullFineTuning",
     "KeepAll",
     "LoRA",
+    "Loss",
     "LowPrecision",
     "Network",
     "NoScouts",

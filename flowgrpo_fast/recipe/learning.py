@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from flowgrpo_fast.recipe.checks import positive, require
+from flowgrpo_fast.recipe.checks import fraction, positive, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,38 @@ class ClippedRatio:
         """A clip range is positive, a KL weight not negative."""
         positive(self, clip_range=self.clip_range)
         require(self.kl_beta >= 0, f"ClippedRatio.kl_beta is {self.kl_beta}; it must be at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NFT:
+    """DiffusionNFT: finished samples noised again; good ones attract, bad ones repel. arXiv 2509.16117.
+
+    Samples come from an old policy, which follows the trained one after every training step n (from 1):
+    `old = d * old + (1 - d) * new` with `d = min(old_decay_max, old_decay_rate * max(0, n - old_decay_start))`.
+    """
+
+    beta: float = 1.0  # how far the implicit policies lie from the old one
+    kl_beta: float = 0.0  # weight of the mean square distance of velocities from the start weights'
+    fraction: float = (
+        0.99  # of the schedule's sigmas: each sample trains on that many, drawn without repetition
+    )
+    old_decay_start: int = 0
+    old_decay_rate: float = 0.001
+    old_decay_max: float = 0.5  # 0 = the old policy is the one before the update
+
+    def __post_init__(self) -> None:
+        """Weights are not negative, decays below 1."""
+        positive(self, beta=self.beta)
+        fraction(self, fraction=self.fraction)
+        for name in ("kl_beta", "old_decay_start", "old_decay_rate"):
+            value = getattr(self, name)
+            require(value >= 0, f"NFT.{name} is {value}; it must be at least 0")
+        require(
+            0 <= self.old_decay_max < 1, f"NFT.old_decay_max is {self.old_decay_max}; it must be in [0, 1)"
+        )
+
+
+Loss: TypeAlias = ClippedRatio | NFT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 
 from flowgrpo_fast.recipe.checks import one_of, positive, require
 
+_MOST = 1024  # candidates of a prompt that `ops.best_variance_subset` and `ops.top_bottom` take
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPrecision:
@@ -48,13 +50,18 @@ class Prune:
     """Pro-GRPO's funnel: a prompt starts with `sizes[0]` candidates, and the batch shrinks on the way.
 
     Before step `at[i]` a group of `sizes[i]` is cut to `sizes[i + 1]`; the last cut leaves `Recipe.group_size`.
-    `score` "reward": the rewards of decoded x0 predictions; "latents": pooled x0 predictions, no decode.
+    A cut reads the x0 prediction of the step before it and costs no network evaluation; one at the schedule's end
+    reads finished samples. Survivors keep the transitions they have behind them, inside the window or not.
+
+    `score` "reward": the rewards of decoded x0 predictions; "latents": the spread of pooled ones, no decode.
+    `select` "variance": the subset whose scores vary most; "top_bottom": half the best, half the worst.
     """
 
     at: tuple[int, ...] = (3,)
     sizes: tuple[int, ...] = (48,)
     select: Literal["variance", "top_bottom"] = "variance"
     score: Literal["reward", "latents"] = "reward"
+    pool: int = 8  # side of a cell of pooled latents
 
     def __post_init__(self) -> None:
         """As many cuts as sizes; steps rise, groups shrink."""
@@ -70,8 +77,17 @@ class Prune:
             all(a > b for a, b in pairwise((*self.sizes, 0))),
             f"Prune.sizes is {self.sizes}; its sizes must fall",
         )
+        require(
+            self.sizes[0] <= _MOST,
+            f"Prune.sizes is {self.sizes}; a selection takes at most {_MOST} of a prompt",
+        )
         one_of(self, ("variance", "top_bottom"), select=self.select)
         one_of(self, ("reward", "latents"), score=self.score)
+        positive(self, pool=self.pool)
+        require(
+            self.score == "reward" or self.select == "variance",
+            "Prune.select is 'top_bottom', which needs score='reward'; latents have no best and no worst",
+        )
 
 
 Pruning: TypeAlias = KeepAll | Prune
@@ -87,6 +103,8 @@ class Scouts:
     """Sol-RL's two stages: many cheap samples a prompt; the chosen seeds are regenerated in full.
 
     The group of the recipe is what is regenerated: `group_size` of `num_scouts`, half the best, half the worst.
+    Scouts walk the ODE from the start noise that their seed names, with the recipe's solver. Controls: all scouts at
+    full steps and precision, `regenerate=False` (naive scaling); the same in low precision (naive quantisation).
     """
 
     num_scouts: int = 96
@@ -97,7 +115,10 @@ class Scouts:
 
     def __post_init__(self) -> None:
         """At least two of each."""
-        positive(self, num_scouts=self.num_scouts)
+        require(
+            2 <= self.num_scouts <= _MOST,
+            f"Scouts.num_scouts is {self.num_scouts}; it must be in [2, {_MOST}]",
+        )
         require(
             self.num_inference_steps >= 2,
             f"Scouts.num_inference_steps is {self.num_inference_steps}; it must be at least 2",

@@ -120,6 +120,11 @@ class DPMSolver2M:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Deterministic:
+    """No step is stochastic: the solver walks the ODE from start to end. For losses without a log-prob."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AllSteps:
     """Every step but the last is stochastic and trained (Flow-GRPO)."""
 
@@ -194,4 +199,4 @@ class SlidingWindow:
 
 Dynamics: TypeAlias = FlowSDE | DanceSDE | CPS
 Solver: TypeAlias = Euler | DPMSolver2M
-Window: TypeAlias = AllSteps | FractionOfSteps | RandomWindow | FrozenWindow | SlidingWindow
+Window: TypeAlias = Deterministic | AllSteps | FractionOfSteps | RandomWindow | FrozenWindow | SlidingWindow

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flowgrpo_fast.recipe.checks import positive, require
-from flowgrpo_fast.recipe.learning import ClippedRatio, Credit, Optimizer
+from flowgrpo_fast.recipe.learning import NFT, ClippedRatio, Credit, Loss, Optimizer
 from flowgrpo_fast.recipe.network import Network
 from flowgrpo_fast.recipe.rollout import (
     Exploring,
@@ -18,7 +18,16 @@ from flowgrpo_fast.recipe.rollout import (
     Scouts,
     TrainingPrecision,
 )
-from flowgrpo_fast.recipe.schedule import AllSteps, Dynamics, Euler, FlowSDE, Sigmas, Solver, Window
+from flowgrpo_fast.recipe.schedule import (
+    AllSteps,
+    Deterministic,
+    Dynamics,
+    Euler,
+    FlowSDE,
+    Sigmas,
+    Solver,
+    Window,
+)
 from flowgrpo_fast.recipe.task import Task
 
 
@@ -36,7 +45,7 @@ class Recipe:
     group_size: int = 24  # samples a prompt that are trained on; pruning and scouts start from more
     num_prompts: int = 48  # per training step
     credit: Credit = field(default_factory=Credit)
-    loss: ClippedRatio = field(default_factory=ClippedRatio)
+    loss: Loss = field(default_factory=ClippedRatio)
     optimizer: Optimizer = field(default_factory=Optimizer)
     network: Network = field(default_factory=Network)
     explore: Exploring = field(default_factory=NoScouts)
@@ -75,16 +84,64 @@ class Recipe:
                 "which the last cut leaves",
             )
         if isinstance(self.explore, Scouts):
-            require(
-                self.explore.num_scouts > self.group_size,
-                f"Scouts.num_scouts is {self.explore.num_scouts}; it must be above group_size = {self.group_size}",
-            )
+            self._check_scouts(self.explore)
+        self._check_loss()
         for name in ("rows_per_forward", "replay_rows"):
             rows = getattr(self, name)
             require(
                 rows >= 0 and self.rows_per_update % (rows or 1) == 0,
                 f"Recipe.{name} is {rows}; it must divide {self.rows_per_update}, the samples of one update",
             )
+
+    def _check_scouts(self, scouts: Scouts) -> None:
+        num_steps = self.sigmas.num_inference_steps
+        require(
+            scouts.num_scouts > self.group_size,
+            f"Scouts.num_scouts is {scouts.num_scouts}; it must be above group_size = {self.group_size}",
+        )
+        require(
+            scouts.num_inference_steps <= num_steps,
+            f"Scouts.num_inference_steps is {scouts.num_inference_steps}; scouts take at most the "
+            f"{num_steps} steps of a full sample",
+        )
+        require(
+            isinstance(self.prune, KeepAll),
+            "Recipe.explore and Recipe.prune both choose who is trained; use one",
+        )
+        require(
+            not self.share_start_noise,
+            "Recipe.share_start_noise is true; scouts differ in nothing but their start noise",
+        )
+
+    def _check_loss(self) -> None:
+        deterministic = isinstance(self.window, Deterministic)
+        require(
+            not (deterministic and self.share_start_noise),
+            "Recipe.share_start_noise is true and no step is stochastic; a group's samples would all be equal",
+        )
+        if isinstance(self.loss, NFT):
+            require(
+                self.guidance_scale == 1,
+                f"Recipe.guidance_scale is {self.guidance_scale}; NFT samples and trains without guidance, at 1",
+            )
+            return
+        require(
+            not deterministic, "ClippedRatio needs log-probs; the window Deterministic has no stochastic step"
+        )
+        require(
+            not isinstance(self.explore, Scouts) or self.explore.regenerate,
+            "ClippedRatio needs log-probs, which scouts have not; set Scouts.regenerate to true",
+        )
+
+    @property
+    def num_candidates(self) -> int:
+        """Samples a prompt that the rollout starts with."""
+        return self.prune.sizes[0] if isinstance(self.prune, Prune) else self.group_size
+
+    @property
+    def num_drawn(self) -> int:
+        """Seeds a prompt that a step begins with, scouts included."""
+        return self.explore.num_scouts if isinstance(self.explore, Scouts) else self.num_candidates
 
     @property
     def rows_per_update(self) -> int:

@@ -9,28 +9,64 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.ops import Extras, Guidance, flow_log_prob, flow_step, philox_normal
+from flowgrpo_fast.ops import (
+    Extras,
+    FlowStepOutput,
+    Guidance,
+    compact,
+    flow_log_prob,
+    flow_step,
+    philox_normal,
+)
 from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.sampling.prune import Candidates, survivors
 from flowgrpo_fast.sampling.schedule import Schedule
-from flowgrpo_fast.types import Conditioning, Draws, FlowModel, Trajectory
+from flowgrpo_fast.types import Conditioning, Draws, FlowModel, PreviewScore, Trajectory
 
 START_NOISE_STREAM = 1  # stream 0 is the noise of the steps
-
-
-@dataclass(frozen=True, slots=True)
-class _Walk:
-    """What the steps of one micro-batch leave behind."""
-
-    x0: Tensor  # [R, *S]
-    latents: list[Tensor]  # K of [R, *S]
-    next_latents: list[Tensor]  # K of [R, *S]
-    log_prob: Tensor  # [R, T]; 0 at deterministic steps, not finite where a velocity was not
 
 
 def row_slices(num_rows: int, rows: int) -> Iterator[slice]:
     """Consecutive micro-batches of `rows`. Rollout and replay use the same ones: same shapes, same bits."""
     for first in range(0, num_rows, rows):
         yield slice(first, min(first + rows, num_rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """The samples under way, all before the same step; R of them, fewer after each cut."""
+
+    conditioning: Conditioning  # [R, ...]
+    draws: Draws
+    latents: Tensor  # [R, *S]
+    x0_pred: Tensor | None  # [R, *S] of the step before, where something reads it
+    before: Tensor  # [R, K, *S] latents before each kept step, as far as they are known
+    after: Tensor  # [R, K, *S]
+    log_prob: Tensor  # [R, T]; 0 at deterministic steps, not finite where a velocity was not
+
+    def move(self, step: int, kept: tuple[int, ...], out: FlowStepOutput) -> Walk:
+        """One step further."""
+        if step in kept:
+            self.before[:, kept.index(step)] = self.latents
+            self.after[:, kept.index(step)] = out.next_latents
+        self.log_prob[:, step] = out.log_prob
+        return replace(self, latents=out.next_latents, x0_pred=out.x0_pred)
+
+    def rows(self, index: Tensor) -> Walk:
+        """The rows that go on, gathered in one launch."""
+        names = ["latents", "log_prob"]
+        names += ["x0_pred"] if self.x0_pred is not None else []
+        names += ["before", "after"] if self.before.numel() else []
+        own = {name: getattr(self, name) for name in names}
+        ids = {name: getattr(self.draws, name) for name in ("group_id", "seed", "start_seed")}
+        moved = compact(index, *own.values(), *ids.values())
+        return replace(
+            self,
+            conditioning=self.conditioning.rows(index),
+            draws=replace(self.draws, **dict(zip(ids, moved[len(own) :], strict=True))),
+            **{"before": self.before[: len(index)], "after": self.after[: len(index)]}  # where none is kept
+            | dict(zip(own, moved[: len(own)], strict=True)),
+        )
 
 
 @torch.no_grad()
@@ -41,88 +77,98 @@ def rollout(
     schedule: Schedule,
     recipe: Recipe,
     outside: FlowModel | None = None,
+    score: PreviewScore | None = None,
 ) -> Trajectory:
-    """Samples B trajectories and keeps the stochastic steps.
+    """Samples B trajectories and keeps the stochastic steps; the schedule's cuts leave fewer of them on the way.
+
+    All rows move together, step by step, through the network in micro-batches of `recipe.rollout_rows`: groups are
+    joined, so a micro-batch stays full when they shrink. How many rows survive is known beforehand, which ones only on
+    the device: the latents wait for nothing there (a reward that runs on the host waits for its images).
 
     Args:
         conditioning: one row per sample, on the model's device.
         draws: the seeds; every sample's noise is a function of (seed, step, element) alone.
         schedule: from `resolve_schedule`.
-        recipe: guidance_scale, precision and rows per forward are read.
+        recipe: guidance_scale, precision, rows per forward and pruning are read.
         outside: what the steps without a log-prob run, say a copy in low precision; None = `model`.
+        score: what `Prune.score = "reward"` asks.
 
     Raises:
         ValueError: the model gave a NaN or infinite velocity; names step and sample.
     """
-    device = draws.seed.device
-    coeffs = schedule.coeffs.to(device)
-    walks = []
-    for rows in row_slices(len(draws.seed), recipe.rollout_rows):
-        part = conditioning.rows(torch.arange(rows.start, rows.stop, device=device))
-        walks.append(
-            _walk(
-                (model, outside or model),
-                part,
-                (draws.start_seed[rows], draws.seed[rows]),
-                (schedule, coeffs),
-                recipe,
-            )
+    coeffs = schedule.coeffs.to(draws.seed.device)
+    walk = _start(model, conditioning, draws, schedule)
+    evaluations, log_probs = 0, []
+    for step in range(schedule.num_steps):
+        stepper = model if step in schedule.kept else outside or model
+        velocity, guidance = _predict_rows(stepper, walk, coeffs[step, 0], recipe)
+        evaluations += len(velocity) * halves(recipe)
+        out = flow_step(
+            walk.latents,
+            velocity,
+            coeffs,
+            step,
+            walk.draws.seed,
+            guidance=guidance,
+            x0_prev=walk.x0_pred if schedule.history[step] else None,
+            return_x0_pred=schedule.x0_is_read(step),
         )
-    log_prob = torch.cat([walk.log_prob for walk in walks])
-    check_finite(log_prob)
+        last, walk = walk, walk.move(step, schedule.kept, out)
+        if step + 1 in schedule.cuts:
+            log_probs.append(walk.log_prob)
+            seen = Candidates(
+                latents=last.latents,
+                velocity=velocity,
+                guidance=guidance,
+                coeffs=coeffs,
+                step=step,
+                x0_pred=walk.x0_pred,
+                num_groups=len(draws.prompt_index),
+                grid=getattr(model, "latent_grid", None),
+            )
+            walk = walk.rows(survivors(seen, schedule.cuts[step + 1], recipe.prune, score))
+    for log_prob in (*log_probs, walk.log_prob):
+        check_finite(log_prob)
     return Trajectory(
         sigmas=schedule.sigmas,
         coeffs=coeffs,
         step_index=torch.tensor(schedule.kept, dtype=torch.int64),
-        latents=_stack([walk.latents for walk in walks]),
-        next_latents=_stack([walk.next_latents for walk in walks]),
-        log_prob=log_prob[:, list(schedule.kept)],
-        draws=draws,
-        x0=torch.cat([walk.x0 for walk in walks]),
+        latents=walk.before,
+        next_latents=walk.after,
+        log_prob=walk.log_prob[:, list(schedule.kept)],
+        draws=walk.draws,
+        x0=walk.latents,
+        evaluations=evaluations,
     )
 
 
-def _stack(kept: list[list[Tensor]]) -> Tensor:
-    """Per micro-batch, per kept step `[R, *S]` -> `[B, K, *S]`; `[0]` where nothing is kept."""
-    if not kept[0]:
-        return torch.empty(0)
-    return torch.cat([torch.stack(steps, dim=1) for steps in kept])
+def _start(model: FlowModel, conditioning: Conditioning, draws: Draws, schedule: Schedule) -> Walk:
+    latents = philox_normal(draws.start_seed, model.latent_shape, stream=START_NOISE_STREAM)
+    stored = (len(latents), len(schedule.kept), *model.latent_shape)
+    return Walk(
+        conditioning=conditioning,
+        draws=draws,
+        latents=latents,
+        x0_pred=None,
+        before=latents.new_empty(stored),
+        after=latents.new_empty(stored),
+        log_prob=latents.new_zeros(len(latents), schedule.num_steps, dtype=torch.float32),
+    )
 
 
-def _walk(
-    models: tuple[FlowModel, FlowModel],
-    conditioning: Conditioning,
-    seeds: tuple[Tensor, Tensor],
-    table: tuple[Schedule, Tensor],
-    recipe: Recipe,
-) -> _Walk:
-    """All steps of one micro-batch; nothing here asks the device for a number."""
-    model, outside = models
-    start_seed, seed = seeds
-    schedule, coeffs = table
-    latents = philox_normal(start_seed, model.latent_shape, stream=START_NOISE_STREAM)
-    x0_pred: Tensor | None = None
-    before, after, log_probs = [], [], []
-    for step in range(schedule.num_steps):
-        stepper = model if step in schedule.kept else outside
-        velocity, guidance = predict(stepper, latents, coeffs[step, 0], conditioning, recipe)
-        needs_x0 = step + 1 < schedule.num_steps and schedule.history[step + 1]
-        out = flow_step(
-            latents,
-            velocity,
-            coeffs,
-            step,
-            seed,
-            guidance=guidance,
-            x0_prev=x0_pred if schedule.history[step] else None,
-            return_x0_pred=needs_x0,
-        )
-        if step in schedule.kept:
-            before.append(latents)
-            after.append(out.next_latents)
-        latents, x0_pred = out.next_latents, out.x0_pred
-        log_probs.append(out.log_prob)
-    return _Walk(x0=latents, latents=before, next_latents=after, log_prob=torch.stack(log_probs, dim=1))
+def _predict_rows(
+    model: FlowModel, walk: Walk, sigma: Tensor, recipe: Recipe
+) -> tuple[Tensor, Guidance | None]:
+    """`predict` for all rows, one micro-batch after another."""
+    parts = [
+        predict(model, walk.latents[rows], sigma, walk.conditioning.rows(rows), recipe)
+        for rows in row_slices(len(walk.latents), recipe.rollout_rows)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    velocity = torch.cat([velocity for velocity, _ in parts])
+    negative = [guidance.negative_velocity for _, guidance in parts if guidance is not None]
+    return velocity, Guidance(torch.cat(negative), recipe.guidance_scale) if negative else None
 
 
 def predict(
@@ -136,7 +182,7 @@ def predict(
     sigma = sigma.expand(latents.shape[0])
     with _precision(recipe, latents.device):
         velocity = model.velocity(latents, sigma, conditioning).contiguous()
-        if recipe.guidance_scale == 1.0:
+        if halves(recipe) == 1:
             return velocity, None
         with torch.no_grad():
             negative = model.velocity(latents, sigma, conditioning.negative()).contiguous()
@@ -144,6 +190,11 @@ def predict(
         if own_way is not None:
             return own_way(velocity, negative, recipe.guidance_scale), None
     return velocity, Guidance(negative, recipe.guidance_scale)
+
+
+def halves(recipe: Recipe) -> int:
+    """Forwards a velocity takes: guidance has an unconditional half."""
+    return 1 if recipe.guidance_scale == 1.0 else 2
 
 
 def _precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[None]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.recipe import DPMSolver2M, Dynamics, Euler, Recipe, Sigmas, Solver
+from flowgrpo_fast.recipe import NFT, DPMSolver2M, Dynamics, Euler, Prune, Recipe, Sigmas, Solver
 from flowgrpo_fast.sampling.dynamics import coefficients
-from flowgrpo_fast.sampling.sigmas import make_sigmas, resolve_shift, respaced_tail
-from flowgrpo_fast.sampling.windows import window_steps
+from flowgrpo_fast.sampling.sigmas import Array, make_sigmas, resolve_shift, respaced_tail
+from flowgrpo_fast.sampling.windows import latest_start, window_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +22,29 @@ class Schedule:
     kept: tuple[int, ...]  # steps that carry a log-prob
     num_trained: int  # of the kept ones, per sample
     history: tuple[bool, ...]  # [T] steps that read the x0 prediction of the step before
+    cuts: dict[int, int] = field(default_factory=dict)  # before this step a group shrinks to this size
 
     @property
     def num_steps(self) -> int:
         """T."""
         return len(self.history)
 
+    def x0_is_read(self, step: int) -> bool:
+        """Whether the next step or a cut before it reads this step's x0 prediction."""
+        return step + 1 in self.cuts or (step + 1 < self.num_steps and self.history[step + 1])
+
 
 def resolve_schedule(recipe: Recipe, iteration: int, seq_len: int | None = None) -> Schedule:
     """The schedule of one training iteration: dynamics inside the window, Euler before, the solver after it.
 
+    Without a window the solver walks it all. NFT keeps no step: it learns from finished samples.
+
     Raises:
-        ValueError: the window does not fit the schedule.
+        ValueError: the window or the pruning does not fit the schedule.
     """
     window = window_steps(recipe.window, recipe.sigmas.num_inference_steps, iteration, recipe.seed)
     sigmas = make_sigmas(recipe.sigmas, seq_len)
-    end = window.stochastic[-1] + 1
+    end = window.stochastic[-1] + 1 if window.stochastic else 0
     solver = recipe.solver
     if isinstance(solver, DPMSolver2M) and solver.keep < 1:
         num_tail = max(1, int((len(sigmas) - 1 - end) * solver.keep))
@@ -46,24 +53,50 @@ def resolve_schedule(recipe: Recipe, iteration: int, seq_len: int | None = None)
         recipe.dynamics if step in window.stochastic else (Euler() if step < end else solver)
         for step in range(len(sigmas) - 1)
     ]
+    kept, num_trained = window.stochastic, window.num_trained
+    if isinstance(recipe.loss, NFT):
+        kept, num_trained = (), 0
+    return _schedule(sigmas, rules, kept, num_trained, _cuts(recipe, len(rules)))
+
+
+def ode_schedule(sigmas: Sigmas, seq_len: int | None = None, solver: Solver | None = None) -> Schedule:
+    """A deterministic walk, of Euler steps unless said otherwise: for evaluation, sampling and scouts."""
+    values = make_sigmas(sigmas, seq_len)
+    return _schedule(values, [solver or Euler()] * (len(values) - 1))
+
+
+def _schedule(
+    sigmas: Array,
+    rules: list[Dynamics | Solver],
+    kept: tuple[int, ...] = (),
+    num_trained: int = 0,
+    cuts: dict[int, int] | None = None,
+) -> Schedule:
     coeffs = coefficients(sigmas, rules)
     return Schedule(
         sigmas=torch.from_numpy(sigmas).float(),
         coeffs=coeffs,
-        kept=window.stochastic,
-        num_trained=window.num_trained,
+        kept=kept,
+        num_trained=num_trained,
         history=tuple((coeffs[:, 4] != 0).tolist()),
+        cuts=cuts or {},
     )
 
 
-def ode_schedule(sigmas: Sigmas, seq_len: int | None = None) -> Schedule:
-    """The deterministic Euler walk, for evaluation and sampling."""
-    values = make_sigmas(sigmas, seq_len)
-    num_steps = len(values) - 1
-    return Schedule(
-        sigmas=torch.from_numpy(values).float(),
-        coeffs=coefficients(values, [Euler()] * num_steps),
-        kept=(),
-        num_trained=0,
-        history=(False,) * num_steps,
-    )
+def _cuts(recipe: Recipe, num_steps: int) -> dict[int, int]:
+    """Step -> size of a group from there on."""
+    prune = recipe.prune
+    if not isinstance(prune, Prune):
+        return {}
+    if prune.at[-1] > num_steps:
+        raise ValueError(
+            f"Prune.at is {prune.at}, outside the schedule; with {num_steps} steps the last cut is at "
+            f"{num_steps}, of finished samples"
+        )
+    start = latest_start(recipe.window, num_steps)
+    if recipe.share_start_noise and prune.at[0] < start + 2:
+        raise ValueError(
+            f"Prune.at is {prune.at}, but share_start_noise makes a group's candidates equal until a stochastic "
+            f"step, which may be step {start}; cut no earlier than at {start + 2}"
+        )
+    return dict(zip(prune.at, (*prune.sizes[1:], recipe.group_size), strict=True))

@@ -12,6 +12,7 @@ import numpy as np
 
 from flowgrpo_fast.recipe import (
     AllSteps,
+    Deterministic,
     FractionOfSteps,
     FrozenWindow,
     RandomWindow,
@@ -38,6 +39,8 @@ def window_steps(window: Window, num_steps: int, iteration: int, seed: int = 0) 
     """
     usable = num_steps - 1
     match window:
+        case Deterministic():
+            return WindowSteps((), 0)
         case AllSteps():
             return WindowSteps(tuple(range(usable)), usable)
         case FractionOfSteps():
@@ -65,6 +68,22 @@ def _check_fit(window: str, end: int, num_steps: int) -> None:
             f"{window} reaches step {end - 1}, outside the schedule: with {num_steps} steps the last "
             f"stochastic one is {num_steps - 2}; shrink or move the window, or raise num_inference_steps"
         )
+
+
+def latest_start(window: Window, num_steps: int) -> int:
+    """The last step at which the window may begin, over all iterations; `num_steps` for one without steps."""
+    usable = num_steps - 1
+    match window:
+        case Deterministic():
+            return num_steps
+        case AllSteps() | FractionOfSteps():
+            return 0
+        case FrozenWindow():
+            return window.start
+        case RandomWindow():
+            return (usable if window.high is None else window.high) - window.size
+        case SlidingWindow():
+            return usable - window.size
 
 
 def sliding_start(window: SlidingWindow, last_start: int, iteration: int) -> int:

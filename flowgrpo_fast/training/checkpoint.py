@@ -3,6 +3,7 @@
     checkpoints/step_000120/model.safetensors     the trained module; of a LoRA run, in its place
                             pytorch_lora_weights.safetensors   the adapter, as diffusers and peft load it
                             average.safetensors   the moving average, where the recipe has one, alike
+                            old.safetensors       the policy that samples, where the loss keeps one, alike
                             optimizer.pt          AdamW's state
                             state.json            counters
 
@@ -67,7 +68,9 @@ def _write(engine: Engine, folder: Path) -> None:
     else:
         save_model(module, str(folder / "model.safetensors"))
     if engine.averaged is not None:
-        _save_average(engine.averaged, folder / "average.safetensors")
+        _save_snapshot(engine.averaged, folder / "average.safetensors")
+    if engine.old is not None:
+        _save_snapshot(engine.old, folder / "old.safetensors")
     torch.save(engine.optimizer.state_dict(), folder / "optimizer.pt")
     (folder / "state.json").write_text(json.dumps({"step": engine.step, "num_updates": engine.num_updates}))
     for file in folder.iterdir():
@@ -75,24 +78,24 @@ def _write(engine: Engine, folder: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def _save_average(averaged: Snapshot, file: Path) -> None:
-    if has_adapter(averaged.module):
-        save_adapter(averaged.module, file, averaged.values)
+def _save_snapshot(snapshot: Snapshot, file: Path) -> None:
+    if has_adapter(snapshot.module):
+        save_adapter(snapshot.module, file, snapshot.values)
         return
-    values = zip(_trained_names(averaged), averaged.values, strict=True)
+    values = zip(_trained_names(snapshot), snapshot.values, strict=True)
     save_file({name: value.cpu().contiguous() for name, value in values}, file)
 
 
-def _load_average(averaged: Snapshot, file: Path) -> None:
-    if has_adapter(averaged.module):
-        averaged.load(load_adapter(averaged.module, file))
+def _load_snapshot(snapshot: Snapshot, file: Path) -> None:
+    if has_adapter(snapshot.module):
+        snapshot.load(load_adapter(snapshot.module, file))
         return
     saved = load_file(file)
-    averaged.load([saved[name] for name in _trained_names(averaged)])
+    snapshot.load([saved[name] for name in _trained_names(snapshot)])
 
 
-def _trained_names(averaged: Snapshot) -> list[str]:
-    return [name for name, parameter in averaged.module.named_parameters() if parameter.requires_grad]
+def _trained_names(snapshot: Snapshot) -> list[str]:
+    return [name for name, parameter in snapshot.module.named_parameters() if parameter.requires_grad]
 
 
 def _load_trained(engine: Engine, folder: Path) -> None:
@@ -125,7 +128,9 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
     try:
         _load_trained(engine, folder)
         if engine.averaged is not None:
-            _load_average(engine.averaged, folder / "average.safetensors")
+            _load_snapshot(engine.averaged, folder / "average.safetensors")
+        if engine.old is not None:
+            _load_snapshot(engine.old, folder / "old.safetensors")
         state = torch.load(folder / "optimizer.pt", map_location=engine.device, weights_only=True)
         engine.optimizer.load_state_dict(state)
         counters = json.loads((folder / "state.json").read_text())

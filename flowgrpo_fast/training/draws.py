@@ -13,7 +13,7 @@ _PROMPTS, _TRAIN, _EVAL, _STEPS = 1, 2, 3, 4  # separate streams of the run's se
 
 
 def draw(recipe: Recipe, num_prompts: int, step: int, device: torch.device) -> Draws:
-    """Prompts and noise seeds of one training step.
+    """Prompts and noise seeds of one training step, those of scouts and of pruned candidates included.
 
     Prompts come in epochs, each a fresh permutation of the set.
     """
@@ -23,8 +23,8 @@ def draw(recipe: Recipe, num_prompts: int, step: int, device: torch.device) -> D
         order = np.random.default_rng([recipe.seed, _PROMPTS, int(epoch)]).permutation(num_prompts)
         here = positions // num_prompts == epoch
         prompt_index[here] = order[positions[here] % num_prompts]
-    seeds = _seeds([recipe.seed, _TRAIN, step], recipe.num_prompts * recipe.group_size)
-    group_id = torch.arange(recipe.num_prompts).repeat_interleave(recipe.group_size)
+    seeds = _seeds([recipe.seed, _TRAIN, step], recipe.num_prompts * recipe.num_drawn)
+    group_id = torch.arange(recipe.num_prompts).repeat_interleave(recipe.num_drawn)
     # A shared start is the first member's: one seed for the group.
     start = seeds.view(recipe.num_prompts, -1)[:, 0][group_id] if recipe.share_start_noise else seeds
     return Draws(
@@ -50,7 +50,7 @@ def draw_eval(num_prompts: int, num_samples: int, device: torch.device) -> Draws
 def draw_step_positions(recipe: Recipe, num_kept: int, num_trained: int, step: int) -> Tensor:
     """Which kept steps each sample trains on, in which order, `[B, num_trained]` int64 on the host.
 
-    All of them in time order, or a permutation's head for each sample (DanceGRPO).
+    All of them in time order, or a permutation's head for each sample (DanceGRPO; NFT: of the sigmas).
     """
     num_rows = recipe.num_prompts * recipe.group_size
     if num_trained == num_kept:

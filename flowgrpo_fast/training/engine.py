@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from flowgrpo_fast.models.adapters import has_adapter
 from flowgrpo_fast.precision import LowPrecisionModel, build_low_precision, check_masters, check_recipe
-from flowgrpo_fast.recipe import LoRA, LowPrecision, Recipe
-from flowgrpo_fast.training.snapshots import Snapshot, WithoutAdapter, trained_parameters
+from flowgrpo_fast.recipe import NFT, LoRA, LowPrecision, Recipe, Scouts
+from flowgrpo_fast.training.snapshots import Snapshot, Through, WithoutAdapter, trained_parameters
 from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
 
 
@@ -48,10 +49,12 @@ class Engine:
     optimizer: torch.optim.Optimizer
     reference: FlowModel | None  # the start weights, where the loss has a KL
     averaged: Snapshot | None  # the moving average, where the recipe has one
+    old: Snapshot | None  # the policy that samples, where the loss keeps it apart from the trained one
     device: torch.device
     step: int = 0  # finished training steps
     num_updates: int = 0  # finished optimiser steps
     low_precision: LowPrecisionModel | None = None  # what steps without a log-prob run
+    scouts: LowPrecisionModel | None = None  # what scouts run; the same copy where the recipe says the same
 
     @property
     def seq_len(self) -> int | None:
@@ -59,9 +62,24 @@ class Engine:
         return getattr(self.model, "image_seq_len", None)
 
     @property
+    def sampled(self) -> FlowModel:
+        """The policy that training samples come from."""
+        return self.old or self.model
+
+    @property
     def outside(self) -> FlowModel:
-        """The model of the steps without a log-prob."""
-        return self.model if self.low_precision is None else self.low_precision.model
+        """That policy at the steps without a log-prob."""
+        return self._in_low_precision(self.low_precision)
+
+    @property
+    def scout(self) -> FlowModel:
+        """That policy where it only ranks seeds."""
+        return self._in_low_precision(self.scouts)
+
+    def _in_low_precision(self, copy: LowPrecisionModel | None) -> FlowModel:
+        if copy is None:
+            return self.sampled
+        return copy.model if self.old is None else Through(self.old, copy.model)
 
     @property
     def evaluated(self) -> FlowModel:
@@ -84,6 +102,9 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     with torch.no_grad():
         conditioning = _encode(model, prompts, task.images)
     low_precision = build_low_precision(model, part) if isinstance(part, LowPrecision) else None
+    scouts, tried = None, recipe.explore.precision if isinstance(recipe.explore, Scouts) else None
+    if isinstance(tried, LowPrecision):
+        scouts = low_precision if tried == part else build_low_precision(model, tried)
     optimizer = torch.optim.AdamW(
         trained_parameters(model.module),
         lr=recipe.optimizer.lr,
@@ -101,15 +122,20 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         optimizer=optimizer,
         reference=_start_of(model, recipe) if recipe.loss.kl_beta > 0 else None,
         averaged=Snapshot(model) if recipe.optimizer.ema_decay > 0 else None,
+        old=Snapshot(model) if isinstance(recipe.loss, NFT) else None,
         device=device,
         low_precision=low_precision,
+        scouts=scouts,
     )
 
 
 def sync_weights(engine: Engine) -> None:
-    """Brings a copy in low precision up to the trained weights, in place; whatever else there is shares them."""
-    if engine.low_precision is not None:
-        engine.low_precision.refresh()
+    """Brings copies in low precision up to the policy that samples, in place; all else shares its weights."""
+    copies = [engine.low_precision, engine.scouts if engine.scouts is not engine.low_precision else None]
+    with engine.old.swapped_in() if engine.old else nullcontext():
+        for copy in copies:
+            if copy is not None:
+                copy.refresh()
 
 
 def load_model(recipe: Recipe, device: torch.device) -> FlowModel:

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.credit.advantages import assign_credit
+from flowgrpo_fast.recipe import NFT, ClippedRatio, Prune
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import Schedule, ode_schedule, resolve_schedule
 from flowgrpo_fast.training.draws import draw, draw_eval, draw_step_positions
 from flowgrpo_fast.training.engine import Engine, sync_weights
+from flowgrpo_fast.training.explore import explore, scout_metrics
+from flowgrpo_fast.training.score import preview_score, score, score_images
 from flowgrpo_fast.training.self_test import ratio_self_test
 from flowgrpo_fast.training.update import update
-from flowgrpo_fast.types import Conditioning, Draws, RewardOutput, TrainBatch, Trajectory
+from flowgrpo_fast.types import Draws, RewardOutput, TrainBatch, Trajectory
 
 _MAX_IDLE_STEPS = 20  # consecutive steps in which no group teaches anything
 
@@ -39,28 +42,39 @@ class StepReport:
 
 
 def train_step(engine: Engine) -> StepReport:
-    """Rollout, rewards, credit, update: one iteration of the recipe."""
+    """Scouts, rollout, rewards, credit, update: one iteration of the recipe."""
     recipe, report = engine.recipe, StepReport(step=engine.step + 1)
+    with report.phase("explore"):
+        drawn = draw(recipe, len(engine.prompts), engine.step, engine.device)
+        explored = explore(engine, drawn)
     with report.phase("rollout"):
-        draws = draw(recipe, len(engine.prompts), engine.step, engine.device)
         schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
-        conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
-        trajectory = rollout(engine.model, conditioning, draws, schedule, recipe, engine.outside)
+        trajectory = explored.finished or sample(engine, explored.draws, schedule)
     with report.phase("reward"):
         rewards = score(engine, trajectory)
-        report.metrics |= reward_metrics(rewards, draws)
+        report.metrics |= reward_metrics(rewards, trajectory.draws) | scout_metrics(explored, rewards.total)
     with report.phase("credit"):
-        batch = make_batch(engine, trajectory, conditioning, rewards, schedule)
+        batch = make_batch(engine, trajectory, rewards, schedule)
         report.metrics["idle_groups"] = 1 - float(batch.weight.mean())
-    if engine.step == 0:
+    if engine.step == 0 and isinstance(recipe.loss, ClippedRatio):
         with report.phase("self_test"):
             report.metrics["ratio_self_test"] = ratio_self_test(engine, batch)
     with report.phase("update"):
         report.metrics |= update(engine, batch)
         sync_weights(engine)
-    report.metrics["window_start"] = float(schedule.kept[0])
+    report.metrics["network_evaluations"] += explored.evaluations
+    if schedule.kept:
+        report.metrics["window_start"] = float(schedule.kept[0])
     engine.step += 1
     return report
+
+
+def sample(engine: Engine, draws: Draws, schedule: Schedule) -> Trajectory:
+    """The rollout of the policy that samples; candidates that the recipe prunes are scored on the way."""
+    conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
+    prune = engine.recipe.prune
+    judged = preview_score(engine, draws) if isinstance(prune, Prune) and prune.score == "reward" else None
+    return rollout(engine.sampled, conditioning, draws, schedule, engine.recipe, engine.outside, judged)
 
 
 def train(engine: Engine, on_step: Callable[[StepReport], None], stop: Callable[[], bool]) -> None:
@@ -81,43 +95,9 @@ def train(engine: Engine, on_step: Callable[[StepReport], None], stop: Callable[
             )
 
 
-def score(engine: Engine, trajectory: Trajectory) -> RewardOutput:
-    """Decodes the samples and runs every reward.
-
-    Raises:
-        ValueError: a reward has the wrong shape, or is not finite.
-    """
-    draws = trajectory.draws
-    with torch.no_grad():
-        images = engine.model.decode(trajectory.x0)
-    prompts = [engine.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
-    return score_images(engine, images, prompts)
-
-
-def score_images(engine: Engine, images: Tensor, prompts: list[str]) -> RewardOutput:
-    """Every reward of some images, and their weighted sum."""
-    objectives: dict[str, Tensor] = {}
-    total = torch.zeros(len(prompts), device=engine.device)
-    for term, function in zip(engine.recipe.task.rewards, engine.rewards, strict=True):
-        values = function(images, prompts)
-        if values.shape != total.shape:
-            raise ValueError(
-                f"reward {term.function!r} returned shape {tuple(values.shape)} for {len(prompts)} images; "
-                f"it must return {tuple(total.shape)}"
-            )
-        if not torch.isfinite(values).all():
-            sample = int((~torch.isfinite(values)).nonzero()[0])
-            raise ValueError(f"reward {term.function!r} of sample {sample} is {float(values[sample])}")
-        values = values.to(engine.device, torch.float32)
-        objectives[term.function.rpartition(":")[2]] = values
-        total = total + term.weight * values
-    return RewardOutput(total=total, objectives=objectives)
-
-
 def make_batch(
     engine: Engine,
     trajectory: Trajectory,
-    conditioning: Conditioning,
     rewards: RewardOutput,
     schedule: Schedule,
 ) -> TrainBatch:
@@ -127,10 +107,14 @@ def make_batch(
     advantages, weight = assign_credit(
         rewards, draws.group_id, recipe.credit, recipe.task.rewards, len(draws.prompt_index)
     )
-    position = draw_step_positions(recipe, len(schedule.kept), schedule.num_trained, engine.step)
+    num_steps, num_trained = len(schedule.kept), schedule.num_trained
+    if isinstance(recipe.loss, NFT):
+        num_steps = len(trajectory.sigmas) - 1  # the rollout's own
+        num_trained = max(1, int(recipe.loss.fraction * num_steps))
+    position = draw_step_positions(recipe, num_steps, num_trained, engine.step)
     return TrainBatch(
         trajectory=trajectory,
-        conditioning=conditioning,
+        conditioning=engine.conditioning.rows(draws.prompt_index[draws.group_id]),
         advantages=advantages,
         weight=weight,
         step_position=position.to(engine.device),

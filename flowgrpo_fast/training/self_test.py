@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from flowgrpo_fast.recipe import ClippedRatio
 from flowgrpo_fast.sampling.sampler import row_slices
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.update import micro_batch_slices, replay_terms
@@ -21,6 +22,7 @@ def ratio_self_test(engine: Engine, batch: TrainBatch) -> float:
         ValueError: above `recipe.max_ratio_error` (0: the loss's clip range), with the likely causes.
     """
     recipe = engine.recipe
+    assert isinstance(recipe.loss, ClippedRatio)
     errors = []
     for share in row_slices(len(batch.advantages), recipe.rows_per_update):
         for rows in micro_batch_slices(engine, share):

@@ -72,6 +72,30 @@ class Snapshot:
             parameter.data, self.values[index] = self.values[index], parameter.data
 
 
+class Through:
+    """A `FlowModel` view: a snapshot's weights seen through another model that shares the trained parameters."""
+
+    def __init__(self, snapshot: Snapshot, model: FlowModel) -> None:
+        self.snapshot = snapshot
+        self.model = model
+        self.latent_shape = model.latent_shape
+        self.guided = getattr(model, "guided", None)
+        self.module = model.module
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """As the model."""
+        return self.model.encode(prompts)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """As the model while it holds the snapshot's weights, without gradient."""
+        with torch.no_grad(), self.snapshot.swapped_in():
+            return self.model.velocity(latents, sigma, conditioning)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As the model."""
+        return self.model.decode(latents)
+
+
 class WithoutAdapter:
     """A `FlowModel` view of an adapted model with its adapters off: the start of a LoRA run, for no memory at all."""
 

@@ -1,27 +1,30 @@
-"""Replay, loss, backward, optimiser."""
+"""Replay or noise again, loss, backward, optimiser."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
 from flowgrpo_fast.losses.clipped_ratio import LossTerms, clipped_ratio, drift_kl
-from flowgrpo_fast.sampling.sampler import replay, row_slices
+from flowgrpo_fast.losses.nft import NFTTerms, forward_process, nft, old_decay, optimality
+from flowgrpo_fast.recipe import NFT, ClippedRatio
+from flowgrpo_fast.sampling.sampler import halves, predict, replay, row_slices
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.mismatch import Mismatch
-from flowgrpo_fast.types import TrainBatch
+from flowgrpo_fast.types import FlowModel, TrainBatch
 
 
 @dataclass(slots=True)
 class _Tally:
     """Per-sample terms of one training step, kept on the device until its end."""
 
-    terms: list[LossTerms] = field(default_factory=list)
+    terms: list[LossTerms | NFTTerms] = field(default_factory=list)
     on_policy_ratio: list[Tensor] = field(default_factory=list)  # before the first optimiser step
     mismatch: Mismatch = field(default_factory=Mismatch)  # likewise
     grad_norm: list[Tensor] = field(default_factory=list)
+    backwards: int = 0  # samples that went back through the network
 
 
 def update(engine: Engine, batch: TrainBatch) -> dict[str, float]:
@@ -38,7 +41,10 @@ def update(engine: Engine, batch: TrainBatch) -> dict[str, float]:
         engine.optimizer.step()
         engine.optimizer.zero_grad(set_to_none=True)
         _average(engine)
-    return _metrics(tally, batch.trajectory.step_index)
+    if isinstance(recipe.loss, NFT):
+        assert engine.old is not None
+        engine.old.average(old_decay(recipe.loss, engine.step + 1))
+    return _metrics(tally, batch.trajectory.step_index) | _spent(engine, batch, tally)
 
 
 def accumulate_share(engine: Engine, batch: TrainBatch, share: slice, tally: _Tally) -> bool:
@@ -48,10 +54,11 @@ def accumulate_share(engine: Engine, batch: TrainBatch, share: slice, tally: _Ta
     micro_batches = [rows for rows in micro_batch_slices(engine, share) if bool(batch.weight[rows].any())]
     for turn in range(num_trained):
         for rows in micro_batches:
-            terms = replay_terms(engine, batch, rows, turn)
+            terms = loss_terms(engine, batch, rows, turn)
             (terms.loss * batch.weight[rows]).sum().div(total).backward()
             tally.terms.append(terms)
-            if not tally.grad_norm:
+            tally.backwards += rows.stop - rows.start
+            if isinstance(terms, LossTerms) and not tally.grad_norm:
                 tally.on_policy_ratio.append(terms.ratio)
                 tally.mismatch.add(batch.step_position[rows, turn], terms.log_ratio)
     return bool(micro_batches)
@@ -66,13 +73,24 @@ def micro_batch_slices(engine: Engine, share: slice) -> list[slice]:
     ]
 
 
-def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> LossTerms:
+def loss_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> LossTerms | NFTTerms:
     """The loss of one micro-batch at each sample's `turn`-th trained step."""
+    match engine.recipe.loss:
+        case ClippedRatio():
+            return replay_terms(engine, batch, rows, turn)
+        case NFT():
+            return noised_terms(engine, batch, rows, turn)
+
+
+def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> LossTerms:
+    """Stored transitions, scored again."""
     recipe, trajectory = engine.recipe, batch.trajectory
+    assert isinstance(recipe.loss, ClippedRatio)
     index = torch.arange(rows.start, rows.stop, device=engine.device)
-    conditioning = batch.conditioning.rows(index)
     position = batch.step_position[rows, turn]
-    log_prob, drift = replay(engine.model, trajectory, conditioning, rows, position, recipe, engine.reference)
+    log_prob, drift = replay(
+        engine.model, trajectory, batch.conditioning.rows(rows), rows, position, recipe, engine.reference
+    )
     old_log_prob = trajectory.log_prob[index, position]
     kl = None
     if drift is not None:
@@ -81,27 +99,64 @@ def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> L
     return clipped_ratio(log_prob, old_log_prob, batch.advantages[rows], recipe.loss, kl)
 
 
+def noised_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> NFTTerms:
+    """Finished samples, noised to one of the schedule's sigmas each."""
+    recipe, trajectory = engine.recipe, batch.trajectory
+    assert isinstance(recipe.loss, NFT)
+    assert engine.old is not None
+    step = batch.step_position[rows, turn].contiguous()
+    sigma = trajectory.coeffs[step, 0]
+    latents, target = forward_process(trajectory.x0[rows], trajectory.draws.seed[rows], sigma, step)
+
+    def velocity(model: FlowModel) -> Tensor:
+        return predict(model, latents, sigma, batch.conditioning.rows(rows), recipe)[0]
+
+    with torch.no_grad():
+        old = velocity(engine.old)
+        reference = None if engine.reference is None else velocity(engine.reference)
+    clip = recipe.credit.clip
+    good = optimality(batch.advantages[rows], clip)
+    return nft(velocity(engine.model), old, target, sigma, good, recipe.loss, clip, reference)
+
+
 def _average(engine: Engine) -> None:
     engine.num_updates += 1
-    if engine.averaged is None or engine.num_updates % engine.recipe.optimizer.ema_every:
-        return
-    engine.averaged.average(engine.recipe.optimizer.ema_decay)
+    if engine.averaged is not None and engine.num_updates % engine.recipe.optimizer.ema_every == 0:
+        engine.averaged.average(engine.recipe.optimizer.ema_decay)
+
+
+def _spent(engine: Engine, batch: TrainBatch, tally: _Tally) -> dict[str, float]:
+    """Rows times forwards through the network, of the rollout and the update; scouts are added by the loop."""
+    models = 1 + (engine.old is not None) + (engine.reference is not None)
+    evaluations = batch.trajectory.evaluations + tally.backwards * models * halves(engine.recipe)
+    return {"network_evaluations": float(evaluations), "network_backwards": float(tally.backwards)}
 
 
 def _metrics(tally: _Tally, step_index: Tensor) -> dict[str, float]:
-    """Means over all replayed transitions; the one place where the device is asked for numbers."""
+    """Means over all trained samples and steps; the one place where the device is asked for numbers."""
     if not tally.terms:
         return {}
-    ratio = torch.cat([terms.ratio for terms in tally.terms])
-    values = {
-        "loss": torch.cat([terms.loss.detach() for terms in tally.terms]).mean(),
-        "policy_loss": torch.cat([terms.policy for terms in tally.terms]).mean(),
-        "kl": torch.cat([terms.kl for terms in tally.terms]).mean(),
-        "clip_fraction": torch.cat([terms.clipped for terms in tally.terms]).mean(),
-        "ratio_mean": ratio.mean(),
-        "ratio_max": ratio.max(),
-        "first_ratio_error": (torch.cat(tally.on_policy_ratio) - 1).abs().max(),
-        "grad_norm": torch.stack(tally.grad_norm).mean(),
-        **tally.mismatch.values(step_index),
+    means = {
+        f.name: torch.cat([getattr(terms, f.name).detach() for terms in tally.terms]).mean()
+        for f in fields(tally.terms[0])
+        if f.name != "log_ratio"
     }
+    values = {_SHOWN.get(name, name): mean for name, mean in means.items()}
+    values["grad_norm"] = torch.stack(tally.grad_norm).mean()
+    if tally.on_policy_ratio:
+        values["ratio_max"] = torch.stack(
+            [t.ratio.max() for t in tally.terms if isinstance(t, LossTerms)]
+        ).max()
+        values["first_ratio_error"] = (torch.cat(tally.on_policy_ratio) - 1).abs().max()
+    values |= tally.mismatch.values(step_index)
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+
+# Field of the terms -> name of the metric, where they differ.
+_SHOWN = {
+    "policy": "policy_loss",
+    "clipped": "clip_fraction",
+    "ratio": "ratio_mean",
+    "positive": "positive_loss",
+    "negative": "negative_loss",
+}

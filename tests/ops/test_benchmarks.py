@@ -20,7 +20,8 @@ from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
-from flowgrpo_fast.training.loop import make_batch, score
+from flowgrpo_fast.training.loop import make_batch
+from flowgrpo_fast.training.score import score
 from flowgrpo_fast.training.update import _Tally, accumulate_share
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_the_trainers_update_has_our_gradient(engine):
     conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
     trajectory = rollout(engine.model, conditioning, draws, schedule, recipe)
     rewards = score(engine, trajectory)
-    batch = make_batch(engine, trajectory, conditioning, rewards, schedule)
+    batch = make_batch(engine, trajectory, rewards, schedule)
     whole = slice(0, len(batch.advantages))
     accumulate_share(engine, batch, whole, _Tally())
     ours = [p.grad.clone() for p in engine.model.module.parameters()]

@@ -8,7 +8,10 @@ import torch
 from flowgrpo_fast.ops import flow_log_prob
 from flowgrpo_fast.precision import FORMATS, build_low_precision, check_masters
 from flowgrpo_fast.recipe import (
+    NFT,
     AllSteps,
+    Credit,
+    Deterministic,
     DPMSolver2M,
     FractionOfSteps,
     LowPrecision,
@@ -199,6 +202,31 @@ def test_masters_below_fp32_are_refused(job) -> None:
     check_masters(model.module)  # a frozen base may be bf16
 
 
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_scouts_are_the_sampling_policy_in_low_precision(job, mode) -> None:
+    """DiffusionNFT samples from an old policy: its low precision is the old weights', the training weights aside."""
+    low = LowPrecision(mode=mode)
+    changes = {
+        "loss": NFT(),
+        "window": Deterministic(),
+        "credit": Credit(std="batch", drop_zero_variance=False),
+    }
+    engine, reports = run(job(explore=Scouts(num_scouts=8, num_inference_steps=3, precision=low), **changes))
+    assert reports[-1].metrics["scout_spearman"] <= 1
+    conditioning, draws, _, _ = parts(engine)
+    latents, sigma = torch.randn(len(draws.seed), *engine.model.latent_shape), torch.tensor(0.5)
+    with torch.no_grad():
+        scouts = engine.scout.velocity(latents, sigma.expand(len(latents)), conditioning)
+        with engine.old.swapped_in():
+            twin = build_low_precision(engine.model, low).model
+            expected = twin.velocity(latents, sigma.expand(len(latents)), conditioning)
+        new = build_low_precision(engine.model, low).model.velocity(
+            latents, sigma.expand(len(latents)), conditioning
+        )
+    assert torch.equal(scouts, expected)
+    assert not torch.equal(scouts, new)
+
+
 SHARED = LowPrecision(mode="shared_base", format="nvfp4")
 
 
@@ -208,13 +236,28 @@ SHARED = LowPrecision(mode="shared_base", format="nvfp4")
         ({"rollout_precision": SHARED, "window": FractionOfSteps(fraction=0.5)}, "replays other batches"),
         ({"rollout_precision": SHARED, "replay_rows": 4}, "replays other batches"),
         ({"rollout_precision": SHARED, "prune": Prune(at=(1,), sizes=(8,))}, "replays other batches"),
-        ({"rollout_precision": SHARED, "explore": Scouts(num_scouts=8)}, "replays other batches"),
         (
-            {"explore": Scouts(num_scouts=8, regenerate=False, precision=LowPrecision())},
+            {"rollout_precision": SHARED, "explore": Scouts(num_scouts=8, num_inference_steps=5)},
+            "replays other batches",
+        ),
+        (
+            {
+                "explore": Scouts(
+                    num_scouts=8, num_inference_steps=5, precision=LowPrecision(mode="shared_base")
+                )
+            },
+            "that is the training model itself",
+        ),
+        (
+            {
+                "explore": Scouts(
+                    num_scouts=8, num_inference_steps=5, regenerate=False, precision=LowPrecision()
+                )
+            },
             "log-probs of the loss's ratio would be those of another model",
         ),
     ],
-    ids=["steps", "rows", "pruning", "scouts", "naive scouts"],
+    ids=["steps", "rows", "pruning", "scouts", "shared scouts", "naive scouts"],
 )
 def test_recipes_whose_ratio_would_not_be_one_are_refused(job, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
