@@ -23,8 +23,8 @@ class Conditioning:
     # name -> [P, ...]: image, mask, ...; `negative_<name>` is what the unconditional half sees as `<name>`
     extra: dict[str, Tensor] = field(default_factory=dict)
 
-    def rows(self, index: Tensor) -> Conditioning:
-        """Rows `index [B]` (int64) of every field, on the index's device; repeats prompts over their group."""
+    def rows(self, index: Tensor | slice) -> Conditioning:
+        """Rows `index [B]` (int64) of every field, to repeat prompts over their group; a slice gives views."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         return replace(
             self,
@@ -44,11 +44,13 @@ class Conditioning:
         )
 
 
-def _rows(values: Tensor, index: Tensor) -> Tensor:
+def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
     """Rows of one field; a row that stands for all of them (stride 0) is not copied."""
+    if isinstance(index, slice):
+        return values[index]
     if values.stride(0) == 0:
-        return values[:1].to(index.device).expand(len(index), *values.shape[1:])
-    return values.index_select(0, index.to(values.device)).to(index.device)
+        return values[:1].expand(len(index), *values.shape[1:])
+    return values.index_select(0, index)
 
 
 @dataclass(frozen=True, slots=True)
