@@ -24,10 +24,7 @@ class Conditioning:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, index: Tensor | slice) -> Conditioning:
-        """Rows `index [B]` (int64) of every field, on the index's device, to repeat prompts over their group.
-
-        A slice gives views.
-        """
+        """Rows `index [B]` (int64) of every field, to repeat prompts over their group; a slice gives views."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         return replace(
             self,
@@ -52,8 +49,8 @@ def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
     if isinstance(index, slice):
         return values[index]
     if values.stride(0) == 0:
-        return values[:1].to(index.device).expand(len(index), *values.shape[1:])
-    return values.index_select(0, index.to(values.device)).to(index.device)
+        return values[:1].expand(len(index), *values.shape[1:])
+    return values.index_select(0, index)
 
 
 @dataclass(frozen=True, slots=True)

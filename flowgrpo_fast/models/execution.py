@@ -122,8 +122,9 @@ def _with_gradient(
     asked = torch.is_grad_enabled()
     with torch.enable_grad():
         for name in streams:
-            if not arguments[name].requires_grad:
-                arguments[name] = arguments[name].detach().requires_grad_()
+            value = arguments.get(name)
+            if value is not None and not value.requires_grad:
+                arguments[name] = value.detach().requires_grad_()
         out = compiled(**arguments)
     return out if asked else _detached(out)
 

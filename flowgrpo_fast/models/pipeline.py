@@ -6,6 +6,7 @@ are embedded, how its latents are laid out, how its transformer is called and ho
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,12 +28,13 @@ _DECODED_PIXELS = 1 << 22  # at once: 16 images of 512 x 512
 _MEMORY_BYTES = 1 << 31  # of embeddings; more are read from the text cache as they are needed
 
 
-class PipelineModel:
+class PipelineModel(ABC):
     """A `FlowModel` over the parts of a diffusers pipeline. Families are subclasses; `load` makes one."""
 
     pipeline_class: ClassVar[type[Any]]
     blocks: ClassVar[tuple[str, ...]]  # class names of the repeated blocks: what is compiled
     streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")  # that a block passes on
+    full_streams: ClassVar[tuple[str, ...]] = (*streams, "temb")  # whose gradient the embedders need as well
     lora_targets: ClassVar[tuple[str, ...]]  # ends of layer names, as published recipes choose them
     sensitive: ClassVar[tuple[str, ...]]  # regular expressions over layer names: never quantised
     max_sequence_length: ClassVar[int]  # text tokens, where the recipe names none
@@ -46,7 +48,7 @@ class PipelineModel:
 
     def __init__(self, folder: Path, pipe: Any, recipe: Recipe) -> None:
         self.folder, self.pipe, self.network = folder, pipe, recipe.network
-        self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        self.dtype = _dtype(recipe)
         self.device = torch.device("cpu")
         parts = {name: getattr(pipe, name) for name in self.transformer_parts if getattr(pipe, name, None)}
         # One transformer is trained as it stands; several by their names.
@@ -70,13 +72,10 @@ class PipelineModel:
         """
         network = recipe.network
         folder = pipeline_folder(network.path, cls.pipeline_class, cls.family())
-        base = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        lora = isinstance(network.train, LoRA)
-        dtypes = (
-            {"default": base}
-            if lora
-            else {"default": base, **dict.fromkeys(cls.transformer_parts, torch.float32)}
-        )
+        base = _dtype(recipe)
+        dtypes = {"default": base}
+        if not isinstance(network.train, LoRA):
+            dtypes |= dict.fromkeys(cls.transformer_parts, torch.float32)
         if cls.vae_in_fp32:
             dtypes["vae"] = torch.float32
         model = cls(folder, load_parts(folder, cls.pipeline_class, cls.text_parts, dtypes), recipe)
@@ -86,16 +85,13 @@ class PipelineModel:
 
     def prepare_training(self, recipe: Recipe) -> None:
         """Adapters or all weights, checkpointing, attention and compilation, of every transformer."""
-        train = recipe.network.train
+        train, streams = recipe.network.train, self.streams
         for index, (name, transformer) in enumerate(self.transformers.items()):
             transformer.requires_grad_(True).eval()
             if isinstance(train, LoRA):
                 add_lora(transformer, train, self.lora_targets, recipe.seed + index, name)
-            streams = (
-                self.streams
-                if isinstance(train, LoRA)
-                else ("hidden_states", "encoder_hidden_states", "temb")
-            )
+            else:
+                streams = self.full_streams
             prepare(transformer, recipe.network, self.blocks, streams)
 
     def to(self, device: torch.device) -> PipelineModel:
@@ -114,29 +110,27 @@ class PipelineModel:
     @property
     def transformers(self) -> dict[str, Any]:
         """Each transformer by the name of its folder."""
-        return (
-            dict(self.module.items())
-            if isinstance(self.module, nn.ModuleDict)
-            else {"transformer": self.module}
-        )
+        if isinstance(self.module, nn.ModuleDict):
+            return dict(self.module.items())
+        return {"transformer": self.module}
 
     # ------------------------------------------------------------------------------- what a family says
 
+    @abstractmethod
     def lay_out(self, network: Network) -> None:
         """Sets `latent_shape`, `image_seq_len` and constants on `self.device`."""
-        raise TypeError(f"{type(self).__name__} does not say how its latents are laid out")
 
+    @abstractmethod
     def encode_prompt(self, pipe: Any, prompt: str, max_sequence_length: int) -> Embedding:
         """One prompt's embeddings under the names of `Conditioning`'s fields, without a batch axis."""
-        raise TypeError(f"{type(self).__name__} does not say how it encodes a prompt")
 
+    @abstractmethod
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The transformer's velocity; sigma is `[B]`."""
-        raise TypeError(f"{type(self).__name__} does not say how its transformer is called")
 
+    @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
         """The autoencoder's pixels in [-1, 1]."""
-        raise TypeError(f"{type(self).__name__} does not say how it decodes")
 
     def multiple(self) -> int:
         """What height and width must be a multiple of: pixels a latent times latents a token."""
@@ -184,10 +178,11 @@ class PipelineModel:
         """
         if not self.network.text_cache:
             return None
-        (first,) = embed(prompts[:1], self._load_encoder, self.network.text_cache, self._text_identity)
+        cache = (self._load_encoder, self.network.text_cache, self._text_identity)
+        fill([*prompts, self.network.negative_prompt], *cache)
+        (first,) = embed(prompts[:1], *cache)
         if len(prompts) * sum(value.nbytes for value in first.values()) <= _MEMORY_BYTES:
             return None
-        fill(prompts, self._load_encoder, self.network.text_cache, self._text_identity)
         return StoredPrompts(self, list(prompts), list(images))
 
     def _load_encoder(self) -> Encoder:
@@ -273,6 +268,11 @@ class StoredPrompts:
         prompts = [self._prompts[i] for i in wanted.tolist()]
         images = [self._images[i] for i in wanted.tolist()] if self._images else []
         return self._model.encode(prompts, images).rows(place.to(index.device))
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    """Of what is frozen."""
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
 def denormalised(latents: Tensor, vae: Any) -> Tensor:

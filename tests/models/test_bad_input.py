@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowgrpo_fast.models.adapters import save_adapter
 from flowgrpo_fast.models.loading import load_parts
 from flowgrpo_fast.recipe import LoRA
 from flowgrpo_fast.training.engine import build_engine, load_model
@@ -100,8 +101,6 @@ def test_adapters_that_do_not_fit(tiny_recipe, tmp_path, tiny_path) -> None:
         "is no adapter for these layers: .* holds nothing",
     )
     engine = build_engine(tiny_recipe(SD3, train=LoRA(rank=4, alpha=4.0)), CPU)
-    from flowgrpo_fast.models.adapters import save_adapter
-
     save_adapter(engine.model.module, tmp_path / "rank4.safetensors")
     path = str(tmp_path / "rank4.safetensors")
     refused(

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowgrpo_fast.ops import philox_normal
-from flowgrpo_fast.recipe import FullFineTuning, LoRA
+from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LoRA, Optimizer
 from flowgrpo_fast.sampling.sampler import predict
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import build_engine, load_model
@@ -156,15 +156,26 @@ def test_the_text_cache_gives_the_same_without_the_encoders(
         assert ours.extra.keys() == other.extra.keys()
         assert all(torch.equal(ours.extra[name], other.extra[name]) for name in ours.extra)
     gc.collect()
-    assert not [o for o in gc.get_objects() if isinstance(o, transformers.PreTrainedModel)]
+    assert not [o for o in gc.get_objects() if issubclass(type(o), transformers.PreTrainedModel)]
+
+
+@every_family
+def test_a_run_loads_its_text_encoders_once(family, tiny_recipe, tmp_path, monkeypatch) -> None:
+    """Whatever of the cache is missing: prompts, the negative one, all of them."""
+    loads = []
+    load = type(load_model(tiny_recipe(family), CPU))._load_encoder
+    monkeypatch.setattr(
+        "flowgrpo_fast.models.pipeline.PipelineModel._load_encoder", lambda m: loads.append(m) or load(m)
+    )
+    for text_cache, expected in (("", 1), (str(tmp_path / "text"), 2), (str(tmp_path / "text"), 2)):
+        build_engine(tiny_recipe(family, text_cache=text_cache), CPU)
+        assert len(loads) == expected
 
 
 @every_family
 def test_a_lora_run_resumes_to_the_bit_and_diffusers_loads_its_adapter(
     family, tiny_recipe, pipeline, tmp_path
 ) -> None:
-    from flowgrpo_fast.recipe import ClippedRatio, Optimizer
-
     recipe = tiny_recipe(
         family, loss=ClippedRatio(clip_range=0.05, kl_beta=0.1), optimizer=Optimizer(lr=1e-2, ema_decay=0.5)
     )
@@ -196,8 +207,6 @@ def test_a_lora_run_resumes_to_the_bit_and_diffusers_loads_its_adapter(
 
 
 def test_an_adapter_can_start_another_run(tiny_recipe, tmp_path) -> None:
-    from flowgrpo_fast.recipe import ClippedRatio, Optimizer
-
     recipe = tiny_recipe(SD3, optimizer=Optimizer(lr=1e-2))
     engine = build_engine(recipe, CPU)
     train_step(engine)

@@ -71,6 +71,9 @@ def test_a_negative_that_all_prompts_share_is_held_once() -> None:
     assert part.negative_prompt_embeds.untyped_storage().nbytes() == 5 * 3 * 4
     assert torch.equal(part.negative_prompt_embeds, shared[:3])
     assert torch.equal(part.prompt_embeds, conditioning.prompt_embeds[[3, 0, 3]])
+    view = conditioning.rows(slice(1, 3))
+    assert view.prompt_embeds.data_ptr() == conditioning.prompt_embeds[1:].data_ptr()
+    assert torch.equal(view.extra["mask"], mask[1:3])
     negative = part.negative()
     assert torch.equal(negative.extra["mask"], ~mask[[3, 0, 3]])
     assert torch.equal(negative.extra["image"], torch.tensor([3, 0, 3]))
