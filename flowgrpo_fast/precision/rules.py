@@ -7,7 +7,6 @@ from torch import nn
 
 from flowgrpo_fast.precision.formats import FORMATS
 from flowgrpo_fast.recipe import (
-    ClippedRatio,
     FractionOfSteps,
     KeepAll,
     LowPrecision,
@@ -20,24 +19,13 @@ from flowgrpo_fast.recipe import (
 def check_recipe(recipe: Recipe) -> None:
     """Refuses recipes whose log-probs would come from another computation than their replay.
 
-    Steps with a log-prob run the training model, so a low-precision copy is never asked for one, except by scouts
-    that are trained on as they are. With `shared_base` rollout and replay run one model; where the scale of an
+    Steps with a log-prob run the training model, so a low-precision copy is never asked for one. With `shared_base` rollout and replay run one model; where the scale of an
     activation comes from its whole batch, the replay must then see the rollout's batches.
 
     Raises:
         ValueError: names the fields and the remedy.
     """
     explore = recipe.explore
-    if (
-        isinstance(explore, Scouts)
-        and not explore.regenerate
-        and isinstance(explore.precision, LowPrecision)
-        and isinstance(recipe.loss, ClippedRatio)
-    ):
-        raise ValueError(
-            "Scouts.regenerate is false and Scouts.precision low: the log-probs of the loss's ratio would be those of "
-            "another model. Set regenerate=true or precision=TrainingPrecision()"
-        )
     part = recipe.rollout_precision
     if (
         isinstance(explore, Scouts)
