@@ -19,8 +19,9 @@ from flowgrpo_fast.recipe import (
 def check_recipe(recipe: Recipe) -> None:
     """Refuses recipes whose log-probs would come from another computation than their replay.
 
-    Steps with a log-prob run the training model, so a low-precision copy is never asked for one. With `shared_base` rollout and replay run one model; where the scale of an
-    activation comes from its whole batch, the replay must then see the rollout's batches.
+    Steps with a log-prob run the training model, so a low-precision copy is never asked for one. With `shared_base`
+    rollout and replay run one model; where the scale of an activation comes from its whole batch, the replay must then
+    see the rollout's batches.
 
     Raises:
         ValueError: names the fields and the remedy.

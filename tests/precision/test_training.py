@@ -248,16 +248,8 @@ SHARED = LowPrecision(mode="shared_base", format="nvfp4")
             },
             "that is the training model itself",
         ),
-        (
-            {
-                "explore": Scouts(
-                    num_scouts=8, num_inference_steps=5, regenerate=False, precision=LowPrecision()
-                )
-            },
-            "log-probs of the loss's ratio would be those of another model",
-        ),
     ],
-    ids=["steps", "rows", "pruning", "scouts", "shared scouts", "naive scouts"],
+    ids=["steps", "rows", "pruning", "scouts", "shared scouts"],
 )
 def test_recipes_whose_ratio_would_not_be_one_are_refused(job, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
