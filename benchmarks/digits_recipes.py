@@ -122,6 +122,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def arguments_without_output(words: list[str]) -> list[str]:
+    """What was asked for, not where it went."""
+    return [w for i, w in enumerate(words) if w != "--output" and words[max(i - 1, 0)] != "--output"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=NAMES)
@@ -136,7 +141,7 @@ def main() -> None:
         runs = [run(n, seed, arguments.overrides) for n in arguments.recipes for seed in arguments.seeds]
     result = {
         "command": [part["command"] for part in parts]
-        or f"python benchmarks/digits_recipes.py {shlex.join(sys.argv[1:])}".strip(),
+        or f"python benchmarks/digits_recipes.py {shlex.join(arguments_without_output(sys.argv[1:]))}".strip(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "device": device_name(torch.device("cpu")),
         "versions": {name: version(name) for name in ("flowgrpo-fast", "torch", "diffusers")},

@@ -36,6 +36,7 @@ class Flux(PipelineModel):
         """Positions of the image's tokens, and the scale that a distilled network is told."""
         config = self.pipe.transformer.config
         self.rows, self.columns = network.height // self.multiple(), network.width // self.multiple()
+        self.latent_grid = (self.rows, self.columns)
         self.image_seq_len = self.rows * self.columns
         self.latent_shape = (self.image_seq_len, config.in_channels)
         self.image_ids = self._ids()

@@ -38,7 +38,7 @@ class QwenImage(PipelineModel):
     def lay_out(self, network: Network) -> None:
         """The grid of tokens."""
         rows, columns = network.height // self.multiple(), network.width // self.multiple()
-        self.grid = (1, rows, columns)
+        self.grid, self.latent_grid = (1, rows, columns), (rows, columns)
         self.image_seq_len = rows * columns
         self.latent_shape = (self.image_seq_len, self.pipe.transformer.config.in_channels)
 

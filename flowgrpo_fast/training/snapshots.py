@@ -23,6 +23,7 @@ class Snapshot:
     def __init__(self, model: FlowModel) -> None:
         self.model = model
         self.latent_shape = model.latent_shape
+        self.latent_grid = getattr(model, "latent_grid", None)  # of packed latents
         self.guided = getattr(model, "guided", None)
         self.module = model.module  # its weights are the snapshot's only inside `swapped_in`
         self.parameters = trained_parameters(model.module)
@@ -79,6 +80,7 @@ class Through:
         self.snapshot = snapshot
         self.model = model
         self.latent_shape = model.latent_shape
+        self.latent_grid = getattr(model, "latent_grid", None)  # of packed latents
         self.guided = getattr(model, "guided", None)
         self.module = model.module
 
@@ -102,6 +104,7 @@ class WithoutAdapter:
     def __init__(self, model: FlowModel) -> None:
         self.model = model
         self.latent_shape = model.latent_shape
+        self.latent_grid = getattr(model, "latent_grid", None)  # of packed latents
         self.guided = getattr(model, "guided", None)
         self.module = model.module
 

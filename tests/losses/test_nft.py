@@ -53,6 +53,8 @@ def test_loss_and_gradient_are_those_of_the_definition(beta: float, kl_beta: flo
     torch.testing.assert_close(mine, gradient.float(), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(terms.positive.double(), positive.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(terms.negative.double(), negative.detach(), rtol=1e-5, atol=1e-6)
+    drift = (velocity - reference).square().flatten(1).mean(1).detach()
+    torch.testing.assert_close(terms.kl, drift if kl_beta else torch.zeros(7))
 
 
 def test_on_policy_good_samples_attract_bad_ones_repel_and_average_ones_rest() -> None:

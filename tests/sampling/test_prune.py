@@ -27,6 +27,7 @@ from flowgrpo_fast.sampling.prune import choose, spread_subset
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.draws import draw
+from flowgrpo_fast.training.snapshots import Snapshot
 from tests.conftest import ToyModel
 
 CPU = torch.device("cpu")
@@ -49,6 +50,13 @@ class Images(Elementwise):
 
     def decode(self, latents):
         return torch.sigmoid(latents.float()[:, :1])
+
+
+class Packed(Images):
+    """The same latents as tokens of four channels."""
+
+    latent_shape = (8, 4)
+    latent_grid = (2, 4)
 
 
 def first(x0_pred):
@@ -122,6 +130,22 @@ def test_with_a_real_transformer_survivors_differ_by_its_rounding_at_most(rows) 
     assert torch.equal(part.latents[:, 0], whole.latents[rows, 0])  # start noise
     assert (part.x0 - whole.x0[rows]).abs().max() <= 2e-5
     assert (part.log_prob - whole.log_prob[rows]).abs().max() <= 2e-5
+
+
+def test_packed_latents_are_pooled_on_the_models_grid(toy_recipe) -> None:
+    """Without a grid a packed layout is refused; with it, survivors are as elsewhere, behind a snapshot too."""
+    recipe = toy_recipe(group_size=4, prune=replace(FUNNEL, score="latents", pool=2))
+
+    class Unpacked(Packed):
+        latent_grid = None
+
+    packed, _ = run(recipe, Packed())
+    behind, _ = run(recipe, Snapshot(Packed()))
+    assert torch.equal(packed.x0, behind.x0)
+    whole, _ = run(recipe, Packed(), cuts=False)
+    assert torch.equal(packed.x0, whole.x0[rows_of(packed, whole)])
+    with pytest.raises(ValueError, match=r"preview: latents has shape \[48, 8, 4\]"):
+        run(recipe, Unpacked())
 
 
 class Counting(ToyModel):
