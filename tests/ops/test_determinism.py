@@ -84,7 +84,7 @@ def test_flushing_subnormals_changes_nothing(case):
 
 DIGEST = """
 import sys, torch
-sys.path[:0] = [{root!r}, {here!r}]
+sys.path[:0] = [{root!r}, {here!r}, {host!r}]
 from conftest import make_case
 from test_determinism import digest
 print(digest(make_case))
@@ -109,7 +109,9 @@ def run_with_isa(isa, code):
 
 @pytest.mark.parametrize("isa", build_info()["isas"])
 def test_every_instruction_set_gives_the_same_bits(case, isa):
-    code = DIGEST.format(root=str(ROOT), here=str(Path(__file__).parent))
+    code = DIGEST.format(
+        root=str(ROOT), here=str(Path(__file__, host=str(ROOT / "tests" / "cuda_on_host")).parent)
+    )
     result = run_with_isa(isa, code)
     if "must be one of" in result.stderr:
         pytest.skip(f"this processor has no {isa}")

@@ -153,7 +153,7 @@ def test_block_scales_are_torchs():
         assert torch.equal(ours.codes.view(torch.uint8), want[0].view(torch.uint8))
 
 
-TORCHAO = np.load(Path(__file__).parents[1] / "golden" / "torchao.npz")  # recorded with torchao 0.18
+TORCHAO = np.load(Path(__file__).parent / "golden" / "torchao.npz")  # recorded with torchao 0.18
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
