@@ -109,9 +109,8 @@ def run_with_isa(isa, code):
 
 @pytest.mark.parametrize("isa", build_info()["isas"])
 def test_every_instruction_set_gives_the_same_bits(case, isa):
-    code = DIGEST.format(
-        root=str(ROOT), here=str(Path(__file__, host=str(ROOT / "tests" / "cuda_on_host")).parent)
-    )
+    paths = {"root": ROOT, "here": Path(__file__).parent, "host": ROOT / "tests" / "cuda_on_host"}
+    code = DIGEST.format(**{name: str(path) for name, path in paths.items()})
     result = run_with_isa(isa, code)
     if "must be one of" in result.stderr:
         pytest.skip(f"this processor has no {isa}")
