@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,42 @@ from flowgrpo_fast.models.adapters import adapters_off
 from flowgrpo_fast.types import Conditioning, FlowModel
 
 
-class Snapshot:
-    """A `FlowModel` that shares the model's frozen weights and holds its own values of the trained ones.
+class _View:
+    """A `FlowModel` that is another one, except for what `_changed` does to its weights during a velocity."""
+
+    def __init__(self, model: FlowModel) -> None:
+        self.model = model
+        self.latent_shape = model.latent_shape
+        self.latent_grid = getattr(model, "latent_grid", None)
+        self.guided = getattr(model, "guided", None)
+        self.module = model.module
+
+    def _changed(self) -> AbstractContextManager[None]:
+        raise AssertionError
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """As the model: text encoders are not trained."""
+        return self.model.encode(prompts)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """As the model under the changed weights, without gradient."""
+        with torch.no_grad(), self._changed():
+            return self.model.velocity(latents, sigma, conditioning)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As the model: the autoencoder is not trained."""
+        return self.model.decode(latents)
+
+
+class Snapshot(_View):
+    """Shares the model's frozen weights and holds its own values of the trained ones.
 
     They are swapped in for each velocity and out again, whatever happens in between: two pointers a parameter, no
     copy. Optimiser and gradients keep seeing the model's own parameters.
     """
 
     def __init__(self, model: FlowModel) -> None:
-        self.model = model
-        self.latent_shape = model.latent_shape
-        self.latent_grid = getattr(model, "latent_grid", None)  # of packed latents
-        self.guided = getattr(model, "guided", None)
-        self.module = model.module  # its weights are the snapshot's only inside `swapped_in`
+        super().__init__(model)
         self.parameters = trained_parameters(model.module)
         self.values = [parameter.detach().clone() for parameter in self.parameters]
 
@@ -38,18 +61,8 @@ class Snapshot:
         finally:
             self._swap()
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """As the model: text encoders are not trained."""
-        return self.model.encode(prompts)
-
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """As the model under these weights, without gradient."""
-        with torch.no_grad(), self.swapped_in():
-            return self.model.velocity(latents, sigma, conditioning)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """As the model: the autoencoder is not trained."""
-        return self.model.decode(latents)
+    def _changed(self) -> AbstractContextManager[None]:
+        return self.swapped_in()
 
     def average(self, decay: float) -> None:
         """Moves the values towards the model's: `decay * values + (1 - decay) * parameters`."""
@@ -73,53 +86,22 @@ class Snapshot:
             parameter.data, self.values[index] = self.values[index], parameter.data
 
 
-class Through:
-    """A `FlowModel` view: a snapshot's weights seen through another model that shares the trained parameters."""
+class Through(_View):
+    """A snapshot's weights seen through another model that shares the trained parameters."""
 
     def __init__(self, snapshot: Snapshot, model: FlowModel) -> None:
+        super().__init__(model)
         self.snapshot = snapshot
-        self.model = model
-        self.latent_shape = model.latent_shape
-        self.latent_grid = getattr(model, "latent_grid", None)  # of packed latents
-        self.guided = getattr(model, "guided", None)
-        self.module = model.module
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """As the model."""
-        return self.model.encode(prompts)
-
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """As the model while it holds the snapshot's weights, without gradient."""
-        with torch.no_grad(), self.snapshot.swapped_in():
-            return self.model.velocity(latents, sigma, conditioning)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """As the model."""
-        return self.model.decode(latents)
+    def _changed(self) -> AbstractContextManager[None]:
+        return self.snapshot.swapped_in()
 
 
-class WithoutAdapter:
-    """A `FlowModel` view of an adapted model with its adapters off: the start of a LoRA run, for no memory at all."""
+class WithoutAdapter(_View):
+    """An adapted model with its adapters off: the start of a LoRA run, for no memory at all."""
 
-    def __init__(self, model: FlowModel) -> None:
-        self.model = model
-        self.latent_shape = model.latent_shape
-        self.latent_grid = getattr(model, "latent_grid", None)  # of packed latents
-        self.guided = getattr(model, "guided", None)
-        self.module = model.module
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """As the model."""
-        return self.model.encode(prompts)
-
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """As the frozen base, without gradient."""
-        with torch.no_grad(), adapters_off(self.model.module):
-            return self.model.velocity(latents, sigma, conditioning)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """As the model."""
-        return self.model.decode(latents)
+    def _changed(self) -> AbstractContextManager[None]:
+        return adapters_off(self.model.module)
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
