@@ -16,8 +16,9 @@ from flowgrpo_fast.models.loading import one_line
 from flowgrpo_fast.recipe import Network
 
 _aten = torch.ops.aten
-# What "selective" keeps: matrix products and attention; norms and element-wise steps are computed again.
+# What "selective" keeps: matrix products, convolutions and attention; norms and element-wise steps are computed again.
 _KEPT = {
+    _aten.convolution.default,
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,

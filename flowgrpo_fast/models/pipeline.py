@@ -26,6 +26,7 @@ from flowgrpo_fast.types import Conditioning
 
 _DECODED_PIXELS = 1 << 22  # at once: 16 images of 512 x 512
 _MEMORY_BYTES = 1 << 31  # of embeddings; more are read from the text cache as they are needed
+_FIELDS = ("prompt_embeds", "pooled_prompt_embeds")  # of an embedding; other names go to `Conditioning.extra`
 
 
 class PipelineModel(ABC):
@@ -39,6 +40,7 @@ class PipelineModel(ABC):
     sensitive: ClassVar[tuple[str, ...]]  # regular expressions over layer names: never quantised
     max_sequence_length: ClassVar[int]  # text tokens, where the recipe names none
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    text_pipeline_reads: ClassVar[tuple[str, ...]] = ()  # further parts without which it cannot be made
     transformer_parts: ClassVar[tuple[str, ...]] = ("transformer",)
     varying_length: ClassVar[bool] = False  # prompts are as long as they are, under a mask
     vae_in_fp32: ClassVar[bool] = False  # an autoencoder that bf16 would damage
@@ -122,7 +124,7 @@ class PipelineModel(ABC):
 
     @abstractmethod
     def encode_prompt(self, pipe: Any, prompt: str, max_sequence_length: int) -> Embedding:
-        """One prompt's embeddings under the names of `Conditioning`'s fields, without a batch axis."""
+        """One prompt's embeddings under the names of `Conditioning`'s fields or others, without a batch axis."""
 
     @abstractmethod
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -186,7 +188,8 @@ class PipelineModel(ABC):
         return StoredPrompts(self, list(prompts), list(images))
 
     def _load_encoder(self) -> Encoder:
-        leave_out = ("vae", *self.transformer_parts)
+        parts = ("vae", *self.transformer_parts)
+        leave_out = [name for name in parts if name not in self.text_pipeline_reads]
         pipe = load_parts(self.folder, self.pipeline_class, leave_out, {"default": self.dtype})
         for name in self.text_parts:
             if isinstance(part := getattr(pipe, name, None), nn.Module):
@@ -239,11 +242,10 @@ class PipelineModel(ABC):
         lengths = torch.tensor([len(row["prompt_embeds"]) for row in rows])
         for name in rows[0]:
             values = [row[name].to(self.device) for row in rows]
-            fields[name] = (
-                pad_sequence(values, batch_first=True) if values[0].ndim > 1 else torch.stack(values)
-            )
+            part = fields if name in _FIELDS else extra
+            part[name] = pad_sequence(values, batch_first=True) if values[0].ndim > 1 else torch.stack(values)
             other = negative[name].to(self.device)
-            fields[f"negative_{name}"] = other.expand(len(rows), *other.shape)
+            part[f"negative_{name}"] = other.expand(len(rows), *other.shape)
         longest = int(lengths.max())
         if self.varying_length:
             longest = self.network.max_sequence_length or longest
@@ -273,6 +275,17 @@ class StoredPrompts:
 def _dtype(recipe: Recipe) -> torch.dtype:
     """Of what is frozen."""
     return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+def check_frame_groups(network: Network, group: int, family: str) -> None:
+    """Raises ValueError unless a video is one frame and then groups of `group`."""
+    frames = network.num_frames
+    if (frames - 1) % group:
+        below = (frames - 1) // group * group + 1
+        raise ValueError(
+            f"Network.num_frames is {frames}; {family} needs a multiple of {group} plus 1, such as {below} "
+            f"or {below + group}"
+        )
 
 
 def denormalised(latents: Tensor, vae: Any) -> Tensor:

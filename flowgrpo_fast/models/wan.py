@@ -8,7 +8,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from flowgrpo_fast.models.pipeline import PipelineModel, denormalised
+from flowgrpo_fast.models.pipeline import PipelineModel, check_frame_groups, denormalised
 from flowgrpo_fast.models.text_cache import Embedding
 from flowgrpo_fast.recipe import Network
 from flowgrpo_fast.types import Conditioning
@@ -36,13 +36,7 @@ class Wan(PipelineModel):
 
     def check_frames(self, network: Network) -> None:
         """The first frame stands alone, the others come in groups."""
-        group, frames = self.pipe.vae_scale_factor_temporal, network.num_frames
-        if frames % group != 1:
-            below = (frames - 1) // group * group + 1
-            raise ValueError(
-                f"Network.num_frames is {frames}; wan needs a multiple of {group} plus 1, such as {below} "
-                f"or {below + group}"
-            )
+        check_frame_groups(network, self.pipe.vae_scale_factor_temporal, self.family())
 
     def lay_out(self, network: Network) -> None:
         """One token is a patch of latents."""
