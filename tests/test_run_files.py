@@ -5,7 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from flowgrpo_fast import recipes
 from flowgrpo_fast.recipe import FlowSDE, LoRA
@@ -24,6 +28,10 @@ PUBLISHED = {
     "flux_kontext_flow_grpo": ("flux_kontext", 512, 512, 1, 6, 5, 21, 48, 1.0, 1024),
     "qwen_image_flow_grpo": ("qwen_image", 512, 512, 1, 10, 2, 16, 32, 4.0, 1024),
     "wan2_1_1_3b_flow_grpo": ("wan", 240, 416, 33, 20, 19, 4, 16, 4.5, 9 * 15 * 26),
+    "flux2_klein_flow_grpo": ("flux2_klein", 384, 384, 1, 8, 1, 16, 48, 4.0, 576),
+    "z_image_turbo_flow_grpo": ("z_image", 512, 512, 1, 6, 1, 16, 48, 1.0, 1024),
+    "sana_1_6b_flow_grpo": ("sana", 512, 512, 1, 10, 9, 24, 48, 4.5, 256),
+    "hunyuan_video15_flow_grpo": ("hunyuan_video15", 480, 848, 33, 20, 19, 4, 16, 6.0, 9 * 30 * 53),
 }
 
 
@@ -49,6 +57,24 @@ def test_a_run_file_has_the_published_size(path: Path, tmp_path: Path) -> None:
     assert len(set(prompts)) == len(prompts) >= 5
     save_recipe(recipe, tmp_path / "recipe.json")
     assert load_recipe(tmp_path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "last"),
+    [
+        ("flux2_klein_flow_grpo", {"shift": 3.0, "use_dynamic_shifting": True}, 1 / 8),
+        ("z_image_turbo_flow_grpo", {"shift": 3.0}, 1 / 6),
+        ("hunyuan_video15_flow_grpo", {"shift": 5.0}, 1 / 20),
+    ],
+)
+def test_the_noise_schedule_is_the_pipelines(name: str, scheduler: dict, last: float) -> None:
+    """The published scheduler as the pipeline sets it; FLUX.2 shifts by tokens and steps."""
+    tokens, steps = PUBLISHED[name][-1], PUBLISHED[name][4]
+    theirs = FlowMatchEulerDiscreteScheduler(**scheduler)
+    mu = compute_empirical_mu(tokens, steps)
+    theirs.set_timesteps(sigmas=np.linspace(1.0, last, steps), mu=mu)
+    ours = resolve_schedule(load_recipe(ROOT / f"examples/{name}.json"), 0, seq_len=tokens).sigmas
+    torch.testing.assert_close(ours, theirs.sigmas, rtol=2e-6, atol=0)
 
 
 def test_where_they_follow_a_paper_they_are_its_recipe() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from PIL import Image
 from torch import Tensor
@@ -35,6 +36,14 @@ class Family:
     network: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)  # of the pipeline
     scale: str = "guidance_scale"  # the pipeline's name for classifier-free guidance
+    negative: str = "a blur"
+    adapt: Callable[[Any, dict[str, Any]], None] | None = (
+        None  # the pipeline's arguments, where they are its own
+    )
+    conditional_first: bool = False  # where one call holds both halves
+    in_blocks: float = 0.2  # of a training step's work: the blocks' forward, at least
+    atol: float = 2e-6  # of a velocity
+    syncs: str = ""  # its transformer asks the device for a number: "always", or for "lengths" that differ
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{key}={value}" for key, value in self.variant.items())])
@@ -57,6 +66,24 @@ def source_images(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+def _klein(pipe: Any, arguments: dict[str, Any]) -> None:
+    """Takes latents before they are packed, and no negative prompt but the empty one."""
+    arguments.pop("negative_prompt", None)
+    arguments["latents"] = arguments["latents"].transpose(1, 2).unflatten(2, (4, 4))
+
+
+def _z_image(pipe: Any, arguments: dict[str, Any]) -> None:
+    """Counts guidance from 0, and writes into the list of prompts."""
+    arguments["guidance_scale"] -= 1
+    arguments["prompt"] = list(arguments["prompt"])
+
+
+def _guider(pipe: Any, arguments: dict[str, Any]) -> None:
+    """Holds guidance as a part; its autoencoder takes one video at a time."""
+    pipe.vae.use_slicing = True
+    pipe.guider = diffusers.ClassifierFreeGuidance(guidance_scale=arguments.pop("guidance_scale"))
+
+
 SD3 = Family("sd3", network={"max_sequence_length": 16}, call={"max_sequence_length": 16})
 FLUX = Family(
     "flux", network={"max_sequence_length": 16}, call={"max_sequence_length": 16}, scale="true_cfg_scale"
@@ -67,6 +94,28 @@ WAN = Family(
     "wan",
     network={"max_sequence_length": 16, "num_frames": 5},
     call={"max_sequence_length": 16, "num_frames": 5},
+)
+FLUX2_KLEIN = Family(
+    "flux2_klein",
+    network={"max_sequence_length": 64},
+    call={"max_sequence_length": 64},
+    negative="",
+    adapt=_klein,
+)
+# The pipeline runs both halves at once, under a mask over captions that ours need not have: other rounding.
+Z_IMAGE = Family("z_image", adapt=_z_image, conditional_first=True, atol=1e-5, syncs="lengths")
+SANA = Family(
+    "sana",
+    network={"max_sequence_length": 48},
+    call={"max_sequence_length": 48, "use_resolution_binning": False},
+)
+HUNYUAN_VIDEO15 = Family(
+    "hunyuan_video15",
+    network={"num_frames": 5},
+    call={"num_frames": 5},
+    adapt=_guider,
+    in_blocks=0.02,  # what reads the quotes is 2048 wide, whatever the configuration
+    syncs="always",
 )
 FAMILIES = [
     SD3,
@@ -79,6 +128,10 @@ FAMILIES = [
     WAN,
     replace(WAN, variant={"experts": True}),
     replace(WAN, variant={"expand_timesteps": True}),
+    FLUX2_KLEIN,
+    Z_IMAGE,
+    SANA,
+    HUNYUAN_VIDEO15,
 ]
 ONE_EACH = [family for family in FAMILIES if not family.variant]
 
@@ -125,7 +178,10 @@ def captured(pipe: Any, run: Callable[[], Any]) -> tuple[Any, list[tuple[dict[st
     calls: list[tuple[dict[str, Any], Tensor]] = []
 
     def keep(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        calls.append((kwargs, output[0]))
+        velocity = output[0]
+        if isinstance(velocity, list):  # Z-Image's samples, and towards the image
+            velocity = -torch.stack(velocity).squeeze(2)
+        calls.append((kwargs, velocity))
 
     parts = [pipe.transformer, getattr(pipe, "transformer_2", None)]
     hooks = [part.register_forward_hook(keep, with_kwargs=True) for part in parts if part is not None]

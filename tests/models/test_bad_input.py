@@ -15,7 +15,17 @@ from flowgrpo_fast.models.loading import load_parts
 from flowgrpo_fast.recipe import LoRA
 from flowgrpo_fast.training.engine import build_engine, load_model
 from tests.models import tiny
-from tests.models.families import FLUX, KONTEXT, SD3, WAN, source_images
+from tests.models.families import (
+    FLUX,
+    FLUX2_KLEIN,
+    HUNYUAN_VIDEO15,
+    KONTEXT,
+    SANA,
+    SD3,
+    WAN,
+    Z_IMAGE,
+    source_images,
+)
 
 CPU = torch.device("cpu")
 
@@ -48,6 +58,8 @@ def test_paths_that_are_no_pipeline(tiny_recipe, tmp_path, monkeypatch) -> None:
 def test_a_checkpoint_of_another_family(tiny_recipe, tiny_path) -> None:
     recipe = with_network(tiny_recipe(SD3), path=str(tiny_path(FLUX)))
     refused(recipe, "holds a FluxPipeline; task.model 'sd3' takes a StableDiffusion3Pipeline")
+    recipe = with_network(tiny_recipe(FLUX2_KLEIN), path=str(tiny_path(FLUX)))
+    refused(recipe, "holds a FluxPipeline; task.model 'flux2_klein' takes a Flux2KleinPipeline")
     recipe = with_network(tiny_recipe(KONTEXT), path=str(tiny_path(FLUX)))
     refused(recipe, "holds a FluxPipeline; task.model 'flux_kontext' takes a FluxKontextPipeline")
 
@@ -81,6 +93,12 @@ def test_sizes(tiny_recipe) -> None:
     refused(
         tiny_recipe(WAN, num_frames=6), "num_frames is 6; wan needs a multiple of 4 plus 1, such as 5 or 9"
     )
+    refused(tiny_recipe(HUNYUAN_VIDEO15, num_frames=6), "hunyuan_video15 needs a multiple of 4 plus 1")
+    refused(tiny_recipe(HUNYUAN_VIDEO15, width=34), "hunyuan_video15 needs a multiple of 4, such as 32 or 36")
+    refused(tiny_recipe(FLUX2_KLEIN, width=36), "flux2_klein needs a multiple of 8, such as 32 or 40")
+    refused(tiny_recipe(Z_IMAGE, height=20), "z_image needs a multiple of 8, such as 16 or 24")
+    refused(tiny_recipe(SANA, height=33), "sana needs a multiple of 4, such as 32 or 36")
+    refused(tiny_recipe(SANA, num_frames=5), "sana makes images: set 1")
 
 
 def test_lora_targets_that_match_nothing(tiny_recipe) -> None:
@@ -161,6 +179,15 @@ def test_other_settings_are_other_embeddings(tiny_recipe, tmp_path, tiny_path) -
     pipe.text_encoder_3.save_pretrained(folder / "text_encoder_3")
     other = load_model(with_network(tiny_recipe(SD3, **kept), path=str(folder)), CPU).encode(["sun"])
     assert not torch.equal(other.prompt_embeds, first.prompt_embeds)
+
+
+def test_sana_keeps_a_prompt_and_the_negative_prompt_apart(tiny_recipe, tmp_path) -> None:
+    """The pipeline instructs its encoder for the one and not for the other: the same words, two embeddings."""
+    kept = {"text_cache": str(tmp_path / "text")}
+    prompt = load_model(tiny_recipe(SANA, **kept), CPU).encode(["sun"]).prompt_embeds
+    other = load_model(tiny_recipe(SANA, negative_prompt="sun", **kept), CPU).encode(["moon"])
+    negative = other.negative_prompt_embeds
+    assert prompt.shape != negative.shape or not torch.equal(prompt, negative)
 
 
 def test_shapes_that_disagree(tiny_recipe) -> None:

@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowgrpo_fast.models.adapters import ADAPTER_FILE
 from flowgrpo_fast.ops import philox_normal
 from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LoRA, Optimizer
 from flowgrpo_fast.sampling.sampler import predict
@@ -44,13 +45,15 @@ def euler(model, latents, sigmas, conditioning, recipe):
 
 
 def call_pipeline(pipe, family, prompts, latents, scale=1.0, images=()):
-    arguments = {"height": 32, "width": 32, "num_inference_steps": 3, "latents": latents, **family.call}
-    arguments[family.scale] = scale
+    arguments = {"prompt": prompts, "height": 32, "width": 32, "num_inference_steps": 3, "latents": latents}
+    arguments |= {family.scale: scale, **family.call}
     if scale > 1:
-        arguments["negative_prompt"] = ["a blur"] * len(prompts)
+        arguments["negative_prompt"] = [family.negative] * len(prompts)
     if images:
         arguments["image"] = [Image.open(path).resize((32, 32), Image.Resampling.LANCZOS) for path in images]
-    out, calls = captured(pipe, lambda: pipe(prompt=prompts, output_type="pt", **arguments))
+    if family.adapt is not None:
+        family.adapt(pipe, arguments)
+    out, calls = captured(pipe, lambda: pipe(output_type="pt", **arguments))
     return out[0], calls
 
 
@@ -59,7 +62,7 @@ def call_pipeline(pipe, family, prompts, latents, scale=1.0, images=()):
 def test_velocity_and_sample_equal_the_pipelines(family, scale, tiny_recipe, pipeline, tmp_path) -> None:
     """Same start latents, same sigmas: every call of the transformer, and the finished pixels."""
     pipe = pipeline(family)
-    recipe = tiny_recipe(family, guidance_scale=scale, negative_prompt="a blur" if scale > 1 else "")
+    recipe = tiny_recipe(family, guidance_scale=scale, negative_prompt=family.negative if scale > 1 else "")
     model = load_model(recipe, CPU)
     prompts, images = tiny.PROMPTS[:2], source_images(tmp_path, 2) if family.edits else []
     conditioning = family.encode(model, prompts, images)
@@ -69,11 +72,12 @@ def test_velocity_and_sample_equal_the_pipelines(family, scale, tiny_recipe, pip
         latents, velocities = euler(model, start, pipe.scheduler.sigmas, conditioning, recipe)
         ours = model.decode(latents)
     theirs = [output for _, output in calls]
-    if len(theirs) < len(velocities):  # both halves in one call, the unconditional one first
-        theirs = [half for both in theirs for half in both.chunk(2)[::-1]]
+    if len(theirs) < len(velocities):  # both halves in one call
+        order = 1 if family.conditional_first else -1
+        theirs = [half for both in theirs for half in both.chunk(2)[::order]]
     assert len(theirs) == len(velocities) == 3 * (1 + (scale > 1))
     for mine, other in zip(velocities, theirs, strict=True):
-        torch.testing.assert_close(mine, other[:, : mine.shape[1]], rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(mine, other[:, : mine.shape[1]], rtol=2e-5, atol=family.atol)
     assert expected.std() > 0.05
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
 
@@ -128,7 +132,7 @@ def test_checkpointing_changes_no_gradient(family, mode, tiny_recipe, tmp_path) 
         flops.append(counter.get_total_flops())
         parameters = trained_parameters(model.module)
         gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-    assert flops[1] == flops[0] if mode == "selective" else flops[1] > 1.2 * flops[0]
+    assert flops[1] == flops[0] if mode == "selective" else flops[1] > (1 + family.in_blocks) * flops[0]
     assert sum(bool(g.abs().sum() > 0) for g in gradients[0]) >= 0.7 * len(gradients[0])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.equal(plain, checkpointed)
@@ -193,7 +197,10 @@ def test_a_lora_run_resumes_to_the_bit_and_diffusers_loads_its_adapter(
     restored = build_engine(recipe, CPU)
     load_checkpoint(restored, folder)
     pipe = pipeline(family)
-    pipe.load_lora_weights(str(folder))
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(str(folder))
+    else:  # HunyuanVideo 1.5's pipeline has no such method; its transformer does
+        pipe.transformer.load_lora_adapter(str(folder), weight_name=ADAPTER_FILE)
     start = start_noise(restored.model, 2)
     images = source_images(tmp_path, 2) if family.edits else []
     _, calls = call_pipeline(pipe, family, tiny.PROMPTS[:2], start, images=images)
@@ -202,7 +209,7 @@ def test_a_lora_run_resumes_to_the_bit_and_diffusers_loads_its_adapter(
     with torch.no_grad():
         ours, _ = predict(restored.model, start, sigma, conditioning, recipe)
         base, _ = predict(restored.reference, start, sigma, conditioning, recipe)
-    torch.testing.assert_close(ours, calls[0][1][:, : ours.shape[1]], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(ours, calls[0][1][:, : ours.shape[1]], rtol=2e-5, atol=family.atol)
     assert (ours - base).abs().max() > 1e-4  # the adapter says something
 
 

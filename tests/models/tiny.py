@@ -13,10 +13,19 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
-PROMPTS = ["a red cat", "two blue dogs and a very long tail", "sun"]
+from tests.models.tiny_parts import (
+    clip_encoder,
+    clip_tokenizer,
+    image_vae,
+    qwen3,
+    qwen_tokenizer,
+    t5_encoder,
+    t5_tokenizer,
+)
+
+PROMPTS = ["a red cat", 'two blue dogs and a "very long" tail', "sun"]
 
 
 def make(family: str, folder: Path, **changes: Any) -> Path:
@@ -58,13 +67,13 @@ def sd3(dual: bool = False, t5: bool = True) -> diffusers.StableDiffusion3Pipeli
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_image_vae(),
-        text_encoder=_clip(transformers.CLIPTextModelWithProjection),
-        tokenizer=_clip_tokenizer(),
-        text_encoder_2=_clip(transformers.CLIPTextModelWithProjection),
-        tokenizer_2=_clip_tokenizer(),
-        text_encoder_3=_t5(transformers.T5EncoderModel, transformers.T5Config) if t5 else None,
-        tokenizer_3=_t5_tokenizer() if t5 else None,
+        vae=image_vae(),
+        text_encoder=clip_encoder(transformers.CLIPTextModelWithProjection),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_encoder(transformers.CLIPTextModelWithProjection),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5_encoder(transformers.T5EncoderModel, transformers.T5Config) if t5 else None,
+        tokenizer_3=t5_tokenizer() if t5 else None,
     )
 
 
@@ -87,11 +96,11 @@ def flux(guidance: bool = True, kontext: bool = False) -> diffusers.FluxPipeline
     return pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=_image_vae(),
-        text_encoder=_clip(transformers.CLIPTextModel),
-        tokenizer=_clip_tokenizer(),
-        text_encoder_2=_t5(transformers.T5EncoderModel, transformers.T5Config),
-        tokenizer_2=_t5_tokenizer(),
+        vae=image_vae(),
+        text_encoder=clip_encoder(transformers.CLIPTextModel),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(transformers.T5EncoderModel, transformers.T5Config),
+        tokenizer_2=t5_tokenizer(),
     )
 
 
@@ -118,7 +127,7 @@ def qwen_image() -> diffusers.QwenImagePipeline:
         latents_mean=[0.1, -0.2, 0.0, 0.3],
         latents_std=[1.0, 0.8, 1.5, 1.2],
     )
-    tokenizer = _qwen_tokenizer()
+    tokenizer = qwen_tokenizer()
     text = transformers.Qwen2_5_VLConfig(
         text_config={
             "hidden_size": 16,
@@ -181,90 +190,175 @@ def wan(experts: bool = False, expand_timesteps: bool = False) -> diffusers.WanP
         transformer_2=parts[1] if experts else None,
         vae=vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=_t5(transformers.UMT5EncoderModel, transformers.UMT5Config),
-        tokenizer=_t5_tokenizer(),
+        text_encoder=t5_encoder(transformers.UMT5EncoderModel, transformers.UMT5Config),
+        tokenizer=t5_tokenizer(),
         boundary_ratio=0.8 if experts else None,
         expand_timesteps=expand_timesteps,
     )
 
 
-_FAMILIES: dict[str, Callable[..., diffusers.DiffusionPipeline]] = {
-    "sd3": sd3,
-    "flux": flux,
-    "flux_kontext": lambda: flux(kontext=True),
-    "qwen_image": qwen_image,
-    "wan": wan,
-}
-
-
-def _image_vae() -> diffusers.AutoencoderKL:
-    """Three levels: 4 pixels a latent."""
-    return diffusers.AutoencoderKL(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
+def flux2_klein() -> diffusers.Flux2KleinPipeline:
+    """FLUX.2 klein; the text encoder has as many layers as it takes to reach the last that is read."""
+    torch.manual_seed(0)
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = diffusers.AutoencoderKLFlux2(
         block_out_channels=(4, 4, 4),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.06,
-        scaling_factor=1.5,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return diffusers.Flux2KleinPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        text_encoder=qwen3(transformers.Qwen3ForCausalLM, layers=28),
+        tokenizer=qwen_tokenizer(_CHAT),
     )
 
 
-def _clip(kind: type) -> Any:
-    """SD3's projects to 16 and joins two; FLUX's gives its own 32."""
-    size = 16 if kind is transformers.CLIPTextModelWithProjection else 32
-    return kind(
-        transformers.CLIPTextConfig(
-            hidden_size=size,
-            projection_dim=size,
-            intermediate_size=32,
-            num_attention_heads=2,
-            num_hidden_layers=2,
-            vocab_size=len(_clip_tokenizer()),
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
+def z_image() -> diffusers.ZImagePipeline:
+    """Z-Image, with too few image tokens to go without padding."""
+    torch.manual_seed(0)
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
+    return diffusers.ZImagePipeline(
+        transformer=transformer,
+        vae=image_vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=qwen3(transformers.Qwen3Model, layers=2),
+        tokenizer=qwen_tokenizer(_CHAT),
     )
 
 
-def _t5(kind: type, config: type) -> Any:
-    return kind(
-        config(
-            vocab_size=len(_t5_tokenizer()),
-            d_model=32,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            relative_attention_num_buckets=8,
-            feed_forward_proj="gated-gelu",
-        )
+def sana() -> diffusers.SanaPipeline:
+    """SANA with an autoencoder of 4 pixels a latent."""
+    torch.manual_seed(0)
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+    )
+    kinds = ("ResBlock", "ResBlock", "EfficientViTBlock")
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="conv",
+        scaling_factor=0.41407,
+    )
+    text = transformers.Gemma2Config(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=len(t5_tokenizer()),
+    )
+    return diffusers.SanaPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=transformers.Gemma2Model(text),
+        tokenizer=t5_tokenizer(),
     )
 
 
-def _clip_tokenizer() -> transformers.CLIPTokenizer:
-    letters = sorted(ByteLevel.alphabet())
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    return transformers.CLIPTokenizer(
-        vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77
+def hunyuan_video15() -> diffusers.HunyuanVideo15Pipeline:
+    """HunyuanVideo 1.5, its template shortened to the tokens that the pipeline cuts off."""
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer("{{ '<|im_start|>' * 108 }}{{ messages[1]['content'] }}<|im_end|>")
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=16,
+        text_embed_2_dim=32,
+        image_embed_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        target_size=32,
+        task_type="t2v",
+    )
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
+    text = transformers.Qwen2_5_VLConfig().text_config.__class__(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_parameters={"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
+        vocab_size=len(tokenizer),
+    )
+    glyphs = transformers.ByT5Tokenizer()
+    return diffusers.HunyuanVideo15Pipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder=transformers.Qwen2_5_VLTextModel(text),
+        tokenizer=tokenizer,
+        text_encoder_2=t5_encoder(transformers.T5EncoderModel, transformers.T5Config, len(glyphs)),
+        tokenizer_2=glyphs,
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=1.0),
     )
 
 
-def _t5_tokenizer() -> transformers.T5Tokenizer:
-    words = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,.-"]
-    scored = [(word, 0.0 if index < 3 else -2.0) for index, word in enumerate(words)]
-    return transformers.T5Tokenizer(vocab=scored, extra_ids=0, model_max_length=512)
-
-
-def _qwen_tokenizer() -> transformers.Qwen2Tokenizer:
-    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    return transformers.Qwen2Tokenizer(
-        vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=2048
-    )
+_CHAT = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+_FAMILIES: dict[str, Callable[..., diffusers.DiffusionPipeline]] = {
+    "sd3": sd3,
+    "flux": flux,
+    "flux_kontext": lambda: flux(kontext=True),
+    "qwen_image": qwen_image,
+    "wan": wan,
+    "flux2_klein": flux2_klein,
+    "z_image": z_image,
+    "sana": sana,
+    "hunyuan_video15": hunyuan_video15,
+}
