@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.bmm, _aten.baddbmm)
-_KEPT = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)  # by selective checkpointing, beside attention
+# What selective checkpointing keeps, beside attention.
+_KEPT = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution)
 
 
 @dataclass(frozen=True, slots=True)
