@@ -55,7 +55,11 @@ void flow_log_prob(const FlowLogProbArgs& args, int num_threads) {
   work.partials = partials.data();
   work.drift_partials = partials.data() + count;
   const auto chunk_kernel = FLOWGRPO_PICK(flow_log_prob_chunk), map_kernel = FLOWGRPO_PICK(flow_log_prob_map_tile);
-  if (args.map.data) {
+  const bool map_alone = args.map.data && !args.mean && !with_drift;
+  if (map_alone && !args.map.channels_last && transition.batch >= num_threads) {
+    run_items(FLOWGRPO_PICK(flow_log_prob_map_sample), work, transition.batch, transition.batch * transition.elements,
+              num_threads);
+  } else if (args.map.data) {
     // A sample's map follows its chunks, which left its arrays in a cache where it fits one.
     const int64_t tiles = map_tiles(args.map), items = chunks + tiles;
     parallel_for(

@@ -101,6 +101,56 @@ static void map_tile(const FlowLogProbArgs& args, int64_t index) {
   for (int64_t i = 0; i < count; ++i) target[i] = static_cast<Real>(log_prob_of(row, sums[i], map.channels));
 }
 
+// Adds the squares of a tile to the map of channels that come first. Channels ascend, as they do in sum_channels().
+template <typename Real>
+static inline void add_to_map(const PositionMap& map, const Span& span, const Real* squares, Real* sums) {
+  int64_t channel = span.element / map.positions, position = span.element % map.positions;
+  for (int i = 0; i < span.count;) {
+    const int left = span.count - i;
+    const int run = map.positions - position < left ? static_cast<int>(map.positions - position) : left;
+    Real* target = sums + position;
+    if (channel == 0) {
+      for (int k = 0; k < run; ++k) target[k] = squares[i + k];
+    } else {
+      for (int k = 0; k < run; ++k) target[k] += squares[i + k];
+    }
+    i += run;
+    position = 0;
+    ++channel;
+  }
+}
+
+// A sample in one pass: the partial sums of its chunks, with the bits of flow_log_prob_chunk(), and its map.
+template <typename Real>
+static void map_sample(const FlowLogProbArgs& args, int64_t sample) {
+  const PositionMap& map = args.map;
+  const int64_t elements = args.transition.elements, chunks = num_chunks(elements);
+  const Row<Real> row = row_of<Real>(args.transition, sample);
+  Real* sums = static_cast<Real*>(map.data) + sample * map.positions;
+  MeanTile<Real> tile;
+  Real squares[kTile];
+  for (int64_t index = sample * chunks; index < (sample + 1) * chunks; ++index) {
+    const ChunkRange range = chunk_range(index, elements);
+    Real lanes[kLanes] = {};
+    for (int64_t element = range.first; element < range.last; element += kTile) {
+      const Span span = span_of(range, element, elements);
+      square_tile(args, row, span, &tile, squares);
+      for (int start = 0; start < kTile; start += kLanes) {
+        for (int i = 0; i < kLanes; ++i) lanes[i] += squares[start + i];
+      }
+      add_to_map(map, span, squares, sums);
+    }
+    args.partials[index] = sum_lanes(lanes);
+  }
+  for (int64_t i = 0; i < map.positions; ++i) {
+    sums[i] = static_cast<Real>(log_prob_of(row, static_cast<double>(sums[i]), map.channels));
+  }
+}
+
+void flow_log_prob_map_sample(const FlowLogProbArgs& args, int64_t index) {
+  args.transition.latents.dtype == DType::kFloat64 ? map_sample<double>(args, index) : map_sample<float>(args, index);
+}
+
 void flow_log_prob_map_tile(const FlowLogProbArgs& args, int64_t index) {
   args.transition.latents.dtype == DType::kFloat64 ? map_tile<double>(args, index) : map_tile<float>(args, index);
 }

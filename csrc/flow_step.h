@@ -161,6 +161,7 @@ FLOWGRPO_DECLARE_OP(philox, PhiloxArgs)
 
 FLOWGRPO_DECLARE_KERNEL(flow_step_chunk, FlowStepArgs)
 FLOWGRPO_DECLARE_KERNEL(flow_log_prob_chunk, FlowLogProbArgs)
+FLOWGRPO_DECLARE_KERNEL(flow_log_prob_map_sample, FlowLogProbArgs)
 FLOWGRPO_DECLARE_KERNEL(flow_log_prob_map_tile, FlowLogProbArgs)
 FLOWGRPO_DECLARE_KERNEL(flow_log_prob_backward_chunk, FlowLogProbBackwardArgs)
 FLOWGRPO_DECLARE_KERNEL(philox_chunk, PhiloxArgs)
