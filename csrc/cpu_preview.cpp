@@ -1,4 +1,4 @@
-// The preview and its Gram matrix on the CPU: rows over the threads.
+// The preview and its Gram matrix on the CPU: runs of rows over the threads.
 #include <vector>
 
 #include "cpu_dispatch.h"
@@ -8,7 +8,7 @@ namespace flowgrpo_fast::cpu {
 
 void preview(const PreviewArgs& args, int num_threads) {
   const Transition& transition = args.transition;
-  run_items(FLOWGRPO_PICK(preview_row), args, transition.batch * preview_rows(args),
+  run_items(FLOWGRPO_PICK(preview_run), args, transition.batch * preview_runs(args),
             transition.batch * transition.elements, num_threads);
 }
 

@@ -6,6 +6,7 @@
 namespace flowgrpo_fast::FLOWGRPO_ISA {
 
 constexpr int kColumns = 4096;  // of a row, summed at a time: its lines are then read as they lie in memory
+constexpr int kBlock = 32;      // columns added in vector registers
 
 // `count` values of an array in the arithmetic dtype: the array itself where it is that, else `scratch`.
 static inline const float* read_run(const Buffer& buffer, int64_t offset, int count, float* scratch) {
@@ -19,50 +20,96 @@ static inline const double* read_run(const Buffer& buffer, int64_t offset, int, 
   return static_cast<const double*>(buffer.data) + offset;
 }
 
-// Adds x0 of `count` neighbouring elements. The negative velocity is optional.
+// A line's arrays, from its first column on. The negative velocity is optional.
+template <typename Stored>
+struct Line {
+  const Stored *latents, *velocity, *negative;
+};
+
+// Adds x0 of `count` neighbouring columns from `first`.
 template <typename Stored, typename Real>
-static inline void add_x0(const Row<Real>& row, Real scale, const Stored* latents, const Stored* velocity,
-                          const Stored* negative, int count, Real* sums) {
-  if (!negative) {
+static inline __attribute__((always_inline)) void add_x0(const Row<Real>& row, Real scale, const Line<Stored>& line,
+                                                         int first, int count, Real* __restrict__ sums) {
+  const Stored *latents = line.latents + first, *velocity = line.velocity + first;
+  if (!line.negative) {
     for (int i = 0; i < count; ++i) sums[i] += x0_of<Real>(row, widened(latents[i]), widened(velocity[i]));
     return;
   }
+  const Stored* negative = line.negative + first;
   for (int i = 0; i < count; ++i) {
     const Real mixed = guided<Real>(widened(velocity[i]), widened(negative[i]), scale);
     sums[i] += x0_of<Real>(row, widened(latents[i]), mixed);
   }
 }
 
-// Adds x0 down the lines of a row, over `count` columns from `offset`.
+// Adds x0 of a line in blocks. The last block has sums of its own, because it overlaps the one before.
+template <typename Stored, typename Real>
+static inline void add_line(const Row<Real>& row, Real scale, const Line<Stored>& line, int count, Real* sums,
+                            Real* last) {
+  if (count < kBlock) return add_x0(row, scale, line, 0, count, sums);
+  int first = 0;
+  for (; first + kBlock <= count; first += kBlock) add_x0(row, scale, line, first, kBlock, sums + first);
+  if (first < count) add_x0(row, scale, line, count - kBlock, kBlock, last);
+}
+
+// Sums x0 down the lines of a row, over `count` columns from `offset`. Lines are read as they lie in memory.
 template <typename Real>
 static void sum_lines(const PreviewArgs& args, const Row<Real>& row, int64_t offset, int count, Real* sums) {
   const Buffer &latents = args.transition.latents, &velocity = args.transition.velocity;
   const Buffer& negative = args.transition.negative_velocity;
   const bool is_bfloat16 = latents.dtype == DType::kBFloat16 && velocity.dtype == DType::kBFloat16;
   const Real scale = static_cast<Real>(args.transition.guidance_scale);
-  Real scratch[3][kColumns];
+  Real scratch[3][kColumns], last[kBlock] = {};
+  for (int i = 0; i < count; ++i) sums[i] = 0;
   for (int64_t time = 0; time < args.pool_time; ++time) {
     for (int64_t height = 0; height < args.pool_height; ++height) {
       const int64_t start = offset + (time * args.height + height) * args.width * args.inner;
       if (is_bfloat16) {
         const auto stored = [&](const Buffer& buffer) { return static_cast<const Bfloat16*>(buffer.data) + start; };
-        add_x0(row, scale, stored(latents), stored(velocity), negative.data ? stored(negative) : nullptr, count, sums);
+        const Line<Bfloat16> line = {stored(latents), stored(velocity), negative.data ? stored(negative) : nullptr};
+        add_line(row, scale, line, count, sums, last);
       } else {
         const auto real = [&](const Buffer& buffer, int k) { return read_run(buffer, start, count, scratch[k]); };
-        add_x0(row, scale, real(latents, 0), real(velocity, 1), negative.data ? real(negative, 2) : nullptr, count,
-               sums);
+        const Line<Real> line = {real(latents, 0), real(velocity, 1), negative.data ? real(negative, 2) : nullptr};
+        add_line(row, scale, line, count, sums, last);
       }
     }
   }
+  if (count < kBlock || count % kBlock == 0) return;
+  for (int i = 0; i < kBlock; ++i) sums[count - kBlock + i] = last[i];
 }
 
-// Adds neighbouring columns to whole cells of a known width.
+// Means of whole cells from the sums of their columns. kWidth is 0 where the width is known at run time only.
 template <int kWidth, typename Real>
-static void add_to_whole_cells(int count, const Real* sums, Real* cells) {
-  for (int cell = 0; cell < count / kWidth; ++cell) {
-    Real sum = cells[cell];
-    for (int i = 0; i < kWidth; ++i) sum += sums[cell * kWidth + i];
-    cells[cell] = sum;
+static inline void mean_of_cells(const Real* sums, int64_t count, int64_t pool_width, Real scale, Real* cells) {
+  const int64_t width = kWidth ? kWidth : pool_width;
+  for (int64_t cell = 0; cell < count; ++cell) {
+    Real sum = 0;
+    for (int64_t i = 0; i < width; ++i) sum += sums[cell * width + i];
+    cells[cell] = sum * scale;
+  }
+}
+
+// Rows of whole cells, whose columns fit together into the space for sums.
+template <typename Real>
+static void narrow_rows(const PreviewArgs& args, const Row<Real>& row, int64_t sample, int64_t first, int64_t last,
+                        Real* pooled) {
+  Real sums[kRunColumns];
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t offset = sample * args.transition.elements + preview_start(args, i);
+    sum_lines(args, row, offset, static_cast<int>(args.width), sums + (i - first) * args.width);
+  }
+  const int64_t count = (last - first) * (args.width / args.pool_width);
+  const Real scale = cell_scale<Real>(args);
+  switch (args.pool_width) {
+    case 2:
+      return mean_of_cells<2>(sums, count, 2, scale, pooled);
+    case 4:
+      return mean_of_cells<4>(sums, count, 4, scale, pooled);
+    case 8:
+      return mean_of_cells<8>(sums, count, 8, scale, pooled);
+    default:
+      return mean_of_cells<0>(sums, count, args.pool_width, scale, pooled);
   }
 }
 
@@ -72,24 +119,11 @@ static void add_to_cells(const PreviewArgs& args, int64_t first, int count, cons
   const int64_t position = first / args.inner;
   int64_t place = position % args.pool_width, channel = first % args.inner;
   Real* cell = cells + position / args.pool_width * args.inner;
-  if (args.inner == 1 && place == 0 && count % args.pool_width == 0) {
-    if (args.pool_width == 2) return add_to_whole_cells<2>(count, sums, cell);
-    if (args.pool_width == 4) return add_to_whole_cells<4>(count, sums, cell);
-    if (args.pool_width == 8) return add_to_whole_cells<8>(count, sums, cell);
-  }
   for (int i = 0; i < count;) {
     const int left = count - i;
-    const int64_t wanted = args.inner == 1 ? args.pool_width - place : args.inner - channel;
-    const int run = wanted < left ? static_cast<int>(wanted) : left;
+    const int run = args.inner - channel < left ? static_cast<int>(args.inner - channel) : left;
+    for (int k = 0; k < run; ++k) cell[channel + k] += sums[i + k];
     i += run;
-    if (args.inner == 1) {
-      Real sum = *cell;
-      for (int k = i - run; k < i; ++k) sum += sums[k];
-      *cell++ = sum;
-      place = 0;
-      continue;
-    }
-    for (int k = 0; k < run; ++k) cell[channel + k] += sums[i - run + k];
     channel += run;
     if (channel < args.inner) continue;
     channel = 0;
@@ -97,23 +131,30 @@ static void add_to_cells(const PreviewArgs& args, int64_t first, int count, cons
   }
 }
 
+// A row of any width, piece by piece.
 template <typename Real>
-static void preview_row_of(const PreviewArgs& args, int64_t index) {
-  const int64_t rows = preview_rows(args), sample = index / rows;
-  const Row<Real> row = row_of<Real>(args.transition, sample);
-  const int64_t start = sample * args.transition.elements + preview_start(args, index % rows);
+static void wide_row(const PreviewArgs& args, const Row<Real>& row, int64_t offset, Real* pooled) {
   const int64_t columns = args.width * args.inner, cells = columns / args.pool_width;
-  Real* pooled = static_cast<Real*>(args.pooled) + index * cells;
   for (int64_t i = 0; i < cells; ++i) pooled[i] = 0;
   for (int64_t first = 0; first < columns; first += kColumns) {
     const int count = static_cast<int>(columns - first < kColumns ? columns - first : kColumns);
     Real sums[kColumns];
-    for (int i = 0; i < count; ++i) sums[i] = 0;
-    sum_lines(args, row, start + first, count, sums);
+    sum_lines(args, row, offset + first, count, sums);
     add_to_cells(args, first, count, sums, pooled);
   }
   const Real scale = cell_scale<Real>(args);
   for (int64_t i = 0; i < cells; ++i) pooled[i] *= scale;
+}
+
+template <typename Real>
+static void preview_rows_of(const PreviewArgs& args, int64_t index) {
+  const int64_t rows = preview_rows(args), runs = preview_runs(args), sample = index / runs;
+  const int64_t rows_a_run = preview_rows_a_run(args), columns = args.width * args.inner;
+  const int64_t first = index % runs * rows_a_run, last = first + rows_a_run < rows ? first + rows_a_run : rows;
+  const Row<Real> row = row_of<Real>(args.transition, sample);
+  Real* pooled = static_cast<Real*>(args.pooled) + (sample * rows + first) * (columns / args.pool_width);
+  if (args.inner == 1 && columns <= kRunColumns) return narrow_rows(args, row, sample, first, last, pooled);
+  wide_row(args, row, sample * args.transition.elements + preview_start(args, first), pooled);
 }
 
 // Takes the group's mean off kGramTile features of all its members.
@@ -125,10 +166,11 @@ static void centre(const GramArgs& args, int64_t offset, int count) {
   for (int64_t member = 0; member < args.group_size; ++member) {
     for (int i = 0; i < count; ++i) sums[i] += static_cast<double>(pooled[member * args.features + i]);
   }
+  Real mean[kGramTile];
+  for (int i = 0; i < count; ++i) mean[i] = static_cast<Real>(sums[i] / static_cast<double>(args.group_size));
   for (int64_t member = 0; member < args.group_size; ++member) {
     for (int i = 0; i < count; ++i) {
-      const Real mean = static_cast<Real>(sums[i] / static_cast<double>(args.group_size));
-      centred[member * args.features + i] = pooled[member * args.features + i] - mean;
+      centred[member * args.features + i] = pooled[member * args.features + i] - mean[i];
     }
   }
 }
@@ -179,9 +221,9 @@ static void gram_row_of(const GramArgs& args, int64_t index) {
   }
 }
 
-void preview_row(const PreviewArgs& args, int64_t index) {
+void preview_run(const PreviewArgs& args, int64_t index) {
   const bool is_double = args.transition.latents.dtype == DType::kFloat64;
-  is_double ? preview_row_of<double>(args, index) : preview_row_of<float>(args, index);
+  is_double ? preview_rows_of<double>(args, index) : preview_rows_of<float>(args, index);
 }
 
 void gram_tile(const GramArgs& args, int64_t index) {

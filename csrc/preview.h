@@ -33,12 +33,24 @@ struct GramArgs {
   void* gram;        // out [groups, group_size, group_size], arithmetic dtype
 };
 
-constexpr int64_t kGramTile = 256;  // features of a group the CPU takes at a time
+constexpr int64_t kRunColumns = 1024;  // of neighbouring rows the CPU takes at a time
+constexpr int64_t kGramTile = 256;     // features of a group the CPU takes at a time
 
 FLOWGRPO_HD int64_t gram_tiles(const GramArgs& args) { return (args.features + kGramTile - 1) / kGramTile; }
 
 FLOWGRPO_HD int64_t preview_rows(const PreviewArgs& args) {
   return args.planes * (args.time / args.pool_time) * (args.height / args.pool_height);
+}
+
+// Neighbouring rows of a sample that the CPU takes at a time: one, or as many as have kRunColumns together.
+FLOWGRPO_HD int64_t preview_rows_a_run(const PreviewArgs& args) {
+  const int64_t columns = args.width * args.inner;
+  return args.inner == 1 && columns < kRunColumns ? kRunColumns / columns : 1;
+}
+
+FLOWGRPO_HD int64_t preview_runs(const PreviewArgs& args) {
+  const int64_t rows_a_run = preview_rows_a_run(args);
+  return (preview_rows(args) + rows_a_run - 1) / rows_a_run;
 }
 
 // The first element of a sample's row. Index is int64_t, or uint32_t on a GPU, whose 64-bit divisions are slow.
@@ -64,7 +76,7 @@ FLOWGRPO_HD Real cell_scale(const PreviewArgs& args) {
 FLOWGRPO_DECLARE_OP(preview, PreviewArgs)
 FLOWGRPO_DECLARE_OP(gram, GramArgs)
 
-FLOWGRPO_DECLARE_KERNEL(preview_row, PreviewArgs)
+FLOWGRPO_DECLARE_KERNEL(preview_run, PreviewArgs)
 FLOWGRPO_DECLARE_KERNEL(gram_tile, GramArgs)
 FLOWGRPO_DECLARE_KERNEL(gram_row, GramArgs)
 
