@@ -116,24 +116,28 @@ def workspace(latents: Tensor, chunk: int) -> Tensor | None:
     return latents.new_empty((latents.shape[0], max(-(-elements // chunk), 1)), dtype=torch.float64)
 
 
-def _is_traced(flat: tuple[Any, ...]) -> bool:
-    if torch.compiler.is_compiling() or _dispatch_modes():
-        return True
-    if _plain.issuperset(map(type, flat)):  # nearly every call: three times as fast as looking at each value
+def _has_subclass(values: tuple[Any, ...]) -> bool:
+    """Whether one of the values, or of a tuple among them (lists come as such), is a tensor of a foreign type."""
+    if _plain.issuperset(map(type, values)):  # three times as fast as looking at each value
         return False
-    return any(
-        type(value) not in _plain_tensors
-        if isinstance(value, Tensor)
-        # Lists of tensors come as tuples; other lists hold numbers.
-        else isinstance(value, tuple) and _is_traced(value)
-        for value in flat
-    )
+    for value in values:
+        if isinstance(value, tuple):
+            if _has_subclass(value):
+                return True
+        elif type(value) not in _plain and isinstance(value, Tensor):
+            return True
+    return False
+
+
+def _is_traced(flat: tuple[Any, ...]) -> bool:
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _has_subclass(flat)
 
 
 def _needs_grad(flat: tuple[Any, ...]) -> bool:
+    """For arguments that are not traced: their tensors are of plain types, so isinstance() and its cost are spared."""
     if torch.is_grad_enabled():
         for value in flat:
-            if isinstance(value, Tensor) and value.requires_grad:
+            if type(value) in _plain_tensors and value.requires_grad:
                 return True
     return False
 

@@ -41,13 +41,13 @@ def _view(latents: Tensor, grid: list[int] | tuple[int, ...]) -> tuple[int, int,
 
 def _allocate(*flat: Any) -> tuple[Tensor, Tensor]:
     latents, (pool, grid, group_size) = flat[0], flat[-3:]
+    batch, *sample = latents.shape
+    axes = grid or sample[1:]
+    cells = [size // cell for size, cell in zip(axes, pool[-len(axes) :], strict=True)]
+    shape = (batch, math.prod(cells), sample[-1]) if grid else (batch, sample[0], *cells)
+    groups = (batch // group_size, group_size, group_size) if group_size else (0,)
     real = real_dtype(latents)
-    planes, *axes, inner = _view(latents, grid)
-    cells = [size // cell for size, cell in zip(axes, pool, strict=True)]
-    shown = cells if len(grid or latents.shape[2:]) == 3 else cells[1:]
-    shape = (math.prod(cells), inner) if grid else (planes, *shown)
-    groups = (latents.shape[0] // group_size, group_size, group_size) if group_size else (0,)
-    return latents.new_empty((latents.shape[0], *shape), dtype=real), latents.new_empty(groups, dtype=real)
+    return latents.new_empty(shape, dtype=real), latents.new_empty(groups, dtype=real)
 
 
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:

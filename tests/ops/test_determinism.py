@@ -36,7 +36,7 @@ def run(case, rows):
         total = extra.log_prob.sum() + extra.drift.sum() + extra.log_prob_map.square().sum()
         results += [value.detach() for value in extra] + [*torch.autograd.grad(total, velocity)]
         alone = flow_log_prob(*replay, Extras(map_axis=axis))
-        assert torch.equal(alone.log_prob, log_prob) and torch.equal(alone.log_prob_map, extra.log_prob_map)
+        assert_same((alone.log_prob, alone.log_prob_map), (log_prob, extra.log_prob_map))
     return results
 
 
