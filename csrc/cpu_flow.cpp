@@ -56,7 +56,8 @@ void flow_log_prob(const FlowLogProbArgs& args, int num_threads) {
   work.drift_partials = partials.data() + count;
   const auto chunk_kernel = FLOWGRPO_PICK(flow_log_prob_chunk), map_kernel = FLOWGRPO_PICK(flow_log_prob_map_tile);
   const bool map_alone = args.map.data && !args.mean && !with_drift;
-  if (map_alone && !args.map.channels_last && transition.batch >= num_threads) {
+  if (map_alone && !args.map.channels_last && 2 * transition.batch > num_threads) {
+    // One pass over the inputs, a thread a sample: worth it where most threads have one.
     run_items(FLOWGRPO_PICK(flow_log_prob_map_sample), work, transition.batch, transition.batch * transition.elements,
               num_threads);
   } else if (args.map.data) {

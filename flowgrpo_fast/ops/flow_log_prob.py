@@ -271,7 +271,7 @@ def flow_log_prob(
     (arXiv:2510.22319) and Flow-DPPO (arXiv:2606.11025) take it from the old policy. ``v_reference`` is
     `reference_velocity` as it is, or guided like `velocity` where `reference_negative` is given. The map's mean over
     positions is ``log_prob`` up to rounding; ViPO (arXiv:2511.18719) weighs ratios by position. It costs a second
-    pass over the latents, except alone for channels first on a CPU that has a sample for each thread.
+    pass over the latents, except where it is asked for alone, channels first, on a CPU with samples for most threads.
 
     The backward is in closed form, one pass whatever is asked for, with ``D`` elements a sample and ``C`` channels::
 
