@@ -51,7 +51,11 @@ class Run:
         window_steps(self.recipe.window, self.recipe.sigmas.num_inference_steps, 0)  # refuse early
         check_memory(self.recipe, self.device, memory_of(self.device))
         with out_of_memory_in_one_line(self.recipe, self.device):
-            return self._train(build_engine(self.recipe, self.device))
+            engine = build_engine(self.recipe, self.device)
+            try:
+                return self._train(engine)
+            finally:
+                engine.close()
 
     def _train(self, engine: Engine) -> Path:
         resolve_schedule(self.recipe, 0, engine.seq_len)

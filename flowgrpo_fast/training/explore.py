@@ -45,12 +45,10 @@ def explore(engine: Engine, draws: Draws) -> Exploration:
                 recipe.solver,
             )
     conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
-    scouts = rollout(engine.scout, conditioning, draws, schedule, recipe)
+    scouts = rollout(engine.scout, conditioning, draws, schedule, recipe, graphs=engine.graphs)
     rewards = score(engine, scouts).total
     rows = choose(rewards.view(len(draws.prompt_index), -1), recipe.group_size, part.select)
-    chosen = replace(
-        draws, group_id=draws.group_id[rows], seed=draws.seed[rows], start_seed=draws.start_seed[rows]
-    )
+    chosen = draws.rows(rows)
     finished = None if part.regenerate else replace(_rows(scouts, rows), draws=chosen, evaluations=0)
     return Exploration(chosen, finished, rewards[rows], rewards.mean(), scouts.evaluations)
 
