@@ -61,7 +61,7 @@ class Draws:
     group_id: Tensor  # [B] int64, 0..P-1
     seed: Tensor  # [B] int64, noise of the stochastic steps
     start_seed: Tensor  # [B] int64, start noise; equal within a group that shares it
-    shares_start: bool = False  # every group does
+    shares_start: bool = False  # every group does, and all have one size
 
     def rows(self, index: Tensor | slice) -> Draws:
         """Some of the samples, in that order."""

@@ -160,7 +160,7 @@ class Graphs:
             return take_step(model, given, buffers.coeffs, buffers.step, fixed, recipe)
 
         graph = StepGraph(model, given, run)
-        if given.latents.is_cuda and not self._refused:
+        if _on_cuda(given) and not self._refused:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             try:
                 graph.capture(self._pool)
@@ -170,6 +170,10 @@ class Graphs:
                 message = f"graphs: a step of {rows} rows cannot be captured ({line}); steps are launched one by one"
                 warnings.warn(message, RuntimeWarning, stacklevel=4)
         return graph
+
+
+def _on_cuda(given: StepInput) -> bool:
+    return given.latents.is_cuda
 
 
 def _layout(given: StepInput) -> tuple[Any, ...]:

@@ -53,23 +53,23 @@ def launches(schedule: Schedule, draws: Draws, recipe: Recipe) -> list[Launch]:
     A group that shares its start is one row until its first stochastic step, whose velocity is computed once for all
     of it where the update trains the whole window: the replay then runs the same rows.
     """
-    num_groups = len(draws.prompt_index)
-    size = len(draws.group_id) // num_groups
+    num_groups, num_rows = len(draws.prompt_index), len(draws.group_id)
     first = schedule.kept[0] if schedule.kept and recipe.share_prefix and draws.shares_start else -1
     found = []
     for step in range(schedule.num_steps):
-        size = schedule.cuts.get(step, size)
-        num_rows, rows, becomes = num_groups * size, recipe.rollout_rows, 1
+        if step in schedule.cuts:
+            num_rows = num_groups * schedule.cuts[step]
+        shape = num_rows, recipe.rollout_rows, 1
         if step < first:
-            num_rows = num_groups
+            shape = num_groups, recipe.rollout_rows, 1
         elif step == first and shares_first(schedule, draws, recipe):
-            num_rows, rows, becomes = num_groups, recipe.prompts_per_forward(rows), size
+            shape = num_groups, recipe.prompts_per_forward(recipe.rollout_rows), num_rows // num_groups
         found.append(
             Launch(
                 step=step,
-                num_rows=num_rows,
-                rows=rows,
-                size=becomes,
+                num_rows=shape[0],
+                rows=shape[1],
+                size=shape[2],
                 reads_x0=schedule.history[step],
                 gives_x0=schedule.x0_is_read(step),
                 gives_velocity=step + 1 in schedule.cuts,
@@ -101,7 +101,7 @@ def spread(values: Tensor, size: int) -> Tensor:
     """
     if size == 1:
         return values
-    return values.unsqueeze(1).expand(-1, size, *values.shape[1:]).flatten(0, 1)
+    return values.unsqueeze(1).expand(-1, size, *values.shape[1:]).flatten(0, 1).contiguous()
 
 
 def spread_guidance(guidance: Guidance | None, size: int) -> Guidance | None:
