@@ -165,8 +165,7 @@ def rollout(
                 grid=getattr(model, "latent_grid", None),
             )
             walk = walk.rows(survivors(seen, schedule.cuts[step + 1], recipe.prune, score))
-    for log_prob in (*log_probs, walk.log_prob):
-        check_finite(log_prob)
+    check_finite(*log_probs, walk.log_prob)
     return Trajectory(
         sigmas=schedule.sigmas,
         coeffs=coeffs,
@@ -258,15 +257,15 @@ def rescored(
     return replace(trajectory, log_prob=log_prob)
 
 
-def check_finite(log_prob: Tensor) -> None:
-    """Refuses a rollout with a NaN or infinite velocity; `log_prob [B, T]` is not finite exactly there.
+def check_finite(*log_probs: Tensor) -> None:
+    """Refuses a rollout with a NaN or infinite velocity; `[R, T]` each, not finite exactly there. Waits once.
 
     Raises:
         ValueError: names the first step and sample.
     """
-    bad = ~torch.isfinite(log_prob)
-    if not bad.any():
+    if bool(torch.stack([torch.isfinite(log_prob).all() for log_prob in log_probs]).all()):
         return
+    bad = next(bad for bad in (~torch.isfinite(log_prob) for log_prob in log_probs) if bad.any())
     step, sample = (int(i) for i in bad.t().nonzero()[0])
     raise ValueError(
         f"the velocity is NaN or infinite at step {step}, sample {sample} "
