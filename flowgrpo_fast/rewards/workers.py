@@ -22,6 +22,8 @@ from flowgrpo_fast.recipe import RewardTerm
 from flowgrpo_fast.recipe_io import resolve
 from flowgrpo_fast.types import RewardFunction
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class RewardWorkers:
     """Runs reward terms as their `where` says. Processes start at the first call and end with `close`."""
@@ -85,6 +87,8 @@ def _in_thread(work: Callable[[], Tensor]) -> Future[Tensor]:
     future: Future[Tensor] = Future()
 
     def run() -> None:
+        # Processes that start from here inherit it: a Ctrl-C while they import cannot end them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             future.set_result(work())
         except BaseException as error:  # whoever reads the result raises it
@@ -116,7 +120,7 @@ def _on_its_way(images: Tensor) -> Callable[[], NDArray[Any]]:
 
 def _begin(num_threads: int) -> None:
     """Signals are the parent's affair, and so is the end: a parent that is gone takes its processes along."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(num_threads)  # the parent's: sums are split alike
     threading.Thread(target=_end_with_parent, daemon=True).start()

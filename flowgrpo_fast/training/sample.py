@@ -19,7 +19,8 @@ from flowgrpo_fast.types import Draws, Trajectory
 def sample_and_score(engine: Engine, draws: Draws, schedule: Schedule) -> tuple[Trajectory, list[Scoring]]:
     """Rolls out `recipe.prompts_per_chunk` prompts at a time; rewards that run elsewhere start with their chunk.
 
-    Groups stay whole, and every forward has the rows that it would have without chunks.
+    Groups stay whole, and forwards have the rows that they would have without chunks; only where groups are one row
+    yet, at most a chunk's prompts go together.
     """
     parts, scorings = [], []
     for chunk in chunks(draws, engine.recipe.prompts_per_chunk):

@@ -72,11 +72,15 @@ def test_the_run_is_the_sequential_one_to_the_bit(job, where, changes) -> None:
     assert evaluate(plain).metrics == evaluate(overlapped).metrics
 
 
-@pytest.mark.parametrize("changes", [{}, {"share_start_noise": True}, {"prune": Prune(at=(3,), sizes=(16,))}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"share_start_noise": True, "rows_per_forward": 2}, {"prune": Prune(at=(3,), sizes=(16,))}],
+)
 def test_chunks_are_the_whole_to_the_bit(toy_recipe, changes) -> None:
     """Of samples; decoders and rewards round by the batch they are given, like any network."""
     whole, parts = (
-        build_engine(toy_recipe(rows_per_forward=8, prompts_per_chunk=n, **changes), CPU) for n in (0, 2)
+        build_engine(toy_recipe(**{"rows_per_forward": 8, "prompts_per_chunk": n, **changes}), CPU)
+        for n in (0, 2)
     )
     schedule, draws = resolve_schedule(whole.recipe, 0), draw(whole.recipe, 2, 0, CPU)
     one, two = (sample_and_score(engine, draws, schedule)[0] for engine in (whole, parts))

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from flowgrpo_fast.planner.architectures import Counts
+from flowgrpo_fast.planner.counting import Work
+from flowgrpo_fast.planner.step import plan_step
 from flowgrpo_fast.recipe import (
     AllSteps,
     ClippedRatio,
@@ -18,6 +21,7 @@ from flowgrpo_fast.recipe import (
     Prune,
     SlidingWindow,
 )
+from flowgrpo_fast.recipes import RECIPES
 from flowgrpo_fast.sampling.sampler import rescored
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.sampling.step import launches
@@ -28,6 +32,19 @@ from flowgrpo_fast.training.sample import sample
 from tests.conftest import ToyModel
 
 CPU = torch.device("cpu")
+COUNTS = Counts(
+    name="one",
+    size="",
+    forward=Work(linear=1.0, attention=0.0, adapted=0.0),
+    trained_share=0.0,
+    decode=0.0,
+    text=0.0,
+    reward=0.0,
+    parameters=1,
+    linear_parameters=1,
+    trained=1,
+    latent_elements=1,
+)
 
 
 @pytest.fixture
@@ -186,3 +203,26 @@ def test_groups_that_teach_nothing_cost_no_backward(toy_recipe, monkeypatch) -> 
     metrics = train_step(engine).metrics
     assert metrics["network_backwards"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, engine.model.module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].make().share_start_noise])
+def test_the_planner_counts_what_the_trainer_runs(toy_recipe, name) -> None:
+    """Network evaluations of the papers' recipes that share a start: counted by hand, planned, and measured."""
+    recipe = replace(RECIPES[name].make(), num_prompts=12, task=toy_recipe().task, num_steps=1)
+    engine = build_engine(recipe, CPU)
+    metrics = train_step(engine).metrics
+    trajectory = sample(engine, draw(recipe, 2, 0, CPU), resolve_schedule(recipe, 0))
+    assert plan_step(COUNTS, recipe).forwards == trajectory.evaluations
+    halves = 1 if recipe.guidance_scale == 1 else 2
+    updates = metrics["network_backwards"] * halves
+    assert metrics["network_evaluations"] == trajectory.evaluations + updates
+    # A backward costs a unit beside the forwards' one each: FLOPs of the update are their sum.
+    assert plan_step(COUNTS, recipe).update == updates + metrics["network_backwards"]
+    group, steps = recipe.group_size, len(trajectory.sigmas) - 1
+    first = int(trajectory.step_index[0])
+    trained = resolve_schedule(recipe, 0).num_trained
+    common = first if name == "dance_grpo" else first + 1
+    assert trajectory.evaluations == 12 * halves * (common + (steps - common) * group)
+    assert metrics["network_backwards"] == 12 * (
+        group * trained if name == "dance_grpo" else 1 + group * (trained - 1)
+    )
