@@ -23,6 +23,7 @@ from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.sampling.step import Launch, StepInput, StepResult, row_slices, take_step
 from flowgrpo_fast.types import Conditioning, FlowModel
 
+_MOST_LAYOUTS = 8  # say of prompts padded to the longest of a step; the oldest makes room
 _WARM_UP = 3  # runs before a capture: workspaces, autotuning, compilation
 
 # The model, the rows of a micro-batch, what a row becomes, x0 or not, velocity or not, and the inputs' layout.
@@ -61,16 +62,19 @@ class StepGraph:
     def capture(self, pool: Any) -> None:
         """Records one run, after a few on a side stream. Other threads, say rewards, may use the device meanwhile."""
         device = self.given.latents.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
                 self.run()
-        torch.cuda.current_stream(device).wait_stream(side)
+        main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self.result = self.run()
-        self.graph = graph
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                result = self.run()
+        finally:
+            torch.cuda.set_stream(main)  # a capture that fails stays on its own
+        self.graph, self.result = graph, result
 
     def replay(self) -> StepResult:
         """The step's outputs, valid until the next replay of any graph of the pool."""
@@ -115,9 +119,11 @@ class Graphs:
             buffers is None or len(buffers.given.latents) < num_rows or len(buffers.given.seed) < num_samples
         )
         if buffers is None or too_small:
+            self._forget(layout)
+            if len(self._buffers) == _MOST_LAYOUTS:
+                self._forget(next(iter(self._buffers)))
             buffers = _allocate(given, coeffs.new_zeros(table, 8), num_rows, num_samples, carries_x0)
             self._buffers[layout] = buffers
-            self.captured = {key: graph for key, graph in self.captured.items() if key[-1] != layout}
         buffers.coeffs[: len(coeffs)].copy_(coeffs)
         self._now = buffers, layout
         wanted: dict[_Key, tuple[FlowModel, Launch, int]] = {}
@@ -141,6 +147,10 @@ class Graphs:
             _fill(graph.given, given, rows, shape.size)
             parts.append(_copied(graph.replay()))
         return _joined(parts)
+
+    def _forget(self, layout: tuple[Any, ...]) -> None:
+        self._buffers.pop(layout, None)
+        self.captured = {key: graph for key, graph in self.captured.items() if key[-1] != layout}
 
     def _key(self, model: FlowModel, shape: Launch, rows: int) -> _Key:
         assert self._now is not None
@@ -166,10 +176,15 @@ class Graphs:
                 graph.capture(self._pool)
             except RuntimeError as error:  # the driver's and torch's own are
                 self._refused = True
-                line = str(error).strip().splitlines()[0]
+                line = str(_first(error)).strip().splitlines()[0]
                 message = f"graphs: a step of {rows} rows cannot be captured ({line}); steps are launched one by one"
                 warnings.warn(message, RuntimeWarning, stacklevel=4)
         return graph
+
+
+def _first(error: BaseException) -> BaseException:
+    """What broke a capture, which then broke at its end once more."""
+    return error if error.__context__ is None else _first(error.__context__)
 
 
 def _on_cuda(given: StepInput) -> bool:

@@ -25,6 +25,7 @@ from flowgrpo_fast.recipe import (
 from flowgrpo_fast.recipes import digits, mix_grpo
 from flowgrpo_fast.sampling import graphs as module
 from flowgrpo_fast.sampling.graphs import StepGraph
+from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine, sync_weights
@@ -184,11 +185,30 @@ def test_a_larger_rollout_starts_over(small) -> None:
     assert len(engine.graphs._buffers) == 1
 
 
+def test_the_oldest_layout_makes_room(small, monkeypatch) -> None:
+    """Prompts of ever new lengths, as a cache on disk pads them."""
+    monkeypatch.setattr(module, "_MOST_LAYOUTS", 2)
+    engine, plain = small(graphs=True), small()
+    schedule, draws = resolve_schedule(engine.recipe, 0), draw(engine.recipe, 10, 0, CPU)
+    for length in (3, 4, 3, 2, 4):
+        trajectories = []
+        for one in (engine, plain):
+            rows = one.conditioning.rows(draws.prompt_index[draws.group_id])
+            rows = replace(rows, prompt_embeds=rows.prompt_embeds[:, :length].contiguous())
+            trajectories.append(rollout(one.model, rows, draws, schedule, one.recipe, graphs=one.graphs))
+        equal(*trajectories)
+        assert len(engine.graphs._buffers) <= 2
+        assert len(engine.graphs.captured) == len(engine.graphs._buffers)
+
+
 def test_a_capture_that_fails_says_so_once(small, monkeypatch) -> None:
     """As on a device where something in the step cannot be captured."""
 
     def fail(graph, pool):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
     monkeypatch.setattr(StepGraph, "capture", fail)
     monkeypatch.setattr(module, "_on_cuda", lambda given: True)
@@ -231,3 +251,20 @@ def test_rewards_may_use_the_device_while_a_step_is_captured(small) -> None:
         stop.set()
         thread.join()
     assert all(graph.graph is not None for graph in engine.graphs.captured.values())
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_the_device_is_launched(small, monkeypatch) -> None:
+    velocity = DigitsModel.velocity
+
+    def waiting(model, latents, sigma, conditioning):
+        return velocity(model, latents + 0 * latents.sum().item(), sigma, conditioning)
+
+    monkeypatch.setattr(DigitsModel, "velocity", waiting)
+    cuda = torch.device("cuda")
+    stream = torch.cuda.current_stream()
+    with pytest.warns(RuntimeWarning, match="graphs: a step of 32 rows cannot be captured") as caught:
+        engines = both(small, {}, cuda)
+    assert len(caught) == 1
+    assert torch.cuda.current_stream() == stream
+    assert all(graph.graph is None for graph in engines[0].graphs.captured.values())
