@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -221,6 +222,84 @@ def test_a_capture_that_fails_says_so_once(small, monkeypatch) -> None:
         "steps are launched one by one"
     ]
     assert metrics == [train_step(plain).metrics for _ in range(2)]
+
+
+class Driver:
+    """Stands in for CUDA's: a replay computes into the captured outputs and spoils those of all other graphs."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.log: list[object] = []
+        self.graphs: list[StepGraph] = []
+        cuda = torch.cuda
+        for name in ("current_stream", "Stream"):
+            monkeypatch.setattr(cuda, name, lambda device=None, name=name: Stream(name))
+        monkeypatch.setattr(cuda, "set_stream", lambda stream: self.log.append(f"back to {stream.name}"))
+        monkeypatch.setattr(cuda, "stream", lambda stream: self.scope(stream.name))
+        monkeypatch.setattr(cuda, "CUDAGraph", lambda: self.Graph(self))
+        monkeypatch.setattr(cuda, "graph", lambda graph, **how: self.scope(how))
+        monkeypatch.setattr(cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(module, "_on_cuda", lambda given: True)
+        capture, take = StepGraph.capture, module.take_step
+
+        def counted(*arguments):
+            self.log.append("run")
+            return take(*arguments)
+
+        def captured(graph, pool) -> None:
+            capture(graph, pool)
+            graph.graph.owner = graph
+            self.graphs.append(graph)
+
+        monkeypatch.setattr(module, "take_step", counted)
+        monkeypatch.setattr(StepGraph, "capture", captured)
+
+    @contextmanager
+    def scope(self, what: object):
+        self.log.append(what)
+        yield
+
+    class Graph:
+        def __init__(self, driver) -> None:
+            self.driver, self.owner = driver, None
+
+        def replay(self) -> None:
+            for graph in self.driver.graphs:
+                for tensor in tensors(graph.result):
+                    tensor.fill_(float("nan"))
+            for static, value in zip(tensors(self.owner.result), tensors(self.owner.run()), strict=True):
+                static.copy_(value)
+
+
+class Stream:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_stream(self, other) -> None:
+        pass
+
+
+def tensors(result) -> list[torch.Tensor]:
+    negative = [result.guidance.negative_velocity] if result.guidance else []
+    return [t for t in (*result.out, result.velocity, *negative) if t is not None]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_are_read_before_another_graph_replays(small, name, monkeypatch) -> None:
+    """One memory pool: the outputs of a graph are gone when any other has run."""
+    Driver(monkeypatch)
+    graphed, _ = both(small, CASES[name])
+    assert graphed.graphs.captured
+    assert all(graph.graph is not None for graph in graphed.graphs.captured.values())
+
+
+def test_a_capture_warms_up_aside_and_lets_other_threads_be(small, monkeypatch) -> None:
+    driver = Driver(monkeypatch)
+    engine = small(graphs=True, share_start_noise=True)
+    sample(engine, draw(engine.recipe, 10, 0, CPU), resolve_schedule(engine.recipe, 0))
+    how = {"pool": "pool", "capture_error_mode": "thread_local"}
+    one = ["Stream", "run", "run", "run", how, "run", "back to current_stream"]
+    assert driver.log[: 3 * len(one)] == 3 * one
+    assert len(driver.log) == 3 * len(one) + 6  # six steps, each one replay, which here runs again
 
 
 @pytest.mark.gpu
