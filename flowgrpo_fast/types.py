@@ -89,9 +89,7 @@ class Trajectory:
     draws: Draws
     x0: Tensor  # [B, *S] the finished samples
     evaluations: int = 0  # network evaluations spent: rows times forwards, pruned candidates included
-    shares_first: bool = (
-        False  # one velocity served each group at the first kept step; a replay does the same
-    )
+    shares_first: bool = False  # one velocity served each group at the first kept step, and will in a replay
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,9 +57,7 @@ class Recipe:
         default_factory=TrainingPrecision
     )  # of steps without a log-prob
     rows_per_forward: int = 0  # samples per forward in rollout and replay; 0 = all of one update's
-    prompts_per_chunk: int = (
-        0  # rolled out at once; their rewards run meanwhile, see RewardTerm.where; 0 = all
-    )
+    prompts_per_chunk: int = 0  # that are rolled out, then scored meanwhile (RewardTerm.where); 0 = all
     graphs: bool = False  # rollout steps as captured CUDA graphs
     replay_rows: int = 0  # samples per forward of the replay; 0 = as in the rollout: first ratio exactly 1
     max_ratio_error: float = 0.0  # of the self-test before the first update; 0 = the loss's clip_range
@@ -98,7 +96,6 @@ class Recipe:
                 rows >= 0 and self.rows_per_update % (rows or 1) == 0,
                 f"Recipe.{name} is {rows}; it must divide {self.rows_per_update}, the samples of one update",
             )
-
         self._check_chunks()
 
     def _check_chunks(self) -> None:

@@ -56,7 +56,7 @@ class RewardWorkers:
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        processes = list((pool._processes or {}).values())
+        processes = list((pool._processes or {}).values())  # `shutdown` alone waits for a reward that hangs
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()

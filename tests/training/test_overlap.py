@@ -108,8 +108,8 @@ def test_rewards_run_while_the_next_prompts_roll_out(job, where, monkeypatch) ->
     monkeypatch.setattr(ToyModel, "velocity", slow)
     report = train_step(engine)
     elapsed = report.seconds["rollout"] + report.seconds["reward"]
-    assert 5 * NAP <= elapsed < 6.5 * NAP  # of 8
-    assert report.seconds["reward"] < 1.5 * NAP
+    assert 5 * NAP <= elapsed < 7 * NAP  # of 8
+    assert report.seconds["reward"] < 2 * NAP
 
 
 def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
@@ -169,6 +169,24 @@ def test_processes_ignore_interrupts_and_end_with_the_engine(job) -> None:
         future.result(timeout=20)
     assert gone(pid)
     workers.close()  # nothing is left to end
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["thread", "process"])
+def test_images_leave_the_device_without_anyone_waiting(where) -> None:
+    """The memory they lay in is written again at once; the reward sees what was there."""
+    workers = RewardWorkers(1)
+    term = RewardTerm(function=f"{HERE}:edge", where=where)
+    try:
+        images = [torch.rand(4, 3, 256, 256) for _ in range(4)]
+        futures = []
+        for part in images:
+            futures.append(workers.submit(term, rewards_elsewhere.edge, part.cuda(), [""] * 4))
+        for part, future in zip(images, futures, strict=True):
+            expected = rewards_elsewhere.edge(part, [""] * 4)
+            torch.testing.assert_close(future.result().cpu().double(), expected, rtol=1e-6, atol=0)
+    finally:
+        workers.close()
 
 
 def gone(pid: int) -> bool:
