@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,13 @@ from flowgrpo_fast.types import Draws, Trajectory
 
 
 def sample_and_score(engine: Engine, draws: Draws, schedule: Schedule) -> tuple[Trajectory, list[Scoring]]:
+    """The training samples of a step and their rewards, under way."""
+    return in_chunks(engine, draws, lambda chunk: sample(engine, chunk, schedule))
+
+
+def in_chunks(
+    engine: Engine, draws: Draws, walk: Callable[[Draws], Trajectory]
+) -> tuple[Trajectory, list[Scoring]]:
     """Rolls out `recipe.prompts_per_chunk` prompts at a time; rewards that run elsewhere start with their chunk.
 
     Groups stay whole, and forwards have the rows that they would have without chunks; only where groups are one row
@@ -24,7 +31,7 @@ def sample_and_score(engine: Engine, draws: Draws, schedule: Schedule) -> tuple[
     """
     parts, scorings = [], []
     for chunk in chunks(draws, engine.recipe.prompts_per_chunk):
-        parts.append(sample(engine, chunk, schedule))
+        parts.append(walk(chunk))
         scorings.append(start_scoring(engine, parts[-1]))
     return joined(parts), scorings
 

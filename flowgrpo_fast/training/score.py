@@ -39,6 +39,7 @@ class Scoring:
             values = values.to(engine.device, torch.float32)
             objectives[term.function.rpartition(":")[2]] = values
             total = total + term.weight * values
+        self.images = None  # of one chunk at a time
         return RewardOutput(total=total, objectives=objectives)
 
     def start(self) -> Scoring:

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowgrpo_fast.recipe import Prune, RewardTerm, Task
+from flowgrpo_fast.recipe import NFT, Deterministic, Prune, RewardTerm, Scouts, Task
 from flowgrpo_fast.rewards.workers import RewardWorkers
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training import score as score_module
 from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
+from flowgrpo_fast.training.explore import explore
 from flowgrpo_fast.training.loop import evaluate, train, train_step
 from flowgrpo_fast.training.sample import sample_and_score
 from tests.conftest import ToyModel
@@ -91,6 +92,22 @@ def test_chunks_are_the_whole_to_the_bit(toy_recipe, changes) -> None:
     for _ in range(2):
         first, second = (train_step(engine).metrics for engine in (whole, parts))
         assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
+
+
+def test_scouts_come_in_chunks_too(job) -> None:
+    changes = {
+        "loss": NFT(),
+        "window": Deterministic(),
+        "explore": Scouts(num_scouts=16, num_inference_steps=4),
+    }
+    engines = [job(*at, **changes) for at in (("here", "bright"), ("thread", "bright"))]
+    engines[1].recipe = replace(engines[1].recipe, prompts_per_chunk=2)
+    seeds, metrics = [], []
+    for engine in engines:
+        seeds.append(explore(engine, draw(engine.recipe, 2, 0, CPU)).draws.seed)
+        metrics.append(train_step(engine).metrics)
+    assert torch.equal(*seeds)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("where", ["thread", "process"])
