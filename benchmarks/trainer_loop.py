@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flowgrpo_fast.ops import reference
 from flowgrpo_fast.recipe import FlowSDE, Recipe
-from flowgrpo_fast.sampling.sampler import row_slices
 from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
+from flowgrpo_fast.sampling.step import row_slices
 from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.score import score_images

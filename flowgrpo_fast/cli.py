@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -209,7 +210,8 @@ def sample(
         if checkpoint is None:
             raise ValueError(f"{run!r} holds no checkpoint; give a folder that `train` made")
         load_checkpoint(engine, checkpoint)
-    result = evaluate(engine)
+    with closing(engine):
+        result = evaluate(engine)
     sample_grid(result.images, result.prompts, result.correct).save(out)
     print("  ".join([out, *(f"{name.removeprefix('eval/')} {v:.4f}" for name, v in result.metrics.items())]))
 

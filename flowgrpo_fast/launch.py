@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -50,8 +50,9 @@ class Run:
         """
         window_steps(self.recipe.window, self.recipe.sigmas.num_inference_steps, 0)  # refuse early
         check_memory(self.recipe, self.device, memory_of(self.device))
-        with out_of_memory_in_one_line(self.recipe, self.device):
-            return self._train(build_engine(self.recipe, self.device))
+        one_line = out_of_memory_in_one_line(self.recipe, self.device)
+        with one_line, closing(build_engine(self.recipe, self.device)) as engine:
+            return self._train(engine)
 
     def _train(self, engine: Engine) -> Path:
         resolve_schedule(self.recipe, 0, engine.seq_len)

@@ -1,9 +1,10 @@
-"""Recipes as text: readable JSON that loads back, and `field=value` overrides that name the nearest field."""
+"""Recipes as text: JSON that loads back, `field=value` overrides that name the nearest field, names of objects."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -129,3 +130,24 @@ def _parse(text: str, old: Any, full: str) -> Any:
             f"{full} is {text!r}; it must be a value of type {type(old).__name__}, such as {old!r}"
         )
     return value
+
+
+def resolve(path: str) -> Any:
+    """The object at `package.module:name`.
+
+    Raises:
+        ValueError: not such a path, no such module, or no such name in it.
+    """
+    module_name, separator, name = path.partition(":")
+    if not separator:
+        raise ValueError(f"{path!r} is not package.module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something it needs is not
+        raise ValueError(f"{path!r}: there is no module {error.name!r}") from None
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise ValueError(f"{path!r}: module {module_name} has no {name!r}") from None

@@ -61,6 +61,16 @@ class Draws:
     group_id: Tensor  # [B] int64, 0..P-1
     seed: Tensor  # [B] int64, noise of the stochastic steps
     start_seed: Tensor  # [B] int64, start noise; equal within a group that shares it
+    shares_start: bool = False  # every group does, and all have one size
+
+    def rows(self, index: Tensor | slice) -> Draws:
+        """Some of the samples, in that order."""
+        return replace(
+            self,
+            group_id=self.group_id[index].contiguous(),
+            seed=self.seed[index].contiguous(),
+            start_seed=self.start_seed[index].contiguous(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,7 @@ class Trajectory:
     draws: Draws
     x0: Tensor  # [B, *S] the finished samples
     evaluations: int = 0  # network evaluations spent: rows times forwards, pruned candidates included
+    shares_first: bool = False  # one velocity served each group at the first kept step, and will in a replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +111,7 @@ class TrainBatch:
     step_position: (
         Tensor  # [B, N] int64: which of the K kept steps (NFT: of the T sigmas) each sample trains on
     )
+    live: tuple[bool, ...] = ()  # [B] on the host: which weights are above 0; empty = all
 
 
 class FlowModel(Protocol):

@@ -130,11 +130,11 @@ def _method(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
 
 def _sharing(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
     """Levers of execution, which keep the estimator."""
-    if recipe.share_start_noise:
+    if recipe.share_start_noise and recipe.share_prefix:
         prefix = replace(execution, share_prefix=not execution.share_prefix)
         yield _Change(
             "shared steps before the window",
-            "Execution.share_prefix",
+            "share_prefix=true",
             True,
             execution.share_prefix,
             recipe,
@@ -142,9 +142,11 @@ def _sharing(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
         )
         pulled = execution.share_first_step
         first = replace(execution, share_first_step=not pulled, share_first_forward=not pulled)
-        yield _Change(
-            "shared first stochastic step", "Execution.share_first_step", True, pulled, recipe, first
-        )
+        yield _Change("shared first stochastic step", "share_prefix=true", True, pulled, recipe, first)
+    elif recipe.share_start_noise:
+        sharing = replace(recipe, share_prefix=True)
+        name = "shared steps up to the first stochastic one"
+        yield _Change(name, "share_prefix=true", True, False, sharing, execution)
     if recipe.guidance_scale != 1.0:
         uncond = replace(execution, uncond_gradient=not execution.uncond_gradient)
         pulled = not execution.uncond_gradient

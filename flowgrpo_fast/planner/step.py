@@ -26,9 +26,9 @@ class Execution:
     )  # policies beside the trained one in a loss that matches velocities; -1: the loss's
     trained_steps: int = 0  # steps a sample trains on; 0: the window's
     trained_of_group: int = 0  # finished samples of a group that the update takes; 0: all
-    share_prefix: bool = False  # steps before the window once a group, where the start noise is shared
-    share_first_step: bool = False  # the update's first stochastic step once a group
-    share_first_forward: bool = False  # and the rollout's
+    share_prefix: bool = True  # steps before the window once a group, where the start noise is shared
+    share_first_step: bool = True  # the update's first stochastic step once a group
+    share_first_forward: bool = True  # and the rollout's
     text_each_sample: bool = False  # encode a prompt anew for each of its samples
     num_reward_towers: int = 1  # of ViT-H/14 size, per finished sample
 
@@ -180,13 +180,13 @@ def _rollout(counts: Counts, recipe: Recipe, execution: Execution, schedule: Sch
     """FLOPs and network evaluations of the rollout."""
     work, share = counts.forward, _low_share(counts, recipe.rollout_precision)
     sizes = _group_sizes(recipe, schedule.num_steps)
-    first = schedule.kept[0] if schedule.kept else 0
+    shares = recipe.share_start_noise and recipe.share_prefix and bool(schedule.kept)
+    first = schedule.kept[0] if shares else -1
+    first_forward = execution.share_first_forward and _shares_first(recipe, schedule)
     training = low = window = evaluations = 0.0
     for step, size in enumerate(sizes):
-        shared = (execution.share_prefix and step < first) or (
-            execution.share_first_forward and step == first
-        )
-        rows = recipe.num_prompts * (1 if shared and recipe.share_start_noise else size) * _halves(recipe)
+        shared = (execution.share_prefix and step < first) or (first_forward and step == first)
+        rows = recipe.num_prompts * (1 if shared else size) * _halves(recipe)
         evaluations += rows
         training += rows * (work.forward - work.linear)
         if step in schedule.kept:
@@ -195,6 +195,13 @@ def _rollout(counts: Counts, recipe: Recipe, execution: Execution, schedule: Sch
             low += rows * share * work.linear
             training += rows * (1 - share) * work.linear
     return Flops(training, low, window), evaluations
+
+
+def _shares_first(recipe: Recipe, schedule: Schedule) -> bool:
+    """Whether a group's first stochastic step is one row: `sampling.step.shares_first` without draws."""
+    whole = recipe.rows_per_update % recipe.group_size == 0
+    trains_all = 0 < len(schedule.kept) == schedule.num_trained
+    return recipe.share_start_noise and recipe.share_prefix and trains_all and whole
 
 
 def _scouts(counts: Counts, recipe: Recipe) -> tuple[Flops, float, int]:
@@ -231,8 +238,7 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, schedule: Sche
     ):  # on finished samples, noised to a share of the schedule's sigmas
         steps = max(1, int(getattr(recipe.loss, "fraction", 1.0) * schedule.num_steps))
     evaluations = samples * steps
-    whole_window = schedule.num_trained == len(schedule.kept)
-    if execution.share_first_step and recipe.share_start_noise and whole_window:
+    if execution.share_first_step and _shares_first(recipe, schedule):
         evaluations -= samples - recipe.num_prompts
     return evaluations * each
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from flowgrpo_fast.recipe.checks import positive, require
+from flowgrpo_fast.recipe.checks import one_of, positive, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardTerm:
-    """One reward: a function `package.module:function (images, prompts) -> [B]` and its weight."""
+    """One reward: a function `package.module:function (images, prompts) -> [B]` and its weight.
+
+    `where` it runs: "here", after the rollout; "thread" or "process", while the next prompts are rolled out (see
+    `Recipe.prompts_per_chunk`). A thread suits what waits, say for a remote server, or runs on the device; a process
+    what computes on the host. Its function is imported there and gets images on the host.
+    """
 
     function: str
     weight: float = 1.0
+    where: Literal["here", "thread", "process"] = "here"
+
+    def __post_init__(self) -> None:
+        """A known place."""
+        one_of(self, ("here", "thread", "process"), where=self.where)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +37,7 @@ class Task:
         RewardTerm(function="flowgrpo_fast.rewards.rules:digit_log_prob"),
         RewardTerm(function="flowgrpo_fast.rewards.rules:ink_contrast", weight=0.2),
     )
+    reward_processes: int = 1  # for rewards with where="process"
     judge: str = "flowgrpo_fast.rewards.judges:DigitJudge"  # empty = none
     num_eval_samples: int = 500
     eval_every: int = 10
@@ -40,3 +52,4 @@ class Task:
                 f"Task.rewards names {name!r} twice; metrics go by that name, so give each its own",
             )
         positive(self, num_eval_samples=self.num_eval_samples, eval_every=self.eval_every)
+        positive(self, reward_processes=self.reward_processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +42,7 @@ class Recipe:
     window: Window = field(default_factory=AllSteps)
     solver: Solver = field(default_factory=Euler)  # steps after the window; before it Euler
     share_start_noise: bool = False  # one start noise for a group
+    share_prefix: bool = True  # what such a group has in common is computed once, in rollout and update
     guidance_scale: float = 1.0
     group_size: int = 24  # samples a prompt that are trained on; pruning and scouts start from more
     num_prompts: int = 48  # per training step
@@ -55,6 +57,8 @@ class Recipe:
         default_factory=TrainingPrecision
     )  # of steps without a log-prob
     rows_per_forward: int = 0  # samples per forward in rollout and replay; 0 = all of one update's
+    prompts_per_chunk: int = 0  # that are rolled out, then scored meanwhile (RewardTerm.where); 0 = all
+    graphs: bool = False  # rollout steps as captured CUDA graphs
     replay_rows: int = 0  # samples per forward of the replay; 0 = as in the rollout: first ratio exactly 1
     max_ratio_error: float = 0.0  # of the self-test before the first update; 0 = the loss's clip_range
     num_steps: int = 300
@@ -92,6 +96,19 @@ class Recipe:
                 rows >= 0 and self.rows_per_update % (rows or 1) == 0,
                 f"Recipe.{name} is {rows}; it must divide {self.rows_per_update}, the samples of one update",
             )
+        self._check_chunks()
+
+    def _check_chunks(self) -> None:
+        chunk = self.prompts_per_chunk
+        require(
+            chunk >= 0 and self.num_prompts % (chunk or 1) == 0,
+            f"Recipe.prompts_per_chunk is {chunk}; it must divide num_prompts = {self.num_prompts}",
+        )
+        require(
+            chunk * self.group_size % self.rollout_rows == 0,
+            f"Recipe.prompts_per_chunk is {chunk}: {chunk * self.group_size} samples, which must be whole forwards "
+            f"of {self.rollout_rows}; set rows_per_forward to {self.group_size}, say",
+        )
 
     def _check_scouts(self, scouts: Scouts) -> None:
         num_steps = self.sigmas.num_inference_steps
@@ -152,3 +169,13 @@ class Recipe:
     def rollout_rows(self) -> int:
         """Samples per forward of the rollout."""
         return self.rows_per_forward or self.rows_per_update
+
+    def prompts_per_forward(self, rows: int) -> int:
+        """Prompts per forward where a group's samples are one row yet, at most `rows`.
+
+        Optimiser steps and chunks are whole numbers of them: rollout and replay then run the same rows.
+        """
+        prompts = math.gcd(
+            self.rows_per_update // self.group_size, self.prompts_per_chunk or self.num_prompts
+        )
+        return next(n for n in range(max(1, min(rows, prompts)), 0, -1) if prompts % n == 0)

@@ -32,6 +32,7 @@ def draw(recipe: Recipe, num_prompts: int, step: int, device: torch.device) -> D
         group_id=group_id.to(device),
         seed=seeds.to(device),
         start_seed=start.to(device),
+        shares_start=recipe.share_start_noise,
     )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,9 @@ from torch import Tensor
 from flowgrpo_fast.models.adapters import has_adapter
 from flowgrpo_fast.precision import LowPrecisionModel, build_low_precision, check_masters, check_recipe
 from flowgrpo_fast.recipe import NFT, LoRA, LowPrecision, Recipe, Scouts
+from flowgrpo_fast.recipe_io import resolve
+from flowgrpo_fast.rewards.workers import RewardWorkers
+from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.training.snapshots import Snapshot, Through, WithoutAdapter, trained_parameters
 from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
 
@@ -55,6 +57,9 @@ class Engine:
     num_updates: int = 0  # finished optimiser steps
     low_precision: LowPrecisionModel | None = None  # what steps without a log-prob run
     scouts: LowPrecisionModel | None = None  # what scouts run; the same copy where the recipe says the same
+    graphs: Graphs | None = None  # captured rollout steps
+    workers: RewardWorkers | None = None  # where a reward runs elsewhere
+    _views: dict[int, FlowModel] = field(default_factory=dict)  # one each: captured steps know a model by it
 
     @property
     def seq_len(self) -> int | None:
@@ -79,7 +84,14 @@ class Engine:
     def _in_low_precision(self, copy: LowPrecisionModel | None) -> FlowModel:
         if copy is None:
             return self.sampled
-        return copy.model if self.old is None else Through(self.old, copy.model)
+        if self.old is None:
+            return copy.model
+        return self._views.setdefault(id(copy), Through(self.old, copy.model))
+
+    def close(self) -> None:
+        """Ends what runs beside the run."""
+        if self.workers is not None:
+            self.workers.close()
 
     @property
     def evaluated(self) -> FlowModel:
@@ -126,6 +138,10 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         device=device,
         low_precision=low_precision,
         scouts=scouts,
+        graphs=Graphs() if recipe.graphs else None,
+        workers=RewardWorkers(task.reward_processes)
+        if any(t.where != "here" for t in task.rewards)
+        else None,
     )
 
 
@@ -193,27 +209,6 @@ def _model_part(name: str, part: str) -> Callable[..., Any]:
         module, _, function = name.partition(":")
         return resolve(f"{module}:{function if part == 'load' else part}")
     return resolve(f"flowgrpo_fast.models.{name}:{part}")
-
-
-def resolve(path: str) -> Any:
-    """The object at `package.module:name`.
-
-    Raises:
-        ValueError: not such a path, no such module, or no such name in it.
-    """
-    module_name, separator, name = path.partition(":")
-    if not separator:
-        raise ValueError(f"{path!r} is not package.module:name")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something it needs is not
-        raise ValueError(f"{path!r}: there is no module {error.name!r}") from None
-    try:
-        return getattr(module, name)
-    except AttributeError:
-        raise ValueError(f"{path!r}: module {module_name} has no {name!r}") from None
 
 
 def _read_lines(path: str, what: str) -> list[str]:

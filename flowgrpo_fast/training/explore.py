@@ -13,7 +13,8 @@ from flowgrpo_fast.sampling.prune import choose
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import ode_schedule
 from flowgrpo_fast.training.engine import Engine
-from flowgrpo_fast.training.score import score
+from flowgrpo_fast.training.sample import in_chunks
+from flowgrpo_fast.training.score import collect
 from flowgrpo_fast.types import Draws, Trajectory
 
 
@@ -44,13 +45,15 @@ def explore(engine: Engine, draws: Draws) -> Exploration:
                 engine.seq_len,
                 recipe.solver,
             )
-    conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
-    scouts = rollout(engine.scout, conditioning, draws, schedule, recipe)
-    rewards = score(engine, scouts).total
+
+    def walk(chunk: Draws) -> Trajectory:
+        conditioning = engine.conditioning.rows(chunk.prompt_index[chunk.group_id])
+        return rollout(engine.scout, conditioning, chunk, schedule, recipe, graphs=engine.graphs)
+
+    scouts, scorings = in_chunks(engine, draws, walk)
+    rewards = collect(scorings).total
     rows = choose(rewards.view(len(draws.prompt_index), -1), recipe.group_size, part.select)
-    chosen = replace(
-        draws, group_id=draws.group_id[rows], seed=draws.seed[rows], start_seed=draws.start_seed[rows]
-    )
+    chosen = draws.rows(rows)
     finished = None if part.regenerate else replace(_rows(scouts, rows), draws=chosen, evaluations=0)
     return Exploration(chosen, finished, rewards[rows], rewards.mean(), scouts.evaluations)
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.credit.advantages import assign_credit
-from flowgrpo_fast.recipe import NFT, ClippedRatio, Prune
+from flowgrpo_fast.recipe import NFT, ClippedRatio
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import Schedule, ode_schedule, resolve_schedule
 from flowgrpo_fast.training.draws import draw, draw_eval, draw_step_positions
 from flowgrpo_fast.training.engine import Engine, sync_weights
 from flowgrpo_fast.training.explore import explore, scout_metrics
-from flowgrpo_fast.training.score import preview_score, score, score_images
+from flowgrpo_fast.training.sample import sample_and_score
+from flowgrpo_fast.training.score import collect, score_images, start_scoring
 from flowgrpo_fast.training.self_test import ratio_self_test
 from flowgrpo_fast.training.update import update
 from flowgrpo_fast.types import Draws, RewardOutput, TrainBatch, Trajectory
@@ -49,13 +50,16 @@ def train_step(engine: Engine) -> StepReport:
         explored = explore(engine, drawn)
     with report.phase("rollout"):
         schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
-        trajectory = explored.finished or sample(engine, explored.draws, schedule)
+        if explored.finished is not None:
+            trajectory, scorings = explored.finished, [start_scoring(engine, explored.finished)]
+        else:
+            trajectory, scorings = sample_and_score(engine, explored.draws, schedule)
     with report.phase("reward"):
-        rewards = score(engine, trajectory)
+        rewards = collect(scorings)
         report.metrics |= reward_metrics(rewards, trajectory.draws) | scout_metrics(explored, rewards.total)
     with report.phase("credit"):
         batch = make_batch(engine, trajectory, rewards, schedule)
-        report.metrics["idle_groups"] = 1 - float(batch.weight.mean())
+        report.metrics["idle_groups"] = 1 - sum(batch.live) / len(batch.live)
     if engine.step == 0 and isinstance(recipe.loss, ClippedRatio):
         with report.phase("self_test"):
             report.metrics["ratio_self_test"] = ratio_self_test(engine, batch)
@@ -67,14 +71,6 @@ def train_step(engine: Engine) -> StepReport:
         report.metrics["window_start"] = float(schedule.kept[0])
     engine.step += 1
     return report
-
-
-def sample(engine: Engine, draws: Draws, schedule: Schedule) -> Trajectory:
-    """The rollout of the policy that samples; candidates that the recipe prunes are scored on the way."""
-    conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
-    prune = engine.recipe.prune
-    judged = preview_score(engine, draws) if isinstance(prune, Prune) and prune.score == "reward" else None
-    return rollout(engine.sampled, conditioning, draws, schedule, engine.recipe, engine.outside, judged)
 
 
 def train(engine: Engine, on_step: Callable[[StepReport], None], stop: Callable[[], bool]) -> None:
@@ -118,6 +114,7 @@ def make_batch(
         advantages=advantages,
         weight=weight,
         step_position=position.to(engine.device),
+        live=tuple(value > 0 for value in weight.tolist()),
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from flowgrpo_fast.recipe import ClippedRatio
-from flowgrpo_fast.sampling.sampler import row_slices
+from flowgrpo_fast.sampling.step import row_slices
 from flowgrpo_fast.training.engine import Engine
-from flowgrpo_fast.training.update import micro_batch_slices, replay_terms
+from flowgrpo_fast.training.update import micro_batch_slices, replay_terms, samples_per_row
 from flowgrpo_fast.types import TrainBatch
 
 
@@ -25,8 +25,8 @@ def ratio_self_test(engine: Engine, batch: TrainBatch) -> float:
     assert isinstance(recipe.loss, ClippedRatio)
     errors = []
     for share in row_slices(len(batch.advantages), recipe.rows_per_update):
-        for rows in micro_batch_slices(engine, share):
-            for turn in range(batch.step_position.shape[1]):
+        for turn in range(batch.step_position.shape[1]):
+            for rows in micro_batch_slices(engine, share, samples_per_row(engine, batch, turn)):
                 terms = replay_terms(engine, batch, rows, turn)
                 errors.append((terms.ratio - 1).abs().max())
     error = float(torch.stack(errors).max())

@@ -10,7 +10,8 @@ from torch import Tensor
 from flowgrpo_fast.losses.clipped_ratio import LossTerms, clipped_ratio, drift_kl
 from flowgrpo_fast.losses.nft import NFTTerms, forward_process, nft, old_decay, optimality
 from flowgrpo_fast.recipe import NFT, ClippedRatio
-from flowgrpo_fast.sampling.sampler import halves, predict, replay, row_slices
+from flowgrpo_fast.sampling.sampler import replay
+from flowgrpo_fast.sampling.step import halves, predict, row_slices
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.mismatch import Mismatch
 from flowgrpo_fast.types import FlowModel, TrainBatch
@@ -48,28 +49,44 @@ def update(engine: Engine, batch: TrainBatch) -> dict[str, float]:
 
 
 def accumulate_share(engine: Engine, batch: TrainBatch, share: slice, tally: _Tally) -> bool:
-    """Adds the gradient of one share's loss; False if nothing in it carries weight."""
+    """Adds the gradient of one share's loss; False if nothing in it carries weight.
+
+    What carries weight is known on the host since the rewards were read: nothing here waits for the device.
+    """
     num_trained = batch.step_position.shape[1]
     total = batch.weight[share].sum() * num_trained
-    micro_batches = [rows for rows in micro_batch_slices(engine, share) if bool(batch.weight[rows].any())]
     for turn in range(num_trained):
-        for rows in micro_batches:
+        size = samples_per_row(engine, batch, turn)
+        for rows in micro_batch_slices(engine, share, size):
+            if not _any_live(batch, rows):
+                continue
             terms = loss_terms(engine, batch, rows, turn)
             (terms.loss * batch.weight[rows]).sum().div(total).backward()
             tally.terms.append(terms)
-            tally.backwards += rows.stop - rows.start
+            tally.backwards += (rows.stop - rows.start) // size
             if isinstance(terms, LossTerms) and not tally.grad_norm:
                 tally.on_policy_ratio.append(terms.ratio)
                 tally.mismatch.add(batch.step_position[rows, turn], terms.log_ratio)
-    return bool(micro_batches)
+    return _any_live(batch, share)
 
 
-def micro_batch_slices(engine: Engine, share: slice) -> list[slice]:
-    """The rows of each forward of a share: those of the rollout, unless the recipe asks for others."""
-    rows = engine.recipe.replay_rows or engine.recipe.rollout_rows
+def _any_live(batch: TrainBatch, rows: slice) -> bool:
+    return any(batch.live[rows]) if batch.live else True
+
+
+def samples_per_row(engine: Engine, batch: TrainBatch, turn: int) -> int:
+    """How many samples one row of the network serves at a turn: a group, where its first latents are the same."""
+    return engine.recipe.group_size if turn == 0 and batch.trajectory.shares_first else 1
+
+
+def micro_batch_slices(engine: Engine, share: slice, size: int = 1) -> list[slice]:
+    """The samples of each forward of a share: those of the rollout, unless the recipe asks for others."""
+    recipe = engine.recipe
+    rows = recipe.replay_rows or recipe.rollout_rows
+    num_samples = rows if size == 1 else recipe.prompts_per_forward(rows) * size
     return [
         slice(share.start + part.start, share.start + part.stop)
-        for part in row_slices(share.stop - share.start, rows)
+        for part in row_slices(share.stop - share.start, num_samples)
     ]
 
 
@@ -88,14 +105,23 @@ def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> L
     assert isinstance(recipe.loss, ClippedRatio)
     index = torch.arange(rows.start, rows.stop, device=engine.device)
     position = batch.step_position[rows, turn]
+    size = samples_per_row(engine, batch, turn)
     log_prob, drift = replay(
-        engine.model, trajectory, batch.conditioning.rows(rows), rows, position, recipe, engine.reference
+        engine.model,
+        trajectory,
+        batch.conditioning.rows(rows),
+        rows,
+        position,
+        recipe,
+        engine.reference,
+        size,
     )
     old_log_prob = trajectory.log_prob[index, position]
     kl = None
     if drift is not None:
-        step_index = trajectory.step_index.to(engine.device)[position]
-        kl = drift_kl(drift, trajectory.coeffs, trajectory.sigmas.to(engine.device), step_index)
+        step_index = trajectory.step_index.to(engine.device, non_blocking=True)[position]
+        sigmas = trajectory.sigmas.to(engine.device, non_blocking=True)
+        kl = drift_kl(drift, trajectory.coeffs, sigmas, step_index)
     return clipped_ratio(log_prob, old_log_prob, batch.advantages[rows], recipe.loss, kl)
 
 

@@ -48,10 +48,14 @@ def test_velocity_asks_the_device_for_nothing(family, tiny_recipe, tmp_path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "selective"])
-def test_the_ratio_is_exactly_one_with_compiled_blocks(checkpointing, tiny_recipe) -> None:
+@pytest.mark.parametrize(
+    ("checkpointing", "changes"),
+    [("none", {}), ("selective", {}), ("none", {"share_start_noise": True, "graphs": True})],
+    ids=str,
+)
+def test_the_ratio_is_exactly_one_with_compiled_blocks(checkpointing, changes, tiny_recipe) -> None:
     """bf16, where another fusion would show: rollout and replay run one artefact."""
-    recipe = tiny_recipe(SD3, compile=True, precision="bf16", checkpointing=checkpointing)
+    recipe = tiny_recipe(SD3, compile=True, precision="bf16", checkpointing=checkpointing, **changes)
     engine = build_engine(recipe, CPU)
     reports = [train_step(engine) for _ in range(2)]
     assert reports[0].metrics["ratio_self_test"] == 0.0

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowgrpo_fast.models.adapters import ADAPTER_FILE
 from flowgrpo_fast.ops import philox_normal
 from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LoRA, Optimizer
-from flowgrpo_fast.sampling.sampler import predict
+from flowgrpo_fast.sampling.step import predict
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import build_engine, load_model
 from flowgrpo_fast.training.loop import evaluate, train_step

@@ -216,6 +216,7 @@ def test_plan_as_json_with_overrides(capsys) -> None:
             "mix_grpo",
             "network.height=720",
             "network.width=720",
+            "share_prefix=false",
             "--gpu",
             "b200",
             "--json",

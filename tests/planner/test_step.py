@@ -15,6 +15,7 @@ from flowgrpo_fast.recipe import (
     AllSteps,
     ClippedRatio,
     DPMSolver2M,
+    FractionOfSteps,
     FrozenWindow,
     FullFineTuning,
     LowPrecision,
@@ -34,8 +35,10 @@ HUNYUAN = Network(height=480, width=480, num_frames=53, train=FullFineTuning(), 
 WAN = Network(height=240, width=416, num_frames=33)
 
 # The published trainers the table describes: the unconditional half in autograd, T5 once an image (Flow-GRPO).
-PUBLISHED = Execution(uncond_gradient=True, text_each_sample=True)
-MIX = Execution(num_reward_towers=3)
+# Each sample of a group goes by itself, whatever they have in common.
+APART = Execution(share_prefix=False, share_first_step=False, share_first_forward=False)
+PUBLISHED = replace(APART, uncond_gradient=True, text_each_sample=True)
+MIX = replace(APART, num_reward_towers=3)
 WINDOW_3 = replace(flow_grpo(), window=RandomWindow(size=3, low=0, high=5))
 
 
@@ -188,11 +191,17 @@ def test_full_fine_tuning_adds_the_gradient_of_the_weights() -> None:
 
 def test_sharing_serves_a_group_with_one_forward() -> None:
     shared = recipe(share_start_noise=True)
-    assert plan_step(SIMPLE, shared, Execution(share_prefix=True)).forwards == 3 + 5 * 12
-    both = Execution(share_prefix=True, share_first_forward=True, share_first_step=True)
-    assert plan_step(SIMPLE, shared, both).forwards == 2 * 3 + 4 * 12
-    assert plan_step(SIMPLE, shared, both).update == (12 + 3) * (FORWARD + BACKWARD)
-    assert plan_step(SIMPLE, recipe(), both).forwards == 72  # other start noises share nothing
+    assert plan_step(SIMPLE, shared, replace(APART, share_prefix=True)).forwards == 3 + 5 * 12
+    both = plan_step(SIMPLE, shared)  # what the trainer does
+    assert both.forwards == 2 * 3 + 4 * 12
+    assert both.update == (12 + 3) * (FORWARD + BACKWARD)
+    assert plan_step(SIMPLE, recipe()).forwards == 72  # other start noises share nothing
+    assert plan_step(SIMPLE, replace(shared, share_prefix=False)) == plan_step(SIMPLE, recipe())
+    fraction = replace(shared, window=FractionOfSteps(fraction=0.5))  # each sample trains other steps
+    assert plan_step(SIMPLE, fraction) == plan_step(SIMPLE, fraction, APART)
+    halves = replace(shared, optimizer=Optimizer(num_updates=2))  # an update takes half of the second group
+    assert plan_step(SIMPLE, halves).forwards == 3 + 5 * 12
+    assert plan_step(SIMPLE, halves).update == plan_step(SIMPLE, shared, APART).update
 
 
 def test_a_funnel_and_its_previews() -> None:
@@ -228,7 +237,7 @@ def test_low_precision_covers_only_steps_without_a_log_prob() -> None:
 def test_a_moving_window_is_averaged_over_the_run() -> None:
     """MixGRPO rests 25 iterations at each of 12 places in 300: 5.5 steps before the window on the mean."""
     sliding = replace(mix_grpo(), num_prompts=2, group_size=2, optimizer=Optimizer())
-    step = plan_step(SIMPLE, sliding, Execution(share_prefix=True))
+    step = plan_step(SIMPLE, sliding, replace(APART, share_prefix=True))
     assert step.forwards == pytest.approx(4 * (25 - 5.5) + 2 * 5.5)
 
 
@@ -281,13 +290,12 @@ def test_levers_in_use_are_told_apart() -> None:
         rollout_precision=LowPrecision(),
         share_start_noise=True,
     )
-    found = {
-        lever.name: lever for lever in levers(SIMPLE, pulled, GPUS["h100"], Execution(share_prefix=True))
-    }
+    found = {lever.name: lever for lever in levers(SIMPLE, pulled, GPUS["h100"])}
     in_use = {name for name, lever in found.items() if lever.in_use}
     assert in_use == {
         "unconditional half under no_grad",
         "shared steps before the window",
+        "shared first stochastic step",
         "second-order solver, shorter tail",
         "low precision outside the window",
         "prompts encoded once",

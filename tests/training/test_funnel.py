@@ -25,7 +25,8 @@ from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint
 from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.explore import explore
-from flowgrpo_fast.training.loop import evaluate, sample, train, train_step
+from flowgrpo_fast.training.loop import evaluate, train, train_step
+from flowgrpo_fast.training.sample import sample
 from flowgrpo_fast.training.update import noised_terms
 from tests.conftest import ToyModel
 

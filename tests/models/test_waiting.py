@@ -1,0 +1,21 @@
+"""Rollout and update of the families ask the device for nothing until their end."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowgrpo_fast.recipe import ClippedRatio
+from tests.models.families import ONE_EACH
+from tests.training.test_no_waiting import check
+
+
+@pytest.mark.parametrize("family", ONE_EACH, ids=str)
+def test_families(family, tiny_recipe) -> None:
+    recipe = tiny_recipe(
+        family,
+        guidance_scale=2.0,
+        share_start_noise=True,
+        precision="bf16",
+        loss=ClippedRatio(clip_range=0.05, kl_beta=0.1),
+    )
+    check(recipe)
