@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # run as a script
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import lever_report  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOT = ROOT / "docs" / "images" / "benchmarks.svg"
@@ -196,7 +201,7 @@ def sections() -> Iterator[str]:
     """Targets, then every level on every device."""
     for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
         ops = load("ops", device)
-        lines = targets(ops, device)
+        lines = targets(ops, device) + lever_report.targets(load("levers", device), device)
         yield f"## Targets on the {title}"
         yield markdown(["target", "", "rows", "worst"], lines, labels=4)
     if load("ops", "cpu"):
@@ -212,6 +217,15 @@ def sections() -> Iterator[str]:
             if unmeasured(result):
                 yield "\n".join(f"- {line}" for line in unmeasured(result))
             yield from level_sections(level, result)
+    for device in ("cpu", "cuda"):
+        result = load("levers", device)
+        yield f"## Training step lever by lever, {device.upper()}"
+        if result is None:
+            yield "Not measured."
+            continue
+        yield described(result["machine"])
+        for part in lever_report.sections(result):
+            yield part if isinstance(part, str) else markdown(*part, labels=1)
 
 
 def level_sections(level: str, result: Result) -> Iterator[str]:
