@@ -25,7 +25,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402
+from benchmarks import lever_report, report  # noqa: E402
 
 WORK = ROOT / "build" / "gpu_check"
+BUDGET = 590  # seconds for all stages; one that can use it gets what the others left
 NEEDED = {  # import name: what goes without it
     "pybind11": "the build",
     "ninja": "the build",
@@ -79,6 +80,14 @@ class Command:
     limit: int  # seconds
     environment: dict[str, str] = field(default_factory=dict)
     read: Callable[[Stage, str], None] | None = None
+    stretches: bool = False  # it is told its limit, and does what fits
+
+    def within(self, seconds: float) -> Command:
+        """With the time that is left, where it can use more than its own."""
+        limit = int(seconds)
+        if not self.stretches or limit <= self.limit:
+            return self
+        return replace(self, limit=limit)
 
 
 def run(command: Command, folder: Path) -> Stage:
@@ -86,8 +95,9 @@ def run(command: Command, folder: Path) -> Stage:
     stage, start = Stage(command.name), time.perf_counter()
     log = folder / f"{command.name}.log"
     with log.open("w") as file:
+        arguments = [*command.arguments, *(["--limit", str(command.limit)] if command.stretches else [])]
         process = subprocess.Popen(
-            command.arguments,
+            arguments,
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
@@ -236,6 +246,7 @@ def commands(folder: Path, arch: str) -> list[Command]:
         Command("ops", [*measure, "ops", "--limit", "110", "--compiled", "SD3.5 512 x24 bfloat16"], 140),
         Command("rollout", [*measure, "rollout"], 35),
         Command("train_step", [*measure, "train_step"], 35),
+        Command("levers", [*measure, "levers"], 25, stretches=True),
     ]
 
 
@@ -261,6 +272,7 @@ def absent(command: Command, lacking: dict[str, str]) -> str:
         "racecheck": ("pytest",),
         "rollout": ("numpy", "diffusers"),
         "train_step": ("numpy", "diffusers", "sklearn"),
+        "levers": ("numpy", "diffusers", "transformers", "peft"),
     }
     names = [name for name in needs.get(command.name, ()) if name in lacking]
     return f"needs {', '.join(names)}" if names else ""
@@ -302,10 +314,13 @@ def summary(machine: dict[str, str], stages: list[Stage]) -> dict[str, Any]:
 
 def targets() -> list[dict[str, str]]:
     """The GPU's goals against what was measured just now."""
-    path = WORK / "ops_cuda.json"
-    result = json.loads(path.read_text()) if path.exists() else None
+    ops, levers = (
+        json.loads(path.read_text()) if path.exists() else None
+        for path in (WORK / "ops_cuda.json", WORK / "levers_cuda.json")
+    )
     keys = ("target", "verdict", "rows", "worst")
-    return [dict(zip(keys, line, strict=True)) for line in report.targets(result, "cuda")]
+    lines = report.targets(ops, "cuda") + lever_report.targets(levers, "cuda")
+    return [dict(zip(keys, line, strict=True)) for line in lines]
 
 
 def show(stage: Stage) -> None:
@@ -322,6 +337,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="stage", help="these stages; the build is made"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the stages, run nothing")
     arguments = parser.parse_args()
     machine = gpu()
@@ -340,7 +358,11 @@ def main() -> int:
     stages = [install(arguments.wheels)]
     show(stages[0])
     lacking = stages[0].numbers["missing"]
+    start = time.perf_counter()
     for command in commands(WORK, machine["arch"]):
+        if arguments.only and command.name not in ("build", *arguments.only):
+            continue
+        command = command.within(BUDGET - (time.perf_counter() - start))
         why = absent(command, lacking)
         stages.append(Stage(command.name, "skipped", detail=why) if why else run(command, WORK))
         show(stages[-1])

@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:  # run as a script
 
 from benchmarks.agreement import agreement  # noqa: E402
 from benchmarks.counters import Counter  # noqa: E402
-from benchmarks.lever_report import COMPILED, EQUAL, FAST, FLASH, LOW, TRAINER  # noqa: E402
+from benchmarks.lever_report import COMPILED, EQUAL, FAST, FLASH, LOW, TRAINER, WINDOW  # noqa: E402
 from benchmarks.levers import Lever, base, levers  # noqa: E402
 from benchmarks.rows import Row, rounded  # noqa: E402
 from benchmarks.trainer_loop import wait  # noqa: E402
@@ -39,7 +39,7 @@ from flowgrpo_fast.training.draws import draw  # noqa: E402
 from flowgrpo_fast.training.engine import Engine  # noqa: E402
 from flowgrpo_fast.training.loop import StepReport  # noqa: E402
 
-_FIRST = (FAST, LOW, FLASH, TRAINER, COMPILED, EQUAL)  # on a GPU, where time may run out
+_FIRST = (LOW, FAST, TRAINER, COMPILED, FLASH, EQUAL, WINDOW)  # on a GPU, where time may run out
 _LARGE_BLOCKS = "1048576"  # bytes from which freed memory goes back to the system, so that a peak can be seen
 
 
@@ -70,7 +70,7 @@ class Job:
         return f"{self.network} x{images}, {self.precision}"
 
 
-CPU_JOBS = (Job("small_sd3", 12, 2, "fp32"),)
+CPU_JOBS = (Job("small_sd3", 12, 2, "bf16"),)
 GPU_JOBS = (
     Job("sd35_medium", 24, 1, "bf16"),
     Job("flux", 24, 1, "bf16", checkpointing="full", distilled=True),
@@ -143,23 +143,25 @@ def measure_levers(
     limit: float = 1e9,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """All jobs of a device; `keep` is given what there is after every row, for a measurement that is cut short."""
-    warnings.filterwarnings("ignore", message=".*is emulated on")
-    result: dict[str, Any] = {"jobs": [], "left": []}
-    start = time.perf_counter()
-    for job in jobs or (GPU_JOBS if device.type == "cuda" else CPU_JOBS):
-        found: dict[str, Any] = {"job": str(job), "rows": [], "failed": {}}
-        result["jobs"].append(found)
-        rows = levers(job.recipe)
-        if device.type == "cpu":
-            found["agreement"] = {n: rounded(v) for n, v in agreement(job.recipe, device).items()}
-            found["rows"] = _in_turns(rows, device, rounds, found["failed"])
-            for row in found["rows"]:
+    """All jobs of a device; `keep` is given what there is after every row, for a measurement that is cut short.
+
+    `limit` in seconds is for a GPU: the rows that targets are about come first, and none is begun that may not end.
+    """
+    jobs = jobs or (GPU_JOBS if device.type == "cuda" else CPU_JOBS)
+    found: list[dict[str, Any]] = [{"job": str(job), "rows": [], "failed": {}} for job in jobs]
+    result: dict[str, Any] = {"jobs": found, "left": []}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is emulated on")
+        if device.type == "cuda":
+            one_by_one(jobs, device, rounds, limit, lambda: keep(result), result)
+            return result
+        for job, into in zip(jobs, found, strict=True):
+            into["agreement"] = {n: rounded(v) for n, v in agreement(job.recipe, device).items()}
+            into["rows"] = _in_turns(levers(job.recipe), device, rounds, into["failed"])
+            for row in into["rows"]:
                 row["peak_bytes"] = _peak_elsewhere(job, row["name"])
-        else:
-            _one_by_one(rows, device, rounds, (found, result, start + limit, keep))
-        compare(found["rows"])
-        keep(result)
+            compare(into["rows"])
+            keep(result)
     return result
 
 
@@ -186,34 +188,53 @@ def _in_turns(rows: list[Lever], device: torch.device, rounds: int, failed: dict
     return [runner.row(max(rates, default=None)) for runner in runners]
 
 
-def _one_by_one(rows: list[Lever], device: torch.device, rounds: int, where: tuple[Any, ...]) -> None:
-    found, result, deadline, keep = where
-    for lever in sorted(rows, key=lambda lever: _FIRST.index(lever.name) if lever.name in _FIRST else 99):
-        if time.perf_counter() > deadline:
-            result["left"].append(f"{found['job']}: {lever.name}")
+def one_by_one(
+    jobs: tuple[Job, ...],
+    device: torch.device,
+    rounds: int,
+    limit: float,
+    keep: Callable[[], None],
+    result: dict[str, Any],
+) -> None:
+    """Each row with the device to itself, into `result`."""
+    start, longest = time.perf_counter(), 0.0
+    order = [(number, lever) for number, job in enumerate(jobs) for lever in levers(job.recipe)]
+    names = [lever.name for _, lever in order]
+    for number, lever in sorted(order, key=lambda each: _turn(each[1])):
+        begun, into = time.perf_counter(), result["jobs"][number]
+        if begun - start + longest > limit:
+            result["left"].append(f"{into['job']}: {lever.name}")
             continue
-        _say(f"levers: {found['job']}, {lever.name}")
+        _say(f"levers: {into['job']}, {lever.name}")
         try:
-            found["rows"].append(_alone(lever, device, rounds))
+            into["rows"].append(_alone(lever, device, rounds))
         except Exception as error:  # out of memory, or no compiler: the other rows are worth having
-            found["failed"][lever.name] = _line(error)
+            into["failed"][lever.name] = _line(error)
         gc.collect()
-        torch.cuda.empty_cache()
-        found["rows"].sort(key=lambda row: [lever.name for lever in rows].index(row["name"]))
-        compare(found["rows"])
-        keep(result)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        longest = max(longest, time.perf_counter() - begun)
+        into["rows"].sort(key=lambda row: names.index(row["name"]))
+        compare(into["rows"])
+        keep()
+
+
+def _turn(lever: Lever) -> int:
+    return _FIRST.index(lever.name) if lever.name in _FIRST else len(_FIRST)
 
 
 def _alone(lever: Lever, device: torch.device, rounds: int) -> Row:
     """A row that has the device to itself."""
     runner = Runner(lever, device)
     runner.count()
-    torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(rounds):
         runner.time()
-    row = runner.row(None) | {"peak_bytes": torch.cuda.max_memory_allocated()}
-    if lever.recipe.network.compile and row["counts"] is None:
-        row["counts"] = {"launches": _launches(runner.step)}
+    row = runner.row(None)
+    if device.type == "cuda":
+        row["peak_bytes"] = torch.cuda.max_memory_allocated()
+        row["counts"] = row["counts"] or {"launches": _launches(runner.step)}
     if runner.engine.low_precision is not None:
         row["rollouts"] = rollouts(runner.engine, rounds)
     return row

@@ -39,8 +39,8 @@ from flowgrpo_fast.recipes import flow_grpo, mix_grpo_flash
 from flowgrpo_fast.training.engine import Engine, build_engine
 from flowgrpo_fast.training.loop import StepReport, train_step
 
-# Of a recipe, where the engine has it: steps that are equal within a group run once for it.
-SHARING = next((f.name for f in fields(Recipe) if f.name.startswith("share_group")), "")
+# What a group has in common is computed once: the recipe's switch, where the engine has one.
+SHARING = next((f.name for f in fields(Recipe) if f.name == "share_prefix"), "")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def base(network: str, group_size: int, num_prompts: int, precision: str = "bf16
     recipe = flow_grpo()
     return replace(
         recipe,
+        **({SHARING: False} if SHARING else {}),  # a row of its own
         group_size=group_size,
         num_prompts=num_prompts,
         rows_per_forward=group_size,
