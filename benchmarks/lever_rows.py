@@ -40,6 +40,7 @@ from flowgrpo_fast.training.engine import Engine  # noqa: E402
 from flowgrpo_fast.training.loop import StepReport  # noqa: E402
 
 _FIRST = (LOW, FAST, TRAINER, COMPILED, FLASH, EQUAL, WINDOW)  # on a GPU, where time may run out
+_A_ROW = 40.0  # seconds the first one may take, on a GPU with its compilation; then the longest so far
 _LARGE_BLOCKS = "1048576"  # bytes from which freed memory goes back to the system, so that a peak can be seen
 
 
@@ -142,10 +143,12 @@ def measure_levers(
     rounds: int = 3,
     limit: float = 1e9,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    only: str = "",
 ) -> dict[str, Any]:
     """All jobs of a device; `keep` is given what there is after every row, for a measurement that is cut short.
 
     `limit` in seconds is for a GPU: the rows that targets are about come first, and none is begun that may not end.
+    `only`: rows whose name contains this.
     """
     jobs = jobs or (GPU_JOBS if device.type == "cuda" else CPU_JOBS)
     found: list[dict[str, Any]] = [{"job": str(job), "rows": [], "failed": {}} for job in jobs]
@@ -153,11 +156,12 @@ def measure_levers(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is emulated on")
         if device.type == "cuda":
-            one_by_one(jobs, device, rounds, limit, lambda: keep(result), result)
+            one_by_one(jobs, device, rounds, limit, lambda: keep(result), result, only)
             return result
         for job, into in zip(jobs, found, strict=True):
             into["agreement"] = {n: rounded(v) for n, v in agreement(job.recipe, device).items()}
-            into["rows"] = _in_turns(levers(job.recipe), device, rounds, into["failed"])
+            rows = [lever for lever in levers(job.recipe) if only in lever.name]
+            into["rows"] = _in_turns(rows, device, rounds, into["failed"])
             for row in into["rows"]:
                 row["peak_bytes"] = _peak_elsewhere(job, row["name"])
             compare(into["rows"])
@@ -195,12 +199,14 @@ def one_by_one(
     limit: float,
     keep: Callable[[], None],
     result: dict[str, Any],
+    only: str = "",
 ) -> None:
     """Each row with the device to itself, into `result`."""
-    start, longest = time.perf_counter(), 0.0
+    start, longest = time.perf_counter(), _A_ROW
     order = [(number, lever) for number, job in enumerate(jobs) for lever in levers(job.recipe)]
     names = [lever.name for _, lever in order]
-    for number, lever in sorted(order, key=lambda each: _turn(each[1])):
+    chosen = [each for each in order if only in each[1].name]
+    for number, lever in sorted(chosen, key=lambda each: _turn(each[1])):
         begun, into = time.perf_counter(), result["jobs"][number]
         if begun - start + longest > limit:
             result["left"].append(f"{into['job']}: {lever.name}")

@@ -129,7 +129,7 @@ def _shared(recipe: Recipe) -> Recipe:
 def _pruned(recipe: Recipe) -> Recipe:
     """Half of a group survives; a forward still takes as many rows, of more groups."""
     size = recipe.group_size // 2
-    prune = Prune(at=(3,), sizes=(recipe.group_size,), score="latents", pool=4)
+    prune = Prune(at=(3,), sizes=(recipe.group_size,), score="latents", pool=2)
     whole = recipe.num_prompts * size % recipe.rows_per_forward
     rows = size if whole else recipe.rows_per_forward
     return replace(recipe, prune=prune, group_size=size, rows_per_forward=rows)

@@ -118,7 +118,10 @@ def levers(options: Options, command: str, keep: Callable[[dict[str, Any]], None
     def whole(found: dict[str, Any]) -> dict[str, Any]:
         return {"machine": machine_afterwards(before, roof), "command": command} | found
 
-    return whole(measure_levers(options.device, limit=options.limit, keep=lambda found: keep(whole(found))))
+    found = measure_levers(
+        options.device, limit=options.limit, keep=lambda found: keep(whole(found)), only=options.only
+    )
+    return whole(found)
 
 
 def show(level: str, result: dict[str, Any]) -> None:

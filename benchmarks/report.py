@@ -51,7 +51,8 @@ INTRODUCTION = """# Benchmarks
 Written by `python benchmarks/report.py` from `benchmarks/results/*.json`; do not edit.
 
     make benchmarks                                    # measures everything, then writes this page
-    flowgrpo-fast bench ops                            # the same table on the terminal; rollout, train_step likewise
+    make levers                                        # the training step of a transformer lever by lever alone
+    flowgrpo-fast bench ops                            # the same table on the terminal; the other levels likewise
     pytest benchmarks/ --benchmark-group-by=group      # with pytest-benchmark; -k narrows, --benchmark-compare compares
     make gpu-check                                     # on a machine with a GPU: builds, tests and measures there
 

@@ -83,7 +83,11 @@ def test_second_build_does_nothing_and_is_quick(built):
 
 @pytest.mark.slow
 def test_touched_header_rebuilds_what_includes_it(built):
-    kernels = {name for name in object_times(built) if re.match(r"\w+\.cpp\.\w+\.o", name)}
+    kernels = {
+        name
+        for name in object_times(built)
+        if re.match(r"\w+\.cpp\.\w+\.o", name)
+    }
     assert kernels
     others = object_times(built).keys() - kernels
     assert rebuilt_by_touching(built, "tensor.h") == {name for name in others if name.startswith("bind")}

@@ -52,10 +52,22 @@ def test_a_stage_that_fits_its_work_to_its_limit_is_told_what_is_left(tmp_path):
     assert (told.within(60.5).limit, told.within(3).limit) == (60, 5)
     assert python("ops", "").within(60).limit == 30
     assert gpu_check.run(told.within(60.5), tmp_path).status == "passed"
-    assert (tmp_path / "levers.log").read_text() == "['--limit', '60']\n"
+    assert (tmp_path / "levers.log").read_text() == "['--limit', '40']\n"
     levers = next(command for command in gpu_check.commands(tmp_path, "90a") if command.name == "levers")
     assert levers.stretches
     assert gpu_check.absent(levers, {"peft": ""}) == "needs peft"
+
+
+def test_rows_measured_before_a_stage_was_stopped_are_kept(tmp_path):
+    read = gpu_check.read_levers(tmp_path)
+    stage = Stage("levers", "timed out", detail="stopped after 60 s")
+    read(stage, "")
+    assert (stage.status, stage.numbers["rows"]) == ("timed out", 0)
+    jobs = [{"job": "a", "rows": [{}, {}], "failed": {"b": "OutOfMemoryError"}}]
+    (tmp_path / "levers_cuda.json").write_text(json.dumps({"jobs": jobs, "left": ["a: c"]}))
+    read(stage, "")
+    assert (stage.status, stage.detail) == ("passed", "stopped after 60 s, after 2 rows")
+    assert stage.numbers == {"rows": 2, "left": 1, "failed_rows": {"a, b": "OutOfMemoryError"}}
 
 
 def test_stages_see_the_checkout_and_the_unpacked_wheels(tmp_path):

@@ -220,7 +220,7 @@ def test_measure_runs_as_a_script_from_anywhere(tmp_path):
     assert "toy x8" in done.stdout
     done = subprocess.run([sys.executable, str(script), "opz"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "level is 'opz', must be one of ops, rollout, train_step" in done.stderr
+    assert "level is 'opz', must be one of ops, rollout, train_step, levers" in done.stderr
 
 
 @pytest.mark.slow
@@ -232,6 +232,7 @@ def test_the_suites_are_collected():
         f"bench_ops.py::bench_op[sampling {SD3.name} float32-ours]",
         "bench_rollout.py::bench_rollout[digits-network]",
         "bench_train_step.py::bench_train_step[eager]",
+        "bench_train_step.py::bench_lever[",
     ):
         assert test in listed
 
