@@ -96,6 +96,7 @@ def test_levers_change_one_thing_each():
     assert NO_KL not in rows_of(FLUX)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", TINY_JOBS, ids=str)
 def test_every_row_runs(job, one_round):
     result = measure_levers(CPU, (job,), rounds=1)
@@ -115,6 +116,7 @@ def test_every_row_runs(job, one_round):
     assert any("both loops compute the same" in part for part in page)
 
 
+@pytest.mark.slow
 def test_a_gpus_rows_come_by_importance_until_time_is_out(one_round):
     kept, result = (
         [],
@@ -132,6 +134,7 @@ def test_a_gpus_rows_come_by_importance_until_time_is_out(one_round):
     assert len(late["left"]) == len(rows_of(SD3))
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_named_and_the_rest_go_on(one_round, monkeypatch):
     def broken(self):
         if self.lever.name == LOW:
