@@ -24,6 +24,7 @@ from benchmarks.lever_report import (
 from benchmarks.lever_rows import GPU_JOBS, TINY_JOBS, Runner, compare, measure_levers, one_by_one, rollouts
 from benchmarks.levers import SHARING, levers
 from benchmarks.networks import SCALES
+from flowgrpo_fast.planner.live import floor_of
 from flowgrpo_fast.planner.published import PUBLISHED
 from flowgrpo_fast.training.engine import build_engine
 
@@ -82,6 +83,13 @@ def test_the_trainers_loop_wastes_what_it_is_said_to_waste():
     assert {p.dtype for p in engine.model.module.parameters()} == {torch.float32}
     assert report.metrics["ratio"] == pytest.approx(1, abs=1e-5)
     assert set(report.seconds) == {"rollout", "reward", "update"}
+
+
+def test_a_bf16_network_has_a_floor():
+    """Its weights take no fp32 latents: it is counted under autocast, as it runs, to the same FLOPs."""
+    recipe = rows_of(SD3)[EQUAL].recipe
+    half, full = (floor_of(build_engine(replace(recipe, precision=p), CPU)) for p in ("bf16", "fp32"))
+    assert half.flops == full.flops > 0
 
 
 def test_levers_change_one_thing_each():
