@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 NATIVE := $(wildcard csrc/* tests/build/*.cpp $(addprefix tests/cuda_on_host/*., h cpp cu))
 
-.PHONY: demo test sanitize lint format build figures benchmarks gpu-check clean
+.PHONY: demo test sanitize lint format build figures benchmarks levers gpu-check clean
 
 demo: build
 	$(BIN)/flowgrpo-fast train
@@ -46,9 +46,14 @@ figures: build
 	$(BIN)/flowgrpo-fast train --out runs/figures
 	$(BIN)/flowgrpo-fast report runs/figures --figures docs/images
 
-# measures every level on this machine (idle, please: about eight minutes), then writes docs/benchmarks.md
+# measures every level on this machine (idle, please: about twenty minutes), then writes docs/benchmarks.md
 benchmarks: build
 	$(BIN)/python benchmarks/measure.py
+	$(BIN)/python benchmarks/report.py
+
+# the training step lever by lever alone: about twelve of those minutes
+levers: build
+	$(BIN)/python benchmarks/measure.py levers
 	$(BIN)/python benchmarks/report.py
 
 # on a machine with a GPU, torch and nvcc, without a network: builds, tests and measures with its own Python;

@@ -1,15 +1,24 @@
-"""One training step of the default job: ours, the loop trainers write, and that loop with a compiled step.
+"""One training step: of the default job, and of transformers lever by lever.
 
 pytest benchmarks/bench_train_step.py --benchmark-group-by=group --benchmark-columns=median,min,rounds
+
+The digits: ours, the loop trainers write, and that loop with a compiled step. A transformer: every row of
+`benchmarks/levers.py`. `make levers` measures those in turns, with memory and counts.
 """
 
 from __future__ import annotations
 
-import pytest
+import gc
 
+import pytest
+import torch
+
+from benchmarks.lever_rows import CPU_JOBS, GPU_JOBS, Runner
+from benchmarks.levers import levers
 from benchmarks.loops import train_step_cases
 
 SECONDS = 4.0
+JOBS = GPU_JOBS if torch.cuda.is_available() else CPU_JOBS
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +32,16 @@ def training(device, measured):
 def bench_train_step(timed, training, contender):
     case, row = training
     timed(row, contender, case.contenders[contender])
+
+
+@pytest.mark.parametrize(
+    ("job", "lever"),
+    [pytest.param(job, lever, id=f"{job}: {lever.name}") for job in JOBS for lever in levers(job.recipe)],
+)
+def bench_lever(benchmark, device, job, lever):
+    runner = Runner(lever, device)
+    benchmark.group, benchmark.name = f"training step of {job}", lever.name
+    benchmark.pedantic(runner.time, rounds=3)
+    benchmark.extra_info |= runner.row(None)
+    del runner
+    gc.collect()

@@ -1,6 +1,7 @@
 """Builds, tests and measures on a machine with a GPU, and writes one JSON file. Needs torch and nvcc, no network.
 
 make gpu-check                                  or, the same: python benchmarks/gpu_check.py --output FOLDER
+python benchmarks/gpu_check.py --only levers    the training step alone, all of the time for it
 
 Stages run one after another, each with a time limit; a failing one does not stop the others. Packages the machine
 lacks are taken from a folder of wheels, by default `wheels/` next to the Makefile, made where there is a network with
@@ -25,7 +26,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402
+from benchmarks import lever_report, report  # noqa: E402
 
 WORK = ROOT / "build" / "gpu_check"
+BUDGET = 590  # seconds for all stages; one that can use it gets what the others left
+STARTING = 20  # seconds of such a stage before and after what it measures
 NEEDED = {  # import name: what goes without it
     "pybind11": "the build",
     "ninja": "the build",
@@ -79,6 +82,14 @@ class Command:
     limit: int  # seconds
     environment: dict[str, str] = field(default_factory=dict)
     read: Callable[[Stage, str], None] | None = None
+    stretches: bool = False  # it is told its limit, and does what fits
+
+    def within(self, seconds: float) -> Command:
+        """With the time that is left, where it can use more than its own."""
+        limit = int(seconds)
+        if not self.stretches or limit <= self.limit:
+            return self
+        return replace(self, limit=limit)
 
 
 def run(command: Command, folder: Path) -> Stage:
@@ -87,7 +98,7 @@ def run(command: Command, folder: Path) -> Stage:
     log = folder / f"{command.name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            command.arguments,
+            [*command.arguments, *(["--limit", str(command.limit - STARTING)] if command.stretches else [])],
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
@@ -189,6 +200,23 @@ def read_sanitizer(stage: Stage, text: str) -> None:
         stage.status, stage.detail = "failed", "compute-sanitizer found errors, or gave no summary"
 
 
+def read_levers(folder: Path) -> Callable[[Stage, str], None]:
+    """Rows measured, failed and left; a stage that is stopped keeps what it has written."""
+
+    def read(stage: Stage, _: str) -> None:
+        path = folder / "levers_cuda.json"
+        result = json.loads(path.read_text()) if path.exists() else {"jobs": [], "left": []}
+        rows = sum(len(job["rows"]) for job in result["jobs"])
+        failed = {
+            f"{job['job']}, {name}": why for job in result["jobs"] for name, why in job["failed"].items()
+        }
+        stage.numbers = {"rows": rows, "left": len(result["left"]), "failed_rows": failed}
+        if stage.status == "timed out" and rows:
+            stage.status, stage.detail = "passed", f"{stage.detail}, after {rows} rows"
+
+    return read
+
+
 def commands(folder: Path, arch: str) -> list[Command]:
     """The stages after the packages; limits add up to less than ten minutes."""
     python, junit = sys.executable, folder / "tests.xml"
@@ -236,6 +264,7 @@ def commands(folder: Path, arch: str) -> list[Command]:
         Command("ops", [*measure, "ops", "--limit", "110", "--compiled", "SD3.5 512 x24 bfloat16"], 140),
         Command("rollout", [*measure, "rollout"], 35),
         Command("train_step", [*measure, "train_step"], 35),
+        Command("levers", [*measure, "levers"], 25, read=read_levers(folder), stretches=True),
     ]
 
 
@@ -261,6 +290,7 @@ def absent(command: Command, lacking: dict[str, str]) -> str:
         "racecheck": ("pytest",),
         "rollout": ("numpy", "diffusers"),
         "train_step": ("numpy", "diffusers", "sklearn"),
+        "levers": ("numpy", "diffusers", "transformers", "peft"),
     }
     names = [name for name in needs.get(command.name, ()) if name in lacking]
     return f"needs {', '.join(names)}" if names else ""
@@ -302,10 +332,13 @@ def summary(machine: dict[str, str], stages: list[Stage]) -> dict[str, Any]:
 
 def targets() -> list[dict[str, str]]:
     """The GPU's goals against what was measured just now."""
-    path = WORK / "ops_cuda.json"
-    result = json.loads(path.read_text()) if path.exists() else None
+    ops, levers = (
+        json.loads(path.read_text()) if path.exists() else None
+        for path in (WORK / "ops_cuda.json", WORK / "levers_cuda.json")
+    )
     keys = ("target", "verdict", "rows", "worst")
-    return [dict(zip(keys, line, strict=True)) for line in report.targets(result, "cuda")]
+    lines = report.targets(ops, "cuda") + lever_report.targets(levers, "cuda")
+    return [dict(zip(keys, line, strict=True)) for line in lines]
 
 
 def show(stage: Stage) -> None:
@@ -322,6 +355,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="stage", help="these stages; the build is made"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the stages, run nothing")
     arguments = parser.parse_args()
     machine = gpu()
@@ -340,7 +376,11 @@ def main() -> int:
     stages = [install(arguments.wheels)]
     show(stages[0])
     lacking = stages[0].numbers["missing"]
+    start = time.perf_counter()
     for command in commands(WORK, machine["arch"]):
+        if arguments.only and command.name not in ("build", *arguments.only):
+            continue
+        command = command.within(BUDGET - (time.perf_counter() - start))
         why = absent(command, lacking)
         stages.append(Stage(command.name, "skipped", detail=why) if why else run(command, WORK))
         show(stages[-1])

@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import loops, report, suite  # noqa: E402
+from benchmarks import lever_report, loops, report, suite  # noqa: E402
 from benchmarks.cases import SIZES, Case  # noqa: E402
 from benchmarks.rows import Row, machine, machine_afterwards, measured_row, rounded  # noqa: E402
 from benchmarks.timing import Roof, host_seconds, interleaved  # noqa: E402
 
-LEVELS = ("ops", "rollout", "train_step")
+LEVELS = ("ops", "rollout", "train_step", "levers")
 RESULTS = ROOT / "benchmarks" / "results"
 LOOP_SECONDS = 4.0  # a rollout or a training step is long; this gives them some rounds
 SIZE_NAMES = [size.name for size in SIZES]
@@ -109,12 +109,38 @@ def measure(level: str, options: Options) -> dict[str, Any]:
     )
 
 
+def levers(options: Options, command: str, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Training steps lever by lever; `keep` is given what there is, after every row of a GPU."""
+    from benchmarks.lever_rows import measure_levers  # which needs diffusers and peft
+
+    before, roof = machine(options.device), Roof(options.device)
+
+    def whole(found: dict[str, Any]) -> dict[str, Any]:
+        return {"machine": machine_afterwards(before, roof), "command": command} | found
+
+    found = measure_levers(
+        options.device, limit=options.limit, keep=lambda found: keep(whole(found)), only=options.only
+    )
+    return whole(found)
+
+
 def show(level: str, result: dict[str, Any]) -> None:
-    """The table on the terminal."""
+    """The tables on the terminal."""
+    if level == "levers":
+        print(f"{level}: {report.described(result['machine'])}")
+        for job in result["jobs"]:
+            print("\n".join(lever_report.notes(job)))
+            print_table(*lever_report.table(job), labels=1)
+        return
     header, lines = report.table(result)
     print(f"{level}: {report.described(result['machine'])}")
     for line in report.unmeasured(result):
         print(line)
+    print_table(header, lines, labels=3)
+
+
+def print_table(header: list[str], lines: list[list[str]], labels: int) -> None:
+    """With rich where it is."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -123,7 +149,7 @@ def show(level: str, result: dict[str, Any]) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for number, column in enumerate(header):
-        table.add_column(column, justify="left" if number < 3 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if number < labels else "right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 180).print(table, highlight=False)
@@ -153,15 +179,28 @@ def main() -> int:
     options = Options(device, arguments.only, arguments.compiled, arguments.seconds, arguments.limit)
     failed = False
     for level in arguments.levels:
-        result = measure(level, options)
-        failed |= bool(result["failed"])
+        path = arguments.output / f"{level}_{device.type}.json"
+        write = (
+            partial(write_result, path) if not (arguments.only or arguments.print_only) else lambda _: None
+        )
+        if level == "levers":
+            command = (
+                f"python benchmarks/measure.py levers --device {device.type} --threads {arguments.threads}"
+            )
+            result = levers(options, command, write)
+            failed |= any(job["failed"] for job in result["jobs"]) and device.type == "cpu"
+        else:
+            result = measure(level, options)
+            failed |= bool(result["failed"])
+        write(result)
         show(level, result)
-        if not (arguments.only or arguments.print_only):
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            path = arguments.output / f"{level}_{device.type}.json"
-            path.write_text(json.dumps(result, indent=1) + "\n")
-            print(f"wrote {path}")
     return int(failed)
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """As JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # run as a script
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import lever_report  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOT = ROOT / "docs" / "images" / "benchmarks.svg"
@@ -46,7 +51,8 @@ INTRODUCTION = """# Benchmarks
 Written by `python benchmarks/report.py` from `benchmarks/results/*.json`; do not edit.
 
     make benchmarks                                    # measures everything, then writes this page
-    flowgrpo-fast bench ops                            # the same table on the terminal; rollout, train_step likewise
+    make levers                                        # the training step of a transformer lever by lever alone
+    flowgrpo-fast bench ops                            # the same table on the terminal; the other levels likewise
     pytest benchmarks/ --benchmark-group-by=group      # with pytest-benchmark; -k narrows, --benchmark-compare compares
     make gpu-check                                     # on a machine with a GPU: builds, tests and measures there
 
@@ -196,7 +202,7 @@ def sections() -> Iterator[str]:
     """Targets, then every level on every device."""
     for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
         ops = load("ops", device)
-        lines = targets(ops, device)
+        lines = targets(ops, device) + lever_report.targets(load("levers", device), device)
         yield f"## Targets on the {title}"
         yield markdown(["target", "", "rows", "worst"], lines, labels=4)
     if load("ops", "cpu"):
@@ -212,6 +218,15 @@ def sections() -> Iterator[str]:
             if unmeasured(result):
                 yield "\n".join(f"- {line}" for line in unmeasured(result))
             yield from level_sections(level, result)
+    for device in ("cpu", "cuda"):
+        result = load("levers", device)
+        yield f"## Training step lever by lever, {device.upper()}"
+        if result is None:
+            yield "Not measured."
+            continue
+        yield described(result["machine"])
+        for part in lever_report.sections(result):
+            yield part if isinstance(part, str) else markdown(*part, labels=1)
 
 
 def level_sections(level: str, result: Result) -> Iterator[str]:

@@ -1,7 +1,12 @@
 """Rollout and training step as published trainers write them: a look-up per sample, one PyTorch op after another.
 
-The same model, recipe, draws' prompts, steps trained, micro-batches and optimiser as ours; only the way differs. Noise
-comes from torch's generator.
+The same model, recipe, draws' prompts, steps trained, micro-batches and optimiser as ours; only the way differs:
+
+- both halves of guidance are one forward of twice the rows, in the update too, where the unconditional half's output is
+  detached only afterwards;
+- the start weights' transition is computed like the policy's, log-prob included, for the KL of each trained step;
+- weights stay in fp32 under autocast, which casts frozen ones anew in every forward, and so does the autoencoder;
+- nothing is fused, shared or compiled, and noise comes from torch's generator.
 """
 
 from __future__ import annotations
@@ -9,34 +14,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from flowgrpo_fast.models.pipeline import PipelineModel
 from flowgrpo_fast.ops import reference
-from flowgrpo_fast.recipe import FlowSDE, Recipe
+from flowgrpo_fast.recipe import ClippedRatio, FlowSDE, Recipe
 from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
 from flowgrpo_fast.sampling.step import row_slices
 from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import Engine
+from flowgrpo_fast.training.loop import StepReport
 from flowgrpo_fast.training.score import score_images
 from flowgrpo_fast.types import Conditioning, Draws, FlowModel
 
-# (latents, velocity, timestep [B], the stored next latents or None) -> next latents, log-prob [B]
-Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+class Moved(NamedTuple):
+    """What a step gives; the last two are read by the KL alone."""
+
+    following: Tensor  # [B, *S] the next latents
+    log_prob: Tensor  # [B]
+    mean: Tensor | None = None  # [B, *S]
+    rate: Tensor | None = None  # [B, 1, ...] of the noise, without the square root of the time step
+
+
+# (latents, velocity, timestep [B], the stored next latents or None)
+Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], Moved]
 MakeStep = Callable[[Schedule, Recipe, torch.device], Step]
+Randn = Callable[..., Tensor]
 
 
-def eager_step(schedule: Schedule, recipe: Recipe, device: torch.device) -> Step:
+def eager_step(schedule: Schedule, recipe: Recipe, device: torch.device, randn: Randn = torch.randn) -> Step:
     """Flow-SDE op by op, with the schedule looked up by timestep for each sample."""
     assert isinstance(recipe.dynamics, FlowSDE)
     noise_level = recipe.dynamics.noise_level
     sigmas, timesteps = schedule.sigmas.to(device), 1000 * schedule.sigmas[:-1].to(device)
 
-    def step(
-        latents: Tensor, velocity: Tensor, timestep: Tensor, following: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def step(latents: Tensor, velocity: Tensor, timestep: Tensor, following: Tensor | None) -> Moved:
         velocity, sample = velocity.float(), latents.float()
         index = [int((timesteps == t).nonzero()[0].item()) for t in timestep]
         shape = (-1, *[1] * (sample.ndim - 1))
@@ -48,13 +66,14 @@ def eager_step(schedule: Schedule, recipe: Recipe, device: torch.device) -> Step
         mean = mean + velocity * (1 + rate**2 * (1 - sigma) / (2 * sigma)) * dt
         spread = rate * torch.sqrt(-1 * dt)
         if following is None:
-            following = mean + spread * torch.randn(mean.shape, device=mean.device)
+            following = mean + spread * randn(mean.shape, device=mean.device)
         log_prob = (
             -((following.detach().float() - mean) ** 2) / (2 * spread**2)
             - torch.log(spread)
             - math.log(math.sqrt(2 * math.pi))
         )
-        return following.to(latents.dtype), log_prob.mean(dim=tuple(range(1, log_prob.ndim)))
+        log_prob = log_prob.mean(dim=tuple(range(1, log_prob.ndim)))
+        return Moved(following.to(latents.dtype), log_prob, mean, rate)
 
     return step
 
@@ -72,13 +91,11 @@ def compiled_step(schedule: Schedule, recipe: Recipe, device: torch.device) -> S
     def replayed(latents: Tensor, velocity: Tensor, following: Tensor, index: Tensor) -> Tensor:
         return reference.flow_log_prob(latents, velocity, following, coeffs, index)[0]
 
-    def step(
-        latents: Tensor, velocity: Tensor, timestep: Tensor, following: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def step(latents: Tensor, velocity: Tensor, timestep: Tensor, following: Tensor | None) -> Moved:
         index = (timesteps == timestep[:, None]).int().argmax(1)
         if following is None:
-            return sampled(latents, velocity, index)
-        return following, replayed(latents, velocity, following, index)
+            return Moved(*sampled(latents, velocity, index))
+        return Moved(following, replayed(latents, velocity, following, index))
 
     return step
 
@@ -94,23 +111,52 @@ class Samples:
     x0: Tensor  # [B, *S]
 
 
+def predict(
+    model: FlowModel, latents: Tensor, timestep: Tensor, conditioning: Conditioning, recipe: Recipe
+) -> Tensor:
+    """The guided velocity, of one forward for both halves."""
+    with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+        if recipe.guidance_scale == 1.0:
+            return model.velocity(latents, timestep / 1000, conditioning)
+        twice, timesteps = torch.cat([latents] * 2), torch.cat([timestep] * 2)
+        both = model.velocity(twice, timesteps / 1000, joined(conditioning.negative(), conditioning))
+    negative, positive = both.float().chunk(2)
+    negative = negative.detach()
+    return negative + recipe.guidance_scale * (positive - negative)
+
+
+def joined(first: Conditioning, second: Conditioning) -> Conditioning:
+    """The rows of both, of the fields a forward reads."""
+    extra = {key: torch.cat([value, second.extra[key]]) for key, value in first.extra.items()}
+    names = ("prompt_embeds", "pooled_prompt_embeds")
+    pairs = {name: (getattr(first, name), getattr(second, name)) for name in names}
+    values = {name: torch.cat(pair) for name, pair in pairs.items() if pair[0] is not None}
+    return Conditioning(**values, extra=extra)
+
+
 @torch.no_grad()
 def rollout(
-    model: FlowModel, conditioning: Conditioning, draws: Draws, schedule: Schedule, recipe: Recipe, step: Step
+    model: FlowModel,
+    conditioning: Conditioning,
+    draws: Draws,
+    schedule: Schedule,
+    recipe: Recipe,
+    step: Step,
+    randn: Randn = torch.randn,
 ) -> Samples:
     """Walks every micro-batch through all steps: stochastic ones through `step`, Euler elsewhere."""
     device, parts = draws.seed.device, []
     timesteps = 1000 * schedule.sigmas[:-1].to(device)
     for rows in row_slices(len(draws.seed), recipe.rollout_rows):
         part = conditioning.rows(torch.arange(rows.start, rows.stop, device=device))
-        latents = start_noise(model, draws.group_id[rows], recipe)
+        latents = start_noise(model, draws.group_id[rows], recipe, randn)
         before, after, log_probs, kept = [], [], [], []
         for i, t in enumerate(timesteps):
             timestep = t.expand(latents.shape[0])
-            velocity = model.velocity(latents, timestep / 1000, part)
+            velocity = predict(model, latents, timestep, part, recipe)
             if i in schedule.kept:
                 before.append(latents)
-                latents, log_prob = step(latents, velocity, timestep, None)
+                latents, log_prob, *_ = step(latents, velocity, timestep, None)
                 after.append(latents)
                 log_probs.append(log_prob)
                 kept.append(timestep)
@@ -122,22 +168,23 @@ def rollout(
     return Samples(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def start_noise(model: FlowModel, group_id: Tensor, recipe: Recipe) -> Tensor:
+def start_noise(model: FlowModel, group_id: Tensor, recipe: Recipe, randn: Randn = torch.randn) -> Tensor:
     """From torch's generator; one a group where the recipe shares it."""
     if not recipe.share_start_noise:
-        return torch.randn(len(group_id), *model.latent_shape, device=group_id.device)
+        return randn((len(group_id), *model.latent_shape), device=group_id.device)
     first = int(group_id[0])
-    noise = torch.randn(int(group_id[-1]) + 1 - first, *model.latent_shape, device=group_id.device)
+    noise = randn((int(group_id[-1]) + 1 - first, *model.latent_shape), device=group_id.device)
     return noise[group_id - first]
 
 
 def advantages_of(rewards: Tensor, prompts: list[str], recipe: Recipe) -> Tensor:
-    """z-scores per prompt, on the host in numpy."""
+    """z-scores per prompt, on the host in numpy; the batch's deviation where the recipe says so."""
     values, names = rewards.cpu().numpy().astype(np.float64), np.array(prompts)
     advantages = np.empty_like(values)
     for prompt in np.unique(names):
         group = values[names == prompt]
-        advantages[names == prompt] = (group - group.mean()) / (group.std() + recipe.credit.eps)
+        spread = values.std() if recipe.credit.std == "batch" else group.std()
+        advantages[names == prompt] = (group - group.mean()) / (spread + recipe.credit.eps)
     clipped = np.clip(advantages, -recipe.credit.clip, recipe.credit.clip)
     return torch.as_tensor(clipped, dtype=torch.float32, device=rewards.device)
 
@@ -150,43 +197,62 @@ class Trainer:
     make_step: MakeStep = eager_step
     info: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def step(self) -> dict[str, float]:
-        """Rollout, rewards, credit, update; returns the step's means."""
-        engine, recipe = self.engine, self.engine.recipe
-        draws = draw(recipe, len(engine.prompts), engine.step, engine.device)
-        schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
-        conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
-        step = self.make_step(schedule, recipe, engine.device)
-        samples = rollout(engine.model, conditioning, draws, schedule, recipe, step)
-        with torch.no_grad():
+    def __post_init__(self) -> None:
+        """Weights as trainers leave them: in fp32, under autocast."""
+        model = self.engine.model
+        model.module.float()
+        if isinstance(model, PipelineModel):
+            model.pipe.vae.float()
+        for layer in model.module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.cast_input_dtype_enabled = True  # peft's default
+
+    def step(self) -> StepReport:
+        """Rollout, rewards, credit, update; reports the step's means."""
+        engine, recipe, report = self.engine, self.engine.recipe, StepReport(self.engine.step + 1)
+        with report.phase("rollout"):
+            draws = draw(recipe, len(engine.prompts), engine.step, engine.device)
+            schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
+            conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
+            step = self.make_step(schedule, recipe, engine.device)
+            samples = rollout(engine.model, conditioning, draws, schedule, recipe, step)
+            wait(engine.device)
+        with report.phase("reward"), torch.no_grad():
             images = engine.model.decode(samples.x0)
-        prompts = [engine.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
-        rewards = score_images(engine, images, prompts).total
-        advantages = advantages_of(rewards, prompts, recipe)
-        self.info = {"loss": [], "ratio": [], "clip_fraction": []}
-        for share in row_slices(len(advantages), recipe.rows_per_update):
-            self.update(samples, conditioning, advantages, share, step)
+            prompts = [engine.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
+            rewards = score_images(engine, images, prompts).total
+            advantages = advantages_of(rewards, prompts, recipe)
+        with report.phase("update"):
+            self.info = {}
+            for share in row_slices(len(advantages), recipe.rows_per_update):
+                self.update(samples, conditioning, advantages, share, step)
+            report.metrics = {name: torch.stack(values).mean().item() for name, values in self.info.items()}
         engine.step += 1
-        return {name: torch.stack(values).mean().item() for name, values in self.info.items()} | {
-            "reward": rewards.mean().item()
-        }
+        report.metrics["reward"] = rewards.mean().item()
+        return report
 
     def update(
         self, samples: Samples, conditioning: Conditioning, advantages: Tensor, share: slice, step: Step
     ) -> None:
         """One optimiser step: every kept step of the share, each a forward and a backward."""
         engine, recipe = self.engine, self.engine.recipe
-        num_kept = samples.timesteps.shape[1]
-        accumulated = num_kept * (share.stop - share.start) // recipe.rollout_rows
-        for j in range(num_kept):
-            for part in row_slices(share.stop - share.start, recipe.rollout_rows):
-                rows = slice(share.start + part.start, share.start + part.stop)
-                loss = self.loss(samples, conditioning, advantages, (rows, j), step)
-                (loss / accumulated).backward()
+        self.accumulate(samples, conditioning, advantages, share, step)
         parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.max_grad_norm)
         engine.optimizer.step()
         engine.optimizer.zero_grad()
+
+    def accumulate(
+        self, samples: Samples, conditioning: Conditioning, advantages: Tensor, share: slice, step: Step
+    ) -> None:
+        """The gradient of one share, one micro-batch and step after another."""
+        recipe, num_kept = self.engine.recipe, samples.timesteps.shape[1]
+        accumulated = num_kept * (share.stop - share.start) // recipe.rollout_rows
+        for part in row_slices(share.stop - share.start, recipe.rollout_rows):
+            rows = slice(share.start + part.start, share.start + part.stop)
+            for j in range(num_kept):
+                loss = self.loss(samples, conditioning, advantages, (rows, j), step)
+                (loss / accumulated).backward()
 
     def loss(
         self,
@@ -196,18 +262,41 @@ class Trainer:
         where: tuple[slice, int],
         step: Step,
     ) -> Tensor:
-        """PPO's clipped ratio of one micro-batch at one step."""
+        """PPO's clipped ratio of one micro-batch at one step, and the KL to the start weights."""
         (rows, j), engine = where, self.engine
-        clip_range = engine.recipe.loss.clip_range
+        part = engine.recipe.loss
+        assert isinstance(part, ClippedRatio)
         index = torch.arange(rows.start, rows.stop, device=engine.device)
         timestep, latents = samples.timesteps[rows, j], samples.latents[rows, j]
-        velocity = engine.model.velocity(latents, timestep / 1000, conditioning.rows(index))
-        _, log_prob = step(latents, velocity, timestep, samples.next_latents[rows, j])
-        ratio = torch.exp(log_prob - samples.log_probs[rows, j])
+        following, own = samples.next_latents[rows, j], conditioning.rows(index)
+        moved = step(
+            latents, predict(engine.model, latents, timestep, own, engine.recipe), timestep, following
+        )
+        ratio = torch.exp(moved.log_prob - samples.log_probs[rows, j])
         unclipped = -advantages[rows] * ratio
-        clipped = -advantages[rows] * torch.clamp(ratio, 1.0 - clip_range, 1.0 + clip_range)
+        clipped = -advantages[rows] * torch.clamp(ratio, 1.0 - part.clip_range, 1.0 + part.clip_range)
         loss = torch.mean(torch.maximum(unclipped, clipped))
-        self.info["loss"].append(loss.detach())
-        self.info["ratio"].append(ratio.detach().mean())
-        self.info["clip_fraction"].append(torch.mean((torch.abs(ratio.detach() - 1.0) > clip_range).float()))
+        self.note(policy_loss=loss, ratio=ratio.mean())
+        self.note(clip_fraction=torch.mean((torch.abs(ratio - 1.0) > part.clip_range).float()))
+        if engine.reference is not None:
+            with torch.no_grad():
+                velocity = predict(engine.reference, latents, timestep, own, engine.recipe)
+                reference = step(latents, velocity, timestep, following)
+            every = tuple(range(1, latents.ndim))
+            distance = ((moved.mean - reference.mean) ** 2).mean(dim=every, keepdim=True)
+            kl = torch.mean(distance / (2 * moved.rate**2))
+            loss = loss + part.kl_beta * kl
+            self.note(kl=kl)
+        self.note(loss=loss)
         return loss
+
+    def note(self, **values: Tensor) -> None:
+        """Keeps what is averaged at the end of the step."""
+        for name, value in values.items():
+            self.info.setdefault(name, []).append(value.detach())
+
+
+def wait(device: torch.device) -> None:
+    """For a GPU's queue, so that a phase's time is its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -217,12 +217,15 @@ def sample(
 
 
 def bench(
-    level: tyro.conf.Positional[Literal["ops", "rollout", "train_step"]] = "ops", /, *, only: str = ""
+    level: tyro.conf.Positional[Literal["ops", "rollout", "train_step", "levers"]] = "ops",
+    /,
+    *,
+    only: str = "",
 ) -> None:
     """Times ours against unfused PyTorch and torch.compile and prints the table, from a source checkout.
 
     Args:
-        level: single ops, a whole rollout, or a training step.
+        level: single ops, a whole rollout, a training step, or one of a transformer lever by lever.
         only: cases whose name contains this, e.g. "replay" or "toy".
     """
     suite = Path(__file__).parents[1] / "benchmarks" / "measure.py"

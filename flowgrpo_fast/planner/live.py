@@ -58,7 +58,8 @@ def floor_of(engine: Engine) -> Floor | None:
     """The floor of a step, from one counted velocity call; None for a model whose operations cannot be counted."""
     recipe = engine.recipe
     try:
-        counts = count_model(engine.model, engine.conditioning, engine.device, engine.seq_len)
+        with torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+            counts = count_model(engine.model, engine.conditioning, engine.device, engine.seq_len)
         pipeline = _known_pipeline(recipe)
         if pipeline is not None and not counts.forward.attention:  # a kernel that the counter cannot see into
             counts = replace(counts, forward=count(pipeline, recipe.network).forward)

@@ -31,7 +31,7 @@ def test_the_dry_run_lists_stages_of_less_than_ten_minutes(tmp_path):
     command = [sys.executable, str(SCRIPT), "--dry-run"]
     listed = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path).stdout
     names = [line.split()[0] for line in listed.splitlines()]
-    assert names == ["build", "tests", "memcheck", "racecheck", "ops", "rollout", "train_step"]
+    assert names == ["build", "tests", "memcheck", "racecheck", "ops", "rollout", "train_step", "levers"]
     assert sum(int(line.split()[1]) for line in listed.splitlines()) < 600
 
 
@@ -45,6 +45,29 @@ def test_a_stage_passes_fails_or_is_stopped(tmp_path):
     late = gpu_check.run(python("late", child, limit=1), tmp_path)
     assert late.status == "timed out"
     assert late.seconds < 20
+
+
+def test_a_stage_that_fits_its_work_to_its_limit_is_told_what_is_left(tmp_path):
+    told = python("levers", "import sys; print(sys.argv[1:])", limit=5, stretches=True)
+    assert (told.within(60.5).limit, told.within(3).limit) == (60, 5)
+    assert python("ops", "").within(60).limit == 30
+    assert gpu_check.run(told.within(60.5), tmp_path).status == "passed"
+    assert (tmp_path / "levers.log").read_text() == "['--limit', '40']\n"
+    levers = next(command for command in gpu_check.commands(tmp_path, "90a") if command.name == "levers")
+    assert levers.stretches
+    assert gpu_check.absent(levers, {"peft": ""}) == "needs peft"
+
+
+def test_rows_measured_before_a_stage_was_stopped_are_kept(tmp_path):
+    read = gpu_check.read_levers(tmp_path)
+    stage = Stage("levers", "timed out", detail="stopped after 60 s")
+    read(stage, "")
+    assert (stage.status, stage.numbers["rows"]) == ("timed out", 0)
+    jobs = [{"job": "a", "rows": [{}, {}], "failed": {"b": "OutOfMemoryError"}}]
+    (tmp_path / "levers_cuda.json").write_text(json.dumps({"jobs": jobs, "left": ["a: c"]}))
+    read(stage, "")
+    assert (stage.status, stage.detail) == ("passed", "stopped after 60 s, after 2 rows")
+    assert stage.numbers == {"rows": 2, "left": 1, "failed_rows": {"a, b": "OutOfMemoryError"}}
 
 
 def test_stages_see_the_checkout_and_the_unpacked_wheels(tmp_path):

@@ -60,10 +60,10 @@ def test_the_steps_of_the_trainers_loop_agree_with_the_op(engine, make_step):
     latents, velocity = torch.randn(2, 5, 6)
     index = schedule.kept[0]
     timestep = (1000 * schedule.sigmas[index]).expand(5)
-    following, log_prob = step(latents, velocity, timestep, None)
+    following, log_prob, *_ = step(latents, velocity, timestep, None)
     ours = flow_log_prob(latents, velocity, following, schedule.coeffs, index)
     torch.testing.assert_close(log_prob, ours, rtol=1e-5, atol=2e-6)
-    _, replayed = step(latents, velocity, timestep, following)
+    _, replayed, *_ = step(latents, velocity, timestep, following)
     torch.testing.assert_close(replayed, ours, rtol=1e-5, atol=2e-6)
 
 
@@ -92,7 +92,6 @@ def test_the_trainers_update_has_our_gradient(engine):
         trajectory.x0,
     )
     trainer = trainer_loop.Trainer(engine)
-    trainer.info = {"loss": [], "ratio": [], "clip_fraction": []}
     step = trainer_loop.eager_step(schedule, recipe, CPU)
     for j in range(len(kept)):
         (trainer.loss(samples, conditioning, advantages, (whole, j), step) / len(kept)).backward()
@@ -102,7 +101,7 @@ def test_the_trainers_update_has_our_gradient(engine):
 
 def test_the_trainers_loop_trains(engine):
     before = [p.clone() for p in engine.model.module.parameters()]
-    info = trainer_loop.Trainer(engine).step()
+    info = trainer_loop.Trainer(engine).step().metrics
     assert info["ratio"] == pytest.approx(1, abs=0.05)
     assert any(not torch.equal(a, b) for a, b in zip(before, engine.model.module.parameters(), strict=True))
 
@@ -221,7 +220,7 @@ def test_measure_runs_as_a_script_from_anywhere(tmp_path):
     assert "toy x8" in done.stdout
     done = subprocess.run([sys.executable, str(script), "opz"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "level is 'opz', must be one of ops, rollout, train_step" in done.stderr
+    assert "level is 'opz', must be one of ops, rollout, train_step, levers" in done.stderr
 
 
 @pytest.mark.slow
@@ -233,6 +232,7 @@ def test_the_suites_are_collected():
         f"bench_ops.py::bench_op[sampling {SD3.name} float32-ours]",
         "bench_rollout.py::bench_rollout[digits-network]",
         "bench_train_step.py::bench_train_step[eager]",
+        "bench_train_step.py::bench_lever[",
     ):
         assert test in listed
 

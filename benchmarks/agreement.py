@@ -1,0 +1,93 @@
+"""That both loops compute the same: one rollout and one gradient of each, from the same weights, noise and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks import trainer_loop
+from benchmarks.trainer_loop import Randn
+from flowgrpo_fast.ops import philox_normal
+from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.sampling.sampler import START_NOISE_STREAM, rollout
+from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
+from flowgrpo_fast.sampling.step import row_slices
+from flowgrpo_fast.training.draws import draw
+from flowgrpo_fast.training.engine import Engine, build_engine
+from flowgrpo_fast.training.loop import make_batch
+from flowgrpo_fast.training.score import score
+from flowgrpo_fast.training.snapshots import trained_parameters
+from flowgrpo_fast.training.update import _Tally, accumulate_share
+from flowgrpo_fast.types import Draws
+
+_NUDGE = 0.02  # of the adapters: fresh ones are 0, and so would be the KL and half of the gradient
+
+
+def agreement(recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """The largest differences between this engine and the loop trainers write, in fp32, and their gradients' cosine.
+
+    Latents and gradients are compared relative to their norm. The noise of our rollout is given to the other loop.
+    """
+    recipe = replace(recipe, precision="fp32", network=replace(recipe.network, compile=False))
+    ours, theirs = (_nudged(build_engine(recipe, device)) for _ in range(2))
+    schedule = resolve_schedule(recipe, 0, ours.seq_len)
+    draws = draw(recipe, len(ours.prompts), 0, device)
+    conditioning = ours.conditioning.rows(draws.prompt_index[draws.group_id])
+    trajectory = rollout(ours.model, conditioning, draws, schedule, recipe)
+    rewards = score(ours, trajectory)
+    batch = make_batch(ours, trajectory, rewards, schedule)
+    for share in row_slices(len(batch.advantages), recipe.rows_per_update):
+        accumulate_share(ours, batch, share, _Tally())
+
+    randn = recorded_noise(draws, schedule, recipe, ours.model.latent_shape)
+    step = trainer_loop.eager_step(schedule, recipe, device, randn)
+    trainer = trainer_loop.Trainer(theirs)
+    samples = trainer_loop.rollout(theirs.model, conditioning, draws, schedule, recipe, step, randn)
+    prompts = [theirs.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
+    advantages = trainer_loop.advantages_of(rewards.total, prompts, recipe)
+    for share in row_slices(len(advantages), recipe.rows_per_update):
+        trainer.accumulate(samples, conditioning, advantages, share, step)
+    gradients = [_gradient(engine) for engine in (theirs, ours)]
+    return {
+        "latents": _distance(samples.next_latents, trajectory.next_latents),
+        "finished": _distance(samples.x0, trajectory.x0),
+        "log_prob": float((samples.log_probs - trajectory.log_prob).abs().max()),
+        "advantages": float((advantages - batch.advantages).abs().max()),
+        "gradient": _distance(*gradients),
+        "gradient_cosine": float(torch.cosine_similarity(*(g.double() for g in gradients), dim=0)),
+        "gradient_norm": float(gradients[1].norm()),
+    }
+
+
+def recorded_noise(draws: Draws, schedule: Schedule, recipe: Recipe, shape: tuple[int, ...]) -> Randn:
+    """Our rollout's noise in the order in which the other loop asks for it."""
+
+    def noises() -> Iterator[Tensor]:
+        for rows in row_slices(len(draws.seed), recipe.rollout_rows):
+            start, group = draws.start_seed[rows], draws.group_id[rows]
+            if recipe.share_start_noise:  # one a group
+                start = torch.stack([start[group == number][0] for number in group.unique()])
+            yield philox_normal(start, shape, stream=START_NOISE_STREAM)
+            for step in schedule.kept:
+                yield philox_normal(draws.seed[rows], shape, step)
+
+    waiting = noises()
+    return lambda *_, **__: next(waiting)
+
+
+def _nudged(engine: Engine) -> Engine:
+    generator = torch.Generator().manual_seed(4)
+    for parameter in trained_parameters(engine.model.module):
+        parameter.data += _NUDGE * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+    return engine
+
+
+def _gradient(engine: Engine) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in trained_parameters(engine.model.module)])
+
+
+def _distance(other: Tensor, own: Tensor) -> float:
+    return float((other - own).norm() / own.norm())

@@ -1,0 +1,195 @@
+"""The training step lever by lever: both loops compute the same, every row runs, and the page says what was found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import lever_report, lever_rows, trainer_loop
+from benchmarks.agreement import agreement
+from benchmarks.lever_report import (
+    COMPILED,
+    EQUAL,
+    FAST,
+    FLASH,
+    LOW,
+    NO_KL,
+    PRUNED,
+    TRAINER,
+    TRAINER_FAST,
+    WINDOW,
+)
+from benchmarks.lever_rows import GPU_JOBS, TINY_JOBS, Runner, compare, measure_levers, one_by_one, rollouts
+from benchmarks.levers import SHARING, levers
+from benchmarks.networks import SCALES
+from flowgrpo_fast.planner.live import floor_of
+from flowgrpo_fast.planner.published import PUBLISHED
+from flowgrpo_fast.training.engine import build_engine
+
+CPU = torch.device("cpu")
+SD3, FLUX = TINY_JOBS
+
+
+def rows_of(job):
+    return {lever.name: lever for lever in levers(job.recipe)}
+
+
+@pytest.fixture
+def one_round(monkeypatch):
+    monkeypatch.setattr(lever_rows, "_peak_elsewhere", lambda job, name: 10**9)
+    torch.compiler.set_stance("force_eager")  # what is compiled is the business of tests/models
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.mark.parametrize("job", TINY_JOBS, ids=str)
+@pytest.mark.parametrize("name", [TRAINER, WINDOW])
+def test_both_loops_compute_the_same(job, name):
+    """Same weights, noise and rewards: rollout, log-probs, advantages and the gradient of one update."""
+    found = agreement(rows_of(job)[name].recipe, CPU)
+    assert found["latents"] < 1e-5
+    assert found["finished"] < 1e-5
+    assert found["log_prob"] < 1e-5
+    assert found["advantages"] < 1e-5
+    assert found["gradient"] < 1e-4
+    assert found["gradient_cosine"] > 1 - 1e-8
+    assert found["gradient_norm"] > 1e-6
+
+
+def test_the_kl_is_part_of_what_agrees():
+    """With a weight so large that the policy's own gradient vanishes beside it."""
+    recipe = rows_of(SD3)[TRAINER].recipe
+    plain = agreement(recipe, CPU)["gradient_norm"]
+    heavy = agreement(replace(recipe, loss=replace(recipe.loss, kl_beta=1e3)), CPU)
+    assert heavy["gradient_norm"] > 100 * plain
+    assert heavy["gradient"] < 1e-4
+
+
+def test_the_trainers_loop_wastes_what_it_is_said_to_waste():
+    """Twice the rows in one forward, with gradient; fp32 weights; a look-up per sample."""
+    engine = build_engine(rows_of(SD3)[TRAINER].recipe, CPU)
+    trainer, rows = trainer_loop.Trainer(engine), []
+    engine.model.module.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append((len(kwargs["hidden_states"]), torch.is_grad_enabled())),
+        with_kwargs=True,
+    )
+    report = trainer.step()
+    forwards = 2 * 10 + 2 * 9 + 2 * 9  # two micro-batches of a group: rollout, update, start weights
+    assert len(rows) == forwards
+    assert {count for count, _ in rows} == {2 * SD3.group_size}
+    assert sum(with_gradient for _, with_gradient in rows) == 2 * 9
+    assert {p.dtype for p in engine.model.module.parameters()} == {torch.float32}
+    assert report.metrics["ratio"] == pytest.approx(1, abs=1e-5)
+    assert set(report.seconds) == {"rollout", "reward", "update"}
+
+
+def test_a_bf16_network_has_a_floor():
+    """Its weights take no fp32 latents: it is counted under autocast, as it runs, to the same FLOPs."""
+    recipe = rows_of(SD3)[EQUAL].recipe
+    half, full = (floor_of(build_engine(replace(recipe, precision=p), CPU)) for p in ("bf16", "fp32"))
+    assert half.flops == full.flops > 0
+
+
+def test_levers_change_one_thing_each():
+    names = [TRAINER, EQUAL, COMPILED, WINDOW, NO_KL, FAST, PRUNED, LOW, FLASH, TRAINER_FAST]
+    with_sharing = names[:6] + ["+ work of a group shared"] * bool(SHARING) + names[6:]
+    assert list(rows_of(SD3)) == with_sharing
+    rows = rows_of(SD3)
+    assert rows[TRAINER].recipe == rows[EQUAL].recipe
+    assert rows[TRAINER_FAST].recipe == rows[FAST].recipe
+    assert rows[FAST].recipe.guidance_scale == 1
+    assert rows[PRUNED].images == rows[FAST].images == 8
+    assert NO_KL not in rows_of(FLUX)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", TINY_JOBS, ids=str)
+def test_every_row_runs(job, one_round):
+    result = measure_levers(CPU, (job,), rounds=1)
+    (found,) = result["jobs"]
+    assert found["failed"] == {}
+    assert [row["name"] for row in found["rows"]] == list(rows_of(job))
+    first, equal = found["rows"][:2]
+    assert (first["speedup"], first["counts"]["syncs"] > 2 * 9 * 8) == (1.0, True)
+    assert equal["counts"]["syncs"] < first["counts"]["syncs"] / 2
+    for row in found["rows"]:
+        assert row["over_floor"] > 1
+        assert row["ratio_error"] in (None, 0.0)
+        assert (row["counts"] is None) == row["compiled"]
+    header, lines = lever_report.table(found)
+    assert all(len(line) == len(header) for line in lines)
+    page = [part for part in lever_report.sections(result | {"command": "x"}) if isinstance(part, str)]
+    assert any("both loops compute the same" in part for part in page)
+
+
+@pytest.mark.slow
+def test_a_gpus_rows_come_by_importance_until_time_is_out(one_round):
+    kept, result = (
+        [],
+        {"jobs": [{"job": str(job), "rows": [], "failed": {}} for job in TINY_JOBS], "left": []},
+    )
+    one_by_one(TINY_JOBS, CPU, 1, 3600, lambda: kept.append(len(result["jobs"][0]["rows"])), result)
+    assert kept[:2] == [1, 1]  # LOW of both networks first
+    sd3, flux = result["jobs"]
+    assert sd3["failed"] == flux["failed"] == {}
+    assert [row["name"] for row in sd3["rows"]] == list(rows_of(SD3))
+    low = next(row for row in sd3["rows"] if row["name"] == LOW)
+    assert low["rollouts"]["speedup"] > 0
+    late = {"jobs": [{"job": "late", "rows": [], "failed": {}}], "left": []}
+    one_by_one((SD3,), CPU, 1, -1.0, lambda: None, late)
+    assert len(late["left"]) == len(rows_of(SD3))
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_is_named_and_the_rest_go_on(one_round, monkeypatch):
+    def broken(self):
+        if self.lever.name == LOW:
+            raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(Runner, "count", broken)
+    result = {"jobs": [{"job": "x", "rows": [], "failed": {}}], "left": []}
+    one_by_one((SD3,), CPU, 1, 3600, lambda: None, result)
+    assert result["jobs"][0]["failed"] == {LOW: "RuntimeError: out of memory"}
+    assert len(result["jobs"][0]["rows"]) == len(rows_of(SD3)) - 1
+
+
+def test_the_gpu_jobs_are_the_published_networks():
+    assert [job.network for job in GPU_JOBS] == ["sd35_medium", "flux"]
+    assert all(job.group_size * job.num_prompts == 24 for job in GPU_JOBS)
+    for job, name in zip(GPU_JOBS, ("sd3.5-medium", "flux.1-dev"), strict=True):
+        assert SCALES[job.network].transformer == PUBLISHED[name]["transformer"]
+        assert all(lever.recipe.precision == "bf16" for lever in levers(job.recipe))
+
+
+def test_both_precisions_walk_the_whole_schedule():
+    engine = build_engine(replace(rows_of(SD3)[LOW].recipe, network=SD3.recipe.network), CPU)
+    calls = []
+    engine.model.module.register_forward_pre_hook(lambda *_: calls.append("training"))
+    engine.outside.module.register_forward_pre_hook(lambda *_: calls.append("low"))
+    found = rollouts(engine, rounds=1)
+    assert set(found) == {"training", "low", "speedup"}
+    assert calls.count("training") == calls.count("low") >= 2 * 10
+
+
+def row(name, seconds, **more):
+    return {"name": name, "images": 24, "seconds": seconds, "seconds_min": seconds, "floor_s": 1.0} | more
+
+
+def test_targets_are_computed_from_the_rows():
+    rows = [row(TRAINER, 12.0), row(EQUAL, 10.0), row(COMPILED, 8.0), row(FAST, 2.5), row(FLASH, 4.0)]
+    rows.append(row(PRUNED, 1.0, images=12))
+    compare(rows)
+    assert [each["speedup"] for each in rows] == [1.0, 1.2, 1.5, 4.8, 3.0, 6.0]
+    assert rows[1]["over_floor"] == 10
+    result = {"jobs": [{"job": "small", "rows": rows, "failed": {}}]}
+    equal, fast = lever_report.targets(result, "cpu")
+    assert equal[1:] == ["met", "1 of 1", "1.5 (small: blocks compiled)"]
+    assert fast[1:] == ["met", "1 of 1", "4.8 (small: no guidance)"]
+    assert [line[1] for line in lever_report.targets(None, "cuda")] == ["not measured"] * 2
+    floor, low = lever_report.targets(result, "cuda")
+    assert floor[1:] == ["missed", "0 of 1", "2.5 (small: no guidance)"]
+    rows.append(row(LOW, 2.0, rollouts={"training": 3.0, "low": 2.0, "speedup": 1.5}))
+    assert lever_report.targets(result, "cuda")[1][1:] == ["met", "1 of 1", "1.5 (small)"]
+    assert low[1] == "not measured"
