@@ -222,7 +222,6 @@ def one_by_one(
             into["rows"].append(_alone(lever, device, rounds))
         except Exception as error:  # out of memory, or no compiler: the other rows are worth having
             into["failed"][lever.name] = _line(error)
-        gc.collect()
         if device.type == "cuda":
             _empty()
         longest = max(longest, time.perf_counter() - begun)
@@ -233,6 +232,7 @@ def one_by_one(
 
 def _empty() -> None:
     """Gives a row's memory back; what the compiler's caches hold, too, at the price of compiling again."""
+    gc.collect()
     torch.cuda.empty_cache()
     if torch.cuda.memory_allocated() > _HELD:
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Rollout and update of the families ask the device for nothing until their end."""
+"""Rollout and update of the families ask the device for nothing until their end, save two networks themselves."""
 
 from __future__ import annotations
 
@@ -18,4 +18,5 @@ def test_families(family, tiny_recipe) -> None:
         precision="bf16",
         loss=ClippedRatio(clip_range=0.05, kl_beta=0.1),
     )
-    check(recipe)
+    # Z-Image takes captions of their own lengths, HunyuanVideo 1.5 sorts its tokens by what is masked.
+    check(recipe, spared=("", "predict") if family.syncs else ())

@@ -69,7 +69,7 @@ def test_a_rollout_waits_once_and_the_trainers_loop_at_every_step():
     stochastic = recipe.sigmas.num_inference_steps - 1
     assert ours.syncs == 1  # the check that no velocity was NaN, after the last step
     assert eager.syncs >= stochastic * (2 * recipe.group_size + 1)
-    assert eager.launches > 5 * ours.launches
+    assert eager.launches > 4.5 * ours.launches
     assert eager.bytes > 1.5 * ours.bytes
 
 

@@ -21,7 +21,7 @@ from benchmarks.lever_report import (
     TRAINER_FAST,
     WINDOW,
 )
-from benchmarks.lever_rows import GPU_JOBS, TINY_JOBS, Runner, compare, measure_levers, one_by_one, rollouts
+from benchmarks.lever_rows import GPU_JOBS, TINY_JOBS, compare, measure_levers, one_by_one, rollouts
 from benchmarks.levers import SHARING, levers
 from benchmarks.networks import SCALES
 from flowgrpo_fast.planner.live import floor_of
@@ -124,35 +124,46 @@ def test_every_row_runs(job, one_round):
     assert any("both loops compute the same" in part for part in page)
 
 
-@pytest.mark.slow
-def test_a_gpus_rows_come_by_importance_until_time_is_out(one_round):
-    kept, result = (
-        [],
-        {"jobs": [{"job": str(job), "rows": [], "failed": {}} for job in TINY_JOBS], "left": []},
-    )
-    one_by_one(TINY_JOBS, CPU, 1, 3600, lambda: kept.append(len(result["jobs"][0]["rows"])), result)
-    assert kept[:2] == [1, 1]  # LOW of both networks first
-    sd3, flux = result["jobs"]
-    assert sd3["failed"] == flux["failed"] == {}
-    assert [row["name"] for row in sd3["rows"]] == list(rows_of(SD3))
-    low = next(row for row in sd3["rows"] if row["name"] == LOW)
+def test_a_row_alone_also_times_both_precisions(one_round):
+    low = lever_rows._alone(rows_of(SD3)[LOW], CPU, 1)
     assert low["rollouts"]["speedup"] > 0
-    late = {"jobs": [{"job": "late", "rows": [], "failed": {}}], "left": []}
+    assert low["rounds"] == 1
+
+
+def test_a_gpus_rows_come_by_importance_until_time_is_out(monkeypatch):
+    measured = []
+
+    def alone(lever, device, rounds):
+        measured.append(lever.name)
+        return row(lever.name, 1.0)
+
+    monkeypatch.setattr(lever_rows, "_alone", alone)
+    kept, result = [], several(TINY_JOBS)
+    one_by_one(TINY_JOBS, CPU, 1, 3600, lambda: kept.append(len(measured)), result)
+    assert kept == list(range(1, len(measured) + 1))
+    assert measured[:4] == [LOW, LOW, FAST, TRAINER]  # FLUX is guided within
+    for job, found in zip(TINY_JOBS, result["jobs"], strict=True):
+        assert [each["name"] for each in found["rows"]] == list(rows_of(job))
+    late = several((SD3,))
     one_by_one((SD3,), CPU, 1, -1.0, lambda: None, late)
     assert len(late["left"]) == len(rows_of(SD3))
 
 
-@pytest.mark.slow
-def test_a_row_that_fails_is_named_and_the_rest_go_on(one_round, monkeypatch):
-    def broken(self):
-        if self.lever.name == LOW:
+def test_a_row_that_fails_is_named_and_the_rest_go_on(monkeypatch):
+    def alone(lever, device, rounds):
+        if lever.name == LOW:
             raise RuntimeError("out of memory\nand more")
+        return row(lever.name, 1.0)
 
-    monkeypatch.setattr(Runner, "count", broken)
-    result = {"jobs": [{"job": "x", "rows": [], "failed": {}}], "left": []}
+    monkeypatch.setattr(lever_rows, "_alone", alone)
+    result = several((SD3,))
     one_by_one((SD3,), CPU, 1, 3600, lambda: None, result)
     assert result["jobs"][0]["failed"] == {LOW: "RuntimeError: out of memory"}
     assert len(result["jobs"][0]["rows"]) == len(rows_of(SD3)) - 1
+
+
+def several(jobs):
+    return {"jobs": [{"job": str(job), "rows": [], "failed": {}} for job in jobs], "left": []}
 
 
 def test_the_gpu_jobs_are_the_published_networks():

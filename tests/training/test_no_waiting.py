@@ -127,17 +127,25 @@ def small(name: str, **changes):
     )
 
 
-def check(recipe) -> None:
+def check(recipe, spared: tuple[str, ...] = ()) -> None:
+    """`spared`: functions whose reads do not count, for a network that needs a number; "" are other packages'."""
+
+    def counted(log: list[str]) -> list[str]:
+        return [line for line in log if line.partition(" ")[2] not in spared]
+
     engine = build_engine(recipe, CPU)
     train_step(engine)  # what is made once: states of the optimiser
     schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
     draws = explore(engine, draw(recipe, len(engine.prompts), engine.step, CPU)).draws
     trajectory, log = waited(lambda: sample(engine, draws, schedule))
-    assert log == ["__bool__ check_finite", "_local_scalar_dense check_finite"]  # once, when the walk is over
+    assert counted(log) == [
+        "__bool__ check_finite",
+        "_local_scalar_dense check_finite",
+    ]  # once, when the walk is over
     batch = loop.make_batch(engine, trajectory, score(engine, trajectory), schedule)
     metrics, log = waited(lambda: update(engine, batch))
     # The steps' names are on the host; then all metrics at once.
-    assert log == ["tolist values"] * (trajectory.log_prob.numel() > 0) + ["tolist _metrics"]
+    assert counted(log) == ["tolist values"] * (trajectory.log_prob.numel() > 0) + ["tolist _metrics"]
     assert metrics["network_backwards"] > 0
 
 

@@ -219,12 +219,13 @@ def gone(pid: int) -> bool:
 
 
 SCRIPT = """
-import os, torch
+import signal, torch
 from flowgrpo_fast.recipe import RewardTerm
 from flowgrpo_fast.rewards.workers import RewardWorkers
 from tests.training import rewards_elsewhere
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background begins without
     workers, images = RewardWorkers(1), torch.rand(2, 1, 2, 3)
     def start(name, place):
         term = RewardTerm(function=f"tests.training.rewards_elsewhere:{name}", where=place)
