@@ -1,4 +1,4 @@
-"""Low precision on every family's tiny pipeline: two steps of training, exact on policy, compiled or checkpointed."""
+"""Low precision on tiny pipelines: two steps of training, exact on policy, compiled or checkpointed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def two_steps(recipe):
     assert any(isinstance(module, QuantizedLinear) for module in engine.outside.module.modules())
 
 
-@pytest.mark.parametrize("family", families.FAMILIES, ids=str)
+@pytest.mark.parametrize("family", [families.SD3, families.FLUX, families.WAN], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_two_steps_of_every_family(family, mode, tiny_recipe, monkeypatch) -> None:
+def test_two_steps_where_the_multiplication_is_native(family, mode, tiny_recipe, monkeypatch) -> None:
+    """In bf16; tests/models/test_low_precision.py has every family, emulated in fp32."""
     monkeypatch.setattr(FORMATS["fp8_rows"], "multiples", (2, 2))  # the tiny Wan is 24 wide
     train = LoRA(rank=2, alpha=4.0, targets=("to_q",) if mode == "bare_layers" else ())
     part = LowPrecision(mode=mode)
