@@ -24,7 +24,7 @@ from flowgrpo_fast.planner.counting import (
     count_work,
 )
 from flowgrpo_fast.planner.published import PUBLISHED, Part
-from flowgrpo_fast.planner.shapes import CALLS, Size, vae_latents, vae_stride
+from flowgrpo_fast.planner.shapes import CALLS, FP32_VAES, Size, vae_latents, vae_stride
 from flowgrpo_fast.recipe import LoRA, Network
 from flowgrpo_fast.recipe_io import nearest
 
@@ -60,6 +60,9 @@ class Architecture:
     vae: Part | None
     text_encoders: tuple[Part, ...]
     tokens: int  # text tokens at the usual prompt length
+    experts: tuple[Part, ...] = ()  # further transformers, of which a forward runs one
+    sources: int = 0  # images a prompt comes with
+    token_times: bool = False  # each token is told its timestep
 
     def size(self, network: Network) -> Size:
         """One row of this pipeline at a network's size.
@@ -85,7 +88,15 @@ class Architecture:
         tokens = network.max_sequence_length or self.tokens
         if network.max_sequence_length and self.transformer[0] == _SD3:
             tokens += _CLIP_TOKENS
-        return Size(network.height, network.width, network.num_frames, tokens, stride)
+        return Size(
+            network.height,
+            network.width,
+            network.num_frames,
+            tokens,
+            stride,
+            self.sources,
+            self.token_times,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +110,15 @@ class Counts:
     decode: float  # FLOPs of one sample
     text: float  # FLOPs of one prompt
     reward: float  # FLOPs of one image under one ViT-H/14 tower
-    parameters: int  # of the transformer, without adapters
+    parameters: int  # of the transformers, without adapters
     linear_parameters: int  # of them in linear layers, which low precision shrinks
     trained: int  # parameters the optimiser moves
     latent_elements: int
+    prompt_elements: int = 0  # what the transformer reads of a prompt: embeddings, source images
+    pixels: int = 0  # of a sample, all frames
     activations: Activations | None = None
     vae_parameters: int = 0
+    vae_in_fp32: bool = False  # whatever the run's precision is
     text_parameters: int = 0
     decode_bytes: float = 0.0  # at most at once, one sample in fp32
     sequence: int | None = None  # image tokens, which a dynamic shift asks for
@@ -126,7 +140,8 @@ def architecture(model: str) -> Architecture:
             f"planned are {', '.join(PUBLISHED)}"
         )
     entry = PUBLISHED[key]
-    return Architecture(key, entry["transformer"], entry["vae"], entry["text_encoders"], entry["tokens"])
+    fields = ("transformer", "vae", "text_encoders", "tokens", "experts", "sources", "token_times")
+    return Architecture(name=key, **{name: entry[name] for name in fields if name in entry})
 
 
 def _from_folder(folder: Path) -> Architecture:
@@ -144,8 +159,16 @@ def _from_folder(folder: Path) -> Architecture:
 
     encoders = tuple(part(name) for name in sorted(parts) if name.startswith("text_encoder"))
     tokens = next(e["tokens"] for e in PUBLISHED.values() if e["transformer"][0] == transformer)
-    vae = part("vae") if "vae" in parts else None
-    return Architecture(str(folder), part("transformer"), vae, encoders, tokens)
+    return Architecture(
+        name=str(folder),
+        transformer=part("transformer"),
+        vae=part("vae") if "vae" in parts else None,
+        text_encoders=encoders,
+        tokens=tokens,
+        experts=(part("transformer_2"),) if "transformer_2" in parts else (),
+        sources=1 if index.get("_class_name") == "FluxKontextPipeline" else 0,
+        token_times=bool(index.get("expand_timesteps")),
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -168,7 +191,8 @@ def count(pipeline: Architecture, network: Network) -> Counts:
         ValueError: a size the family does not run at, or LoRA targets that match no layer.
     """
     size = pipeline.size(network)
-    key = json.dumps([pipeline.transformer, pipeline.vae, pipeline.text_encoders], sort_keys=True)
+    parts = [pipeline.transformer, pipeline.experts, pipeline.vae, pipeline.text_encoders]
+    key = json.dumps(parts, sort_keys=True)
     rank = 0
     targets: tuple[str, ...] = ()
     if isinstance(network.train, LoRA):
@@ -181,12 +205,14 @@ def count(pipeline: Architecture, network: Network) -> Counts:
 
 @lru_cache(maxsize=64)
 def _count(key: str, size: Size, rank: int, targets: tuple[str, ...]) -> Counts:
-    (kind, config), vae, encoders = json.loads(key)
-    transformer = _on_meta(getattr(diffusers, kind).from_config, config)
+    first, others, vae, encoders = json.loads(key)
+    experts = [_on_meta(getattr(diffusers, name).from_config, part) for name, part in (first, *others)]
+    transformer, (kind, _) = experts[0], first
     inputs = CALLS[kind].inputs(transformer.config, size)
-    layers = adapted_layers(transformer, targets) if rank else {}
-    if rank and not layers:
+    adapted = [adapted_layers(part, targets) if rank else {} for part in experts]
+    if rank and not all(adapted):
         raise ValueError(f"LoRA.targets {targets} match no linear layer of {kind}")
+    layers = adapted[0]
 
     def call() -> Any:
         return transformer(**inputs)
@@ -196,9 +222,11 @@ def _count(key: str, size: Size, rank: int, targets: tuple[str, ...]) -> Counts:
     blocks = [b for child in transformer.children() if isinstance(child, nn.ModuleList) for b in child]
     with adapters(layers, rank):
         activations = count_activations(transformer, call, blocks)
-    parameters = sum(p.numel() for p in transformer.parameters())
-    in_linear = sum(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, nn.Linear))
-    adapter = sum(rank * (layer.in_features + layer.out_features) for layer in layers.values())
+    modules = nn.ModuleList(experts)
+    parameters = sum(p.numel() for p in modules.parameters())
+    in_linear = sum(layer.weight.numel() for layer in modules.modules() if isinstance(layer, nn.Linear))
+    adapter = sum(rank * (x.in_features + x.out_features) for part in adapted for x in part.values())
+    latents = _latent_elements(inputs) // (1 + size.sources)
     counts = Counts(
         name="",
         size=str(size),
@@ -210,9 +238,11 @@ def _count(key: str, size: Size, rank: int, targets: tuple[str, ...]) -> Counts:
         parameters=parameters,
         linear_parameters=in_linear,
         trained=adapter or parameters,
-        latent_elements=_latent_elements(inputs),
+        latent_elements=latents,
+        prompt_elements=_prompt_elements(inputs) + size.sources * latents,
+        pixels=size.height * size.width * size.num_frames,
         activations=activations,
-        sequence=math.prod(size.packed),
+        sequence=CALLS[kind].tokens(size),
     )
     return _with_text(_with_vae(counts, vae, size), encoders, kind, size)
 
@@ -220,6 +250,12 @@ def _count(key: str, size: Size, rank: int, targets: tuple[str, ...]) -> Counts:
 def _latent_elements(inputs: Mapping[str, Any]) -> int:
     latents = inputs["x"][0] if "x" in inputs else inputs["hidden_states"]
     return math.prod(latents.shape)
+
+
+def _prompt_elements(inputs: Mapping[str, Any]) -> int:
+    embeddings = inputs["cap_feats"][0] if "cap_feats" in inputs else inputs["encoder_hidden_states"]
+    pooled = inputs.get("pooled_projections")
+    return math.prod(embeddings.shape) + (0 if pooled is None else math.prod(pooled.shape))
 
 
 def _on_meta(make: Callable[..., nn.Module], config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -246,6 +282,7 @@ def _with_vae(counts: Counts, vae: Part | None, size: Size) -> Counts:
         counts,
         decode=work.forward,
         vae_parameters=sum(p.numel() for p in module.parameters()),
+        vae_in_fp32=vae[0] in FP32_VAES,
         decode_bytes=3 * 4.0 * largest[0],  # a layer's input, output and residual
     )
 

@@ -1,7 +1,8 @@
 """Published pipelines as data: the `config.json` of each part, shortened to what differs from diffusers' defaults.
 
 A part is `(class, config)`; classes are those of diffusers and transformers. `tokens` is the number of text tokens
-the transformer sees at its usual prompt length, `names` where the weights are published.
+the transformer sees at its usual prompt length, `names` where the weights are published; `experts`, `sources` and
+`token_times` are as in `Architecture`.
 """
 
 from __future__ import annotations
@@ -117,15 +118,28 @@ def _sd3(num_layers: int, positions: int, **more: Any) -> Part:
     )
 
 
-def _wan(heads: int, ffn: int, layers: int) -> Part:
+def _wan(heads: int, ffn: int, layers: int, **more: Any) -> Part:
     return (
         "WanTransformer3DModel",
-        {"num_attention_heads": heads, "ffn_dim": ffn, "num_layers": layers},
+        {"num_attention_heads": heads, "ffn_dim": ffn, "num_layers": layers, **more},
     )
 
 
 _SD3_TEXT = (_CLIP_L, _CLIP_G, _T5_XXL)
 _WAN_VAE: Part = ("AutoencoderKLWan", {})
+_WAN_22_VAE: Part = (
+    "AutoencoderKLWan",
+    {
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+    },
+)
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "sd3-medium": {
@@ -158,6 +172,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "text_encoders": (_CLIP_L, _T5_XXL),
         "tokens": 512,
         "names": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev"),
+    },
+    "flux.1-kontext-dev": {
+        "transformer": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+        "vae": _VAE_16,
+        "text_encoders": (_CLIP_L, _T5_XXL),
+        "tokens": 512,
+        "sources": 1,
+        "names": ("black-forest-labs/FLUX.1-Kontext-dev",),
     },
     "flux.2-klein-4b": {
         "transformer": (
@@ -212,6 +234,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "text_encoders": (_UMT5_XXL,),
         "tokens": 512,
         "names": ("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
+    },
+    "wan2.2-5b": {
+        "transformer": _wan(24, 14336, 30, in_channels=48, out_channels=48),
+        "vae": _WAN_22_VAE,
+        "text_encoders": (_UMT5_XXL,),
+        "tokens": 512,
+        "token_times": True,
+        "names": ("Wan-AI/Wan2.2-TI2V-5B-Diffusers",),
+    },
+    "wan2.2-a14b": {
+        "transformer": _wan(40, 13824, 40),
+        "experts": (_wan(40, 13824, 40),),
+        "vae": _WAN_VAE,
+        "text_encoders": (_UMT5_XXL,),
+        "tokens": 512,
+        "names": ("Wan-AI/Wan2.2-T2V-A14B-Diffusers",),
     },
     "hunyuan-video": {
         "transformer": ("HunyuanVideoTransformer3DModel", {}),

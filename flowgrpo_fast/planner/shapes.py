@@ -15,13 +15,15 @@ Config: TypeAlias = Any  # a diffusers FrozenDict: fields by attribute
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What one row is: pixels, frames, text tokens."""
+    """What one row is: pixels, frames, text tokens; images beside the one that is made."""
 
     height: int = 512
     width: int = 512
     num_frames: int = 1
     tokens: int = 0
     stride: int = 8  # pixels a latent, each way
+    sources: int = 0  # images of the same size that are edited, whose tokens stand in the sequence
+    token_times: bool = False  # a timestep for each token, not for each row
 
     @property
     def latents(self) -> tuple[int, int]:
@@ -47,6 +49,11 @@ class Calling:
     patch: int = 2  # latents a token, each way
     frame_stride: int = 1  # frames behind one latent frame, after the first
 
+    def tokens(self, size: Size) -> int:
+        """Tokens of the image or video that is made."""
+        frames = (size.num_frames - 1) // self.frame_stride + 1
+        return frames * math.prod(side // self.patch for side in size.latents)
+
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, device="meta", dtype=dtype)
@@ -62,7 +69,7 @@ def _sd3(config: Config, size: Size) -> dict[str, Any]:
 
 
 def _flux(config: Config, size: Size) -> dict[str, Any]:
-    positions = math.prod(size.packed)
+    positions = math.prod(size.packed) * (1 + size.sources)
     return {
         "hidden_states": _empty(1, positions, config.in_channels),
         "encoder_hidden_states": _empty(1, size.tokens, config.joint_attention_dim),
@@ -102,9 +109,11 @@ def _video(config: Config, size: Size) -> Tensor:
 
 
 def _wan(config: Config, size: Size) -> dict[str, Any]:
+    video = _video(config, size)
+    times = (1, math.prod(video.shape[2:]) // math.prod(config.patch_size)) if size.token_times else (1,)
     return {
-        "hidden_states": _video(config, size),
-        "timestep": _empty(1, dtype=torch.float32),
+        "hidden_states": video,
+        "timestep": _empty(*times, dtype=torch.float32),
         "encoder_hidden_states": _empty(1, size.tokens, config.text_dim),
     }
 
@@ -148,18 +157,25 @@ CALLS = {
 }
 
 
+FP32_VAES = ("AutoencoderKLWan",)  # held in fp32 in every run; the others in the run's precision
 _NO_FRAMES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderDC")
+_RATIOS = {
+    "AutoencoderKLWan": "scale_factor_spatial",
+    "AutoencoderKLHunyuanVideo": "spatial_compression_ratio",
+}
+_HALVINGS = {
+    "AutoencoderDC": ("decoder_block_out_channels", 6, 1),
+    "AutoencoderKLQwenImage": ("temperal_downsample", 3, 0),
+}
 
 
 def vae_stride(vae_class: str, config: Mapping[str, Any]) -> int:
-    """Pixels a latent, each way, by the number of halvings the configuration names; 8 where it names none."""
-    halvings = {
-        "AutoencoderDC": len(config.get("decoder_block_out_channels", [0] * 6)) - 1,
-        "AutoencoderKLWan": len(config.get("temperal_downsample", [0] * 3)),
-        "AutoencoderKLQwenImage": len(config.get("temperal_downsample", [0] * 3)),
-        "AutoencoderKLHunyuanVideo": int(config.get("spatial_compression_ratio", 8)).bit_length() - 1,
-    }
-    return 2 ** halvings.get(vae_class, len(config.get("block_out_channels", [0] * 4)) - 1)
+    """Pixels a latent, each way: the ratio or the number of halvings the configuration names; mostly 8 without."""
+    if vae_class in _RATIOS:
+        return int(config.get(_RATIOS[vae_class]) or 8)
+    name, usual, outer = _HALVINGS.get(vae_class, ("block_out_channels", 4, 1))
+    levels = config.get(name)
+    return int(2 ** ((usual if levels is None else len(levels)) - outer))
 
 
 def vae_latents(vae_class: str, config: Config, size: Size) -> Tensor:
