@@ -23,6 +23,7 @@ from flowgrpo_fast.types import FlowModel
 
 _MEASURING = 0.25  # seconds of matrix products, after the first
 _SIDE = {"cpu": 768, "cuda": 8192}
+_OWN_CONTEXT = 0.5e9  # bytes CUDA takes to answer; a plan leaves room for them itself
 _OUTSIDE = ("evaluation", "self_test")  # phases of a step that are no part of the recipe
 
 
@@ -63,7 +64,7 @@ def floor_of(engine: Engine) -> Floor | None:
         pipeline = _known_pipeline(recipe)
         if pipeline is not None and not counts.forward.attention:  # a kernel that the counter cannot see into
             counts = replace(counts, forward=count(pipeline, recipe.network).forward)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except Exception:
         return None  # whatever a model of the user's own does under a counter
     step = plan_step(counts, recipe)
     if not counts.forward.forward:
@@ -131,8 +132,11 @@ def _wait(device: torch.device) -> None:
 
 
 def memory_of(device: torch.device) -> float | None:
-    """Bytes a device has; None for the CPU, whose memory nobody reserves."""
-    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+    """Bytes a device has for this run: what others left; None for the CPU, whose memory nobody reserves."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return float(min(total, free + _OWN_CONTEXT))
 
 
 def _known_pipeline(recipe: Recipe) -> Architecture | None:
@@ -148,9 +152,12 @@ def _known_pipeline(recipe: Recipe) -> Architecture | None:
 
 
 def planned_memory(recipe: Recipe) -> Memory | None:
-    """The memory of a run, where its network is one the planner knows."""
-    pipeline = _known_pipeline(recipe)
-    return None if pipeline is None else plan_memory(count(pipeline, recipe.network), recipe)
+    """The memory of a run, where its network is one the planner knows and can count."""
+    try:
+        pipeline = _known_pipeline(recipe)
+        return None if pipeline is None else plan_memory(count(pipeline, recipe.network), recipe)
+    except Exception:
+        return None  # a configuration that the planner misreads is no reason not to train
 
 
 def check_memory(recipe: Recipe, device: torch.device, capacity: float | None) -> None:
@@ -162,7 +169,7 @@ def check_memory(recipe: Recipe, device: torch.device, capacity: float | None) -
     memory = planned_memory(recipe) if capacity is not None else None
     if memory is None or capacity is None:
         return
-    refusal = memory.refusal(capacity, f"{device} ({capacity / 1e9:.0f} GB)", recipe.rows_per_update)
+    refusal = memory.refusal(capacity, f"{device} ({capacity / 1e9:.0f} GB free)", recipe.rows_per_update)
     if refusal:
         raise ValueError(refusal)
 

@@ -1,22 +1,31 @@
 """What a GPU holds while a recipe trains, part by part, and the largest micro-batch that still fits.
 
-Every GPU holds all weights: this engine replicates, it does not shard. Activations are those of eager mode; of compiled
-blocks, which compute element-wise steps again in the backward, those of selective checkpointing.
+Weights are always there; the rest comes and goes with the phases of a step, of which the heaviest decides. Every GPU
+holds all weights: this engine replicates, it does not shard. Activations are those of eager mode; of compiled blocks,
+which compute element-wise steps again in the backward, those of selective checkpointing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 
 from flowgrpo_fast.planner.architectures import Counts
 from flowgrpo_fast.planner.step import Execution
-from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LowPrecision, Recipe, Scouts
+from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LowPrecision, Prune, Recipe, Scouts
 from flowgrpo_fast.recipe.rollout import RolloutPrecision
 from flowgrpo_fast.sampling.windows import window_steps
 
 _CONTEXT = 1.5e9  # CUDA's own, with the libraries' workspaces
 _USABLE = 0.95  # of what is left: the allocator's blocks do not pack without gaps
+DECODED_PIXELS = 1 << 22  # that a pipeline's autoencoder makes at once
+MOST_EMBEDDINGS = 1 << 31  # bytes of a run's prompts beyond which a text cache stays on disk
 _FP32 = 4
+_LORA = "set network.train=LoRA"
+_RANK = "lower network.train.rank"
+_LARGER_GPU = "choose a smaller model or a GPU with more memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +38,46 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """At the update, where a step needs most; `rows` samples in one forward."""
+class Phase:
+    """What one phase of a step holds, beside what is always there."""
 
+    name: str
     fixed: tuple[Part, ...]
-    each_row: tuple[Part, ...]  # bytes of one row
+    each_row: tuple[Part, ...] = ()  # bytes of one row
+
+    def at(self, rows: int) -> list[Part]:
+        """Its parts with `rows` samples in one forward."""
+        return [*self.fixed, *(Part(part.name, part.bytes * rows, part.remedy) for part in self.each_row)]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of one step, whose phases follow one another: the heaviest decides. `rows` samples in one forward."""
+
+    fixed: tuple[Part, ...]  # at any time
+    phases: tuple[Phase, ...]
     rows: int
 
     @property
+    def heaviest(self) -> Phase:
+        """The phase that needs most at `rows`."""
+        return max(self.phases, key=lambda phase: _sum(phase.at(self.rows)))
+
+    @property
     def parts(self) -> list[Part]:
-        """All parts at `rows`, the largest first."""
-        grown = [Part(part.name, part.bytes * self.rows, part.remedy) for part in self.each_row]
-        return sorted((*self.fixed, *grown), key=lambda part: -part.bytes)
+        """All parts of the heaviest phase, the largest first."""
+        return sorted((*self.fixed, *self.heaviest.at(self.rows)), key=lambda part: -part.bytes)
 
     @property
     def total(self) -> float:
         """Bytes at `rows`."""
-        return sum(part.bytes for part in self.parts)
+        return _sum(self.parts)
 
     def largest_rows(self, capacity: float, most: int) -> int:
         """The largest micro-batch in `capacity` bytes that divides `most`, the samples of one update; 0 if none."""
-        left = usable(capacity) - sum(part.bytes for part in self.fixed)
-        fits = int(left // sum(part.bytes for part in self.each_row)) if left > 0 else 0
-        return max((rows for rows in range(1, min(fits, most) + 1) if most % rows == 0), default=0)
+        room = usable(capacity)
+        divisors = (rows for rows in range(most, 0, -1) if most % rows == 0)
+        return next((rows for rows in divisors if replace(self, rows=rows).total <= room), 0)
 
     def refusal(self, capacity: float, device: str, most: int) -> str | None:
         """One line that says what does not fit and what shrinks it; None where it fits."""
@@ -73,6 +99,10 @@ def usable(capacity: float) -> float:
     return (capacity - _CONTEXT) * _USABLE
 
 
+def _sum(parts: Iterable[Part]) -> float:
+    return sum(part.bytes for part in parts)
+
+
 def plan_memory(
     counts: Counts, recipe: Recipe, execution: Execution | None = None, num_gpus: int = 1
 ) -> Memory:
@@ -81,32 +111,167 @@ def plan_memory(
     if counts.activations is None:
         raise ValueError(f"the activations of {counts.name} were not counted; memory cannot be planned")
     rows = (recipe.replay_rows or recipe.rows_per_forward) or max(1, recipe.rows_per_update // num_gpus)
+    held = _Samples(counts, recipe, recipe.num_prompts / num_gpus)
+    always = [
+        *_weights(counts, recipe),
+        Part("autoencoder", counts.vae_parameters * held.vae_width, _LARGER_GPU),
+        Part(
+            "prompt embeddings", held.prompts(), "set network.text_cache: those that do not fit stay on disk"
+        ),
+    ]
+    phases = (
+        _update(counts, recipe, execution, held),
+        Phase("rollout", tuple(held.rollout()), (_working(counts),)),
+        Phase("decoding", tuple(held.decoding())),
+        Phase("evaluation", tuple(held.evaluation())),
+    )
+    return Memory(
+        fixed=tuple(part for part in always if part.bytes),
+        phases=tuple(replace(p, fixed=tuple(part for part in p.fixed if part.bytes)) for p in phases),
+        rows=rows,
+    )
+
+
+def _working(counts: Counts) -> Part:
+    """Of the block that runs: its forward, and gradients on the way back."""
+    assert counts.activations is not None
+    return Part("working buffers", counts.activations.block, "lower rows_per_forward")
+
+
+def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Samples) -> Phase:
+    assert counts.activations is not None
     network = recipe.network
     halves = 2 if execution.uncond_gradient and recipe.guidance_scale != 1.0 else 1
     kept = counts.activations.kept(network.checkpointing) * halves
     if network.compile and network.checkpointing == "none":  # the compiler computes element-wise steps again
         kept = min(kept, counts.activations.kept("selective") * halves)
-    transient = counts.activations.block  # of the block that runs: forward, and gradients on the way back
     lighter = {"none": "selective", "selective": "full"}.get(network.checkpointing)
     remedy = (
         f"set network.checkpointing={lighter}, or lower rows_per_forward"
         if lighter
         else "lower rows_per_forward"
     )
-    samples = recipe.num_prompts * recipe.group_size / num_gpus
-    latents = samples * (2 * _kept_steps(recipe) + 2) * counts.latent_elements * _FP32
-    fixed = [
-        *_weights(counts, recipe),
-        Part(
-            "latents kept for the update", latents, "lower num_prompts or group_size, or use a smaller window"
-        ),
-        Part("autoencoder", counts.vae_parameters * _FP32, "choose a smaller network.height or width"),
-    ]
-    each_row = (
-        Part("activations", kept, remedy),
-        Part("working buffers", transient, "lower rows_per_forward"),
+    full = isinstance(network.train, FullFineTuning)
+    return Phase(
+        "update",
+        (Part("gradients", counts.trained * _FP32, _LORA if full else _RANK), *held.update()),
+        (Part("activations", kept, remedy), _working(counts)),
     )
-    return Memory(tuple(part for part in fixed if part.bytes), each_row, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """Latents, embeddings and images of a step, on a GPU with `num_prompts` of its prompts."""
+
+    counts: Counts
+    recipe: Recipe
+    num_prompts: float
+
+    @property
+    def vae_width(self) -> int:
+        """Bytes of a number of the autoencoder."""
+        return _FP32 if self.counts.vae_in_fp32 else self.width
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number of the run's precision."""
+        return 2 if self.recipe.precision == "bf16" else _FP32
+
+    @property
+    def _chunk(self) -> float:
+        """Prompts that are rolled out together."""
+        return min(self.num_prompts, self.recipe.prompts_per_chunk or self.num_prompts)
+
+    @property
+    def _most(self) -> int:
+        """Samples of a prompt that exist together in a rollout: those before a cut beside those after it."""
+        recipe = self.recipe
+        if not isinstance(recipe.prune, Prune):
+            return recipe.group_size
+        sizes = (*recipe.prune.sizes, recipe.group_size)
+        return max(before + after for before, after in pairwise(sizes))
+
+    @property
+    def _scouts(self) -> int:
+        """Scouts of a prompt."""
+        explore = self.recipe.explore
+        return explore.num_scouts if isinstance(explore, Scouts) else 0
+
+    def _latents(self, samples: float, stored: int) -> float:
+        return samples * stored * self.counts.latent_elements * _FP32
+
+    def _embeddings(self, rows: float) -> float:
+        return rows * self.counts.prompt_elements * self.width
+
+    def prompts(self) -> float:
+        """All prompts of the run, while they are in memory."""
+        held = self._embeddings(num_prompts(self.recipe))
+        return 0.0 if self.recipe.network.text_cache and held > MOST_EMBEDDINGS else held
+
+    def update(self) -> list[Part]:
+        """What waits for the update, and the prompt of each sample."""
+        samples = self.num_prompts * self.recipe.group_size
+        fewer = "lower num_prompts or group_size"
+        latents = self._latents(samples, 2 * _kept_steps(self.recipe) + 2)
+        return [
+            Part("latents kept for the update", latents, f"{fewer}, or use a smaller window"),
+            Part("embeddings of the samples", self._embeddings(samples), fewer),
+        ]
+
+    def rollout(self) -> list[Part]:
+        """The candidates of a chunk beside the finished samples of others; or these twice, when they are joined."""
+        recipe, chunk, stored = self.recipe, self._chunk, 2 * _kept_steps(self.recipe) + 1
+        finished = self._latents(self.num_prompts * recipe.group_size, stored)
+        others = finished * (1 - chunk / self.num_prompts)
+        latents = self._latents(chunk * self._most, stored + 1) + others
+        if others:
+            latents = max(latents, 2 * finished)
+        scouts = self._latents(self._scouts * (chunk + self.num_prompts), 1)  # no transitions
+        embeddings = self._embeddings(chunk * max(self._most, self._scouts))
+        fewer = "lower num_prompts, prune.sizes or explore.num_scouts, or set prompts_per_chunk"
+        return [
+            Part("latents of the candidates", max(latents, scouts), fewer),
+            Part("embeddings of the candidates", embeddings, fewer),
+        ]
+
+    def decoding(self) -> list[Part]:
+        """The images of a chunk, of all where rewards run elsewhere; candidates wait while their previews are judged."""
+        recipe, group = self.recipe, max(self.recipe.group_size, self._scouts)
+        waiting = [self.update()[0]]
+        if isinstance(recipe.prune, Prune) and recipe.prune.score == "reward":
+            waiting, group = self.rollout(), max(group, recipe.num_candidates)
+        elsewhere = any(term.where != "here" for term in recipe.task.rewards)
+        samples = (self.num_prompts if elsewhere else self._chunk) * group
+        fewer = "lower num_prompts or group_size" if elsewhere else "set prompts_per_chunk, or lower it"
+        return [*waiting, *self._images(samples, fewer)]
+
+    def evaluation(self) -> list[Part]:
+        """Its samples go all at once."""
+        samples, fewer = self.recipe.task.num_eval_samples, "lower task.num_eval_samples"
+        return [
+            Part("latents of the evaluation", self._latents(samples, 2), fewer),
+            Part("embeddings of the evaluation", self._embeddings(samples), fewer),
+            *self._images(samples, fewer),
+        ]
+
+    def _images(self, samples: float, fewer: str) -> list[Part]:
+        """As the autoencoder gives them, in fp32, and joined; and what it needs for those it makes at once."""
+        counts = self.counts
+        at_once = max(1, DECODED_PIXELS // max(1, counts.pixels))
+        working = min(samples, at_once) * counts.decode_bytes * self.vae_width / _FP32
+        smaller = "choose a smaller network.height, width or num_frames"
+        remedy = smaller if at_once == 1 else fewer if samples <= at_once else _LARGER_GPU
+        images = samples * 3 * counts.pixels * (self.vae_width + 2 * _FP32)
+        return [Part("decoding", working, remedy), Part("decoded images", images, fewer)]
+
+
+def num_prompts(recipe: Recipe) -> int:
+    """Prompts of the run's file; those of one step where it cannot be read."""
+    try:
+        lines = Path(recipe.task.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return recipe.num_prompts
+    return sum(1 for line in lines if line.strip())
 
 
 def _kept_steps(recipe: Recipe) -> int:
@@ -120,23 +285,19 @@ def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
     """The transformer, what is trained of it, and its copies."""
     full = isinstance(recipe.network.train, FullFineTuning)
     width = 2 if recipe.precision == "bf16" else _FP32
-    lora = "set network.train=LoRA"
-    smaller = "set precision=bf16" if width == _FP32 else "choose a smaller model or a GPU with more memory"
+    smaller = "set precision=bf16" if width == _FP32 else _LARGER_GPU
     trained = counts.trained * _FP32
     base = counts.parameters * _FP32 if full else counts.parameters * width
     shared_base = any(part.mode == "shared_base" for part in _low_precisions(recipe).values())
     if shared_base and not full:
         base -= counts.linear_parameters * width  # only its low-precision form is kept
-    parts = [Part("transformer weights", base, lora if full else smaller)]
+    parts = [Part("transformer weights", base, _LORA if full else smaller)]
     if full and width == 2:
-        parts.append(Part("bf16 weights of the forward", counts.parameters * 2, lora))
+        parts.append(Part("bf16 weights of the forward", counts.parameters * 2, _LORA))
     if not full:
-        parts.append(Part("adapters", trained, "lower network.train.rank"))
-    less = lora if full else "lower network.train.rank"
-    parts += [
-        Part("gradients", trained, less),
-        Part("optimiser state", 2 * trained, less),
-    ]
+        parts.append(Part("adapters", trained, _RANK))
+    less = _LORA if full else _RANK
+    parts.append(Part("optimiser state", 2 * trained, less))
     if recipe.optimizer.ema_decay > 0:
         parts.append(Part("moving average", trained, "set optimizer.ema_decay=0"))
     if not isinstance(recipe.loss, ClippedRatio):  # it samples from a slower policy than it trains

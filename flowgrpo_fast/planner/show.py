@@ -84,8 +84,7 @@ def show(plan: Plan, console: Console) -> None:
         "Floors: bf16 matrix work at 800 and FP8 at 1400 TFLOP/s on an H100, other GPUs at the same shares of their "
         f"dense peaks. Text is encoded once ({counts.text / 1e12:.2f} TFLOP a prompt, "
         f"{counts.text_parameters * 2 / 1e9:.1f} GB of encoders that leave before the first step). A reward is one "
-        "ViT-H/14 tower. Activations are those of eager mode; decoding, when none are held, takes "
-        f"{counts.decode_bytes / 1e9:.2f} GB a sample in fp32.",
+        "ViT-H/14 tower. Activations are those of eager mode.",
         style="dim",
         highlight=False,
     )
@@ -104,7 +103,8 @@ def _work(plan: Plan) -> Titled:
     phases = plan.step.phases(plan.gpu)
     whole = plan.step.floor(plan.gpu)
     for name, (flops, seconds) in phases.items():
-        table.add_row(name, f"{flops / 1e15:.4g}", f"{seconds:.4g}", f"{100 * seconds / whole:.0f} %")
+        share = f"{100 * seconds / whole:.0f} %" if flops else "encoded once"
+        table.add_row(name, f"{flops / 1e15:.4g}", f"{seconds:.4g}", share)
     table.add_row("[bold]step", f"{plan.step.total / 1e15:.4g}", f"{whole:.4g}", "", style="bold")
     return f"Work of a step, floor on {plan.gpu.name}", table
 
@@ -127,7 +127,7 @@ def _gpus(plan: Plan) -> Titled:
 def _memory(plan: Plan) -> Titled:
     rows = plan.largest_rows(plan.gpu)
     memory = replace(plan.memory, rows=max(1, min(rows, plan.memory.rows)))
-    title = f"Memory of one {plan.gpu.name} at the update, micro-batch {memory.rows}"
+    title = f"Memory of one {plan.gpu.name} at the {memory.heaviest.name}, micro-batch {memory.rows}"
     if plan.memory.rows > memory.rows:
         title += f" (the recipe as it stands runs {plan.memory.rows}: set rows_per_forward)"
     table = _table("part", "GB", "shrinks with", words=("shrinks with",))
@@ -172,7 +172,13 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "memory": {
             "micro_batch": plan.memory.rows,
             "fixed_bytes": {part.name: part.bytes for part in plan.memory.fixed},
-            "bytes_each_row": {part.name: part.bytes for part in plan.memory.each_row},
+            "phases": {
+                phase.name: {
+                    "fixed_bytes": {part.name: part.bytes for part in phase.fixed},
+                    "bytes_each_row": {part.name: part.bytes for part in phase.each_row},
+                }
+                for phase in plan.memory.phases
+            },
         },
         "levers": [asdict(lever) for lever in plan.levers],
     }

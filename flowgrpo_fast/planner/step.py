@@ -83,7 +83,7 @@ class StepFlops:
         return self.seconds(gpu.rate(), gpu.rate(self.low_format), gpu.rate(self.scout_format))
 
     def phases(self, gpu: Gpu) -> dict[str, tuple[float, float]]:
-        """FLOPs and GPU-seconds of each phase."""
+        """FLOPs and GPU-seconds of each phase; text also where it costs nothing a step."""
         rate = gpu.rate()
         values = {}
         for name, flops, form in (
@@ -95,7 +95,7 @@ class StepFlops:
         for name in ("update", "decode", "text", "reward"):
             flops_here = getattr(self, name)
             values[name] = (flops_here, flops_here / rate)
-        return {name: value for name, value in values.items() if value[0]}
+        return {name: value for name, value in values.items() if value[0] or name == "text"}
 
 
 def plan_step(counts: Counts, recipe: Recipe, execution: Execution | None = None) -> StepFlops:

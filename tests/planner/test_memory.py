@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from flowgrpo_fast.models import pipeline
+from flowgrpo_fast.planner import memory as planned
 from flowgrpo_fast.planner.architectures import Counts, architecture, count
 from flowgrpo_fast.planner.counting import Activations, Work
-from flowgrpo_fast.planner.memory import plan_memory, usable
+from flowgrpo_fast.planner.memory import Memory, Part, Phase, plan_memory, usable
 from flowgrpo_fast.planner.step import Execution
 from flowgrpo_fast.recipe import (
     ClippedRatio,
@@ -16,8 +18,11 @@ from flowgrpo_fast.recipe import (
     LowPrecision,
     Network,
     Optimizer,
+    Prune,
     Recipe,
+    RewardTerm,
     Scouts,
+    Task,
 )
 
 COUNTS = Counts(
@@ -34,13 +39,18 @@ COUNTS = Counts(
     latent_elements=10**6,
     activations=Activations(all=4e9, selective=2e9, full=0.5e9, block=0.25e9),
     vae_parameters=10**8,
+    prompt_elements=10**5,
+    pixels=512 * 512,
+    decode_bytes=1e9,
 )
 RECIPE = Recipe(name="r", group_size=8, num_prompts=4, precision="bf16")
 
 
-def parts(counts=COUNTS, recipe=RECIPE, **more) -> dict[str, float]:
+def parts(counts=COUNTS, recipe=RECIPE, phase="update", **more) -> dict[str, float]:
+    """Of what is always there and of one phase, at one row."""
     memory = plan_memory(counts, recipe, **more)
-    return {part.name: part.bytes for part in (*memory.fixed, *memory.each_row)}
+    (here,) = (part for part in memory.phases if part.name == phase)
+    return {part.name: part.bytes for part in (*memory.fixed, *here.at(1))}
 
 
 def test_parts_of_a_lora_by_hand() -> None:
@@ -50,12 +60,95 @@ def test_parts_of_a_lora_by_hand() -> None:
         "gradients": 4e7,
         "optimiser state": 8e7,
         "latents kept for the update": 32 * (2 * 9 + 2) * 4e6,
-        "autoencoder": 4e8,
+        "autoencoder": 2e8,
+        "prompt embeddings": 4 * 2e5,
+        "embeddings of the samples": 32 * 2e5,
         "activations": 4e9,
         "working buffers": 0.25e9,
     }
     assert parts(recipe=replace(RECIPE, precision="fp32"))["transformer weights"] == 4e9
     assert parts(num_gpus=4)["latents kept for the update"] == 8 * 20 * 4e6
+    assert parts(recipe=replace(RECIPE, precision="fp32"))["autoencoder"] == 4e8
+    assert parts(replace(COUNTS, vae_in_fp32=True))["autoencoder"] == 4e8
+
+
+def test_the_memory_limits_are_those_of_the_models() -> None:
+    assert planned.DECODED_PIXELS == pipeline._DECODED_PIXELS
+    assert planned.MOST_EMBEDDINGS == pipeline._MEMORY_BYTES
+
+
+def test_prompts_are_in_memory_unless_a_cache_holds_more_than_fit(tmp_path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\n" * 10)
+    of_file = replace(RECIPE, task=Task(prompts=str(prompts)))
+    assert parts(recipe=of_file)["prompt embeddings"] == 10 * 2e5
+    many = replace(COUNTS, prompt_elements=2 * 10**8)  # 0.4 GB each
+    cached = replace(of_file, network=Network(text_cache="cache"))
+    assert parts(recipe=cached)["prompt embeddings"] == 10 * 2e5
+    assert parts(many, of_file)["prompt embeddings"] == 10 * 4e8
+    assert "prompt embeddings" not in parts(many, cached)
+    assert parts(many, cached)["embeddings of the samples"] == 32 * 4e8
+
+
+def test_a_rollout_holds_its_candidates_and_both_sides_of_a_cut() -> None:
+    """Nine kept steps, before and after each; the latents under way, and what a step makes of them."""
+    name, embeddings = "latents of the candidates", "embeddings of the candidates"
+    state = (2 * 9 + 2) * 4e6
+    plain = parts(phase="rollout")
+    assert (plain[name], plain[embeddings]) == (32 * state, 32 * 2e5)
+    assert plain["working buffers"] == 0.25e9
+    assert "gradients" not in plain
+    pruned = parts(recipe=replace(RECIPE, prune=Prune(at=(3, 5), sizes=(24, 16))), phase="rollout")
+    assert (pruned[name], pruned[embeddings]) == (4 * (24 + 16) * state, 4 * (24 + 16) * 2e5)
+    scouted = parts(recipe=replace(RECIPE, explore=Scouts(num_scouts=30)), phase="rollout")  # no transitions
+    assert (scouted[name], scouted[embeddings]) == (32 * state, 4 * 30 * 2e5)
+    scouted = parts(recipe=replace(RECIPE, explore=Scouts(num_scouts=100)), phase="rollout")
+    assert scouted[name] == 4 * 100 * 2 * 4e6
+    # One prompt after another: in the end all are joined, and their copies exist beside them.
+    chunked = replace(RECIPE, prompts_per_chunk=1, rows_per_forward=8)
+    apart = parts(recipe=chunked, phase="rollout")
+    assert (apart[name], apart[embeddings]) == (2 * 32 * 19 * 4e6, 8 * 2e5)
+    wide = replace(chunked, prune=Prune(at=(3,), sizes=(64,)))
+    assert parts(recipe=wide, phase="rollout")[name] == 72 * state + 24 * 19 * 4e6
+
+
+def test_decoding_takes_sixteen_small_images_at_once() -> None:
+    here = parts(phase="decoding")
+    assert here["decoding"] == 16 * 0.5e9  # in bf16
+    assert here["decoded images"] == 32 * 3 * 512 * 512 * (2 + 4 + 4)  # as they come, in fp32, joined
+    assert here["latents kept for the update"] == 32 * 20 * 4e6
+    assert parts(replace(COUNTS, vae_in_fp32=True), phase="decoding")["decoding"] == 16e9
+    assert parts(replace(COUNTS, pixels=2048 * 2049), phase="decoding")["decoding"] == 0.5e9
+    few = replace(RECIPE, prompts_per_chunk=1, rows_per_forward=8)
+    assert parts(recipe=few, phase="decoding")["decoding"] == 8 * 0.5e9
+    assert parts(recipe=few, phase="decoding")["decoded images"] == here["decoded images"] / 4
+    reward = RewardTerm(function="flowgrpo_fast.rewards.rules:digit_log_prob", where="process")
+    remote = replace(few, task=Task(rewards=(reward,)))
+    assert parts(recipe=remote, phase="decoding")["decoded images"] == here["decoded images"]
+    previewed = replace(RECIPE, prune=Prune(at=(3,), sizes=(24,)))
+    got = parts(recipe=previewed, phase="decoding")
+    assert got["decoded images"] == 4 * 24 * 3 * 512 * 512 * 10
+    assert got["latents of the candidates"] == 4 * 32 * 20 * 4e6
+    pooled = replace(RECIPE, prune=Prune(at=(3,), sizes=(24,), score="latents"))
+    assert parts(recipe=pooled, phase="decoding")["decoded images"] == here["decoded images"]
+
+
+def test_an_evaluation_goes_all_at_once() -> None:
+    here = parts(recipe=replace(RECIPE, task=Task(num_eval_samples=100)), phase="evaluation")
+    assert here["latents of the evaluation"] == 100 * 2 * 4e6
+    assert here["embeddings of the evaluation"] == 100 * 2e5
+    assert here["decoded images"] == 100 * 3 * 512 * 512 * 10
+
+
+def test_the_heaviest_phase_decides() -> None:
+    many = replace(RECIPE, rows_per_forward=1, task=Task(num_eval_samples=5000))
+    memory = plan_memory(COUNTS, many)
+    assert memory.heaviest.name == "evaluation"
+    line = memory.refusal(40e9, "cuda:0", 32)
+    assert line is not None
+    assert "the largest part is latents of the evaluation, 40.0 GB: lower task.num_eval_samples" in line
+    assert "even rows_per_forward=1 does not fit" in line
+    assert plan_memory(COUNTS, RECIPE).heaviest.name == "update"
 
 
 def test_parts_of_full_fine_tuning_by_hand() -> None:
@@ -116,9 +209,13 @@ def test_uncond_in_autograd_doubles_the_activations() -> None:
 
 
 def test_the_largest_micro_batch_divides_an_update() -> None:
-    memory = plan_memory(COUNTS, RECIPE)
-    fixed = sum(part.bytes for part in memory.fixed)
-    assert memory.rows == 32
+    update = Phase(
+        "update", (Part("latents", 2e9, ""),), (Part("kept", 4e9, ""), Part("buffers", 0.25e9, ""))
+    )
+    memory = Memory((Part("weights", 3e9, ""),), (Phase("decoding", (Part("images", 1e9, ""),)), update), 32)
+    fixed = 5e9
+    assert plan_memory(COUNTS, RECIPE).rows == 32
+    assert memory.total == fixed + 32 * 4.25e9
     for fits, rows in ((0.9, 0), (1.1, 1), (7.5, 4), (8.0, 8), (31.0, 16), (1000.0, 32)):
         capacity = (fixed + fits * 4.25e9) / 0.95 + 1.5e9
         assert memory.largest_rows(capacity * (1 + 1e-9), 32) == rows, fits
@@ -131,7 +228,7 @@ def test_what_does_not_fit_is_one_line_with_the_largest_part() -> None:
     assert line is not None
     assert "\n" not in line
     for part in (
-        "a step needs 141.1 GB and cuda:0 (80 GB) has 74.6 GB",
+        "a step needs 140.9 GB and cuda:0 (80 GB) has 74.6 GB",
         "the largest part is activations, 128.0 GB: set network.checkpointing=selective, or lower rows_per_forward",
         "(rows_per_forward=16 fits)",
     ):
@@ -148,7 +245,7 @@ def test_published_sizes_fit_where_people_train_them() -> None:
     recipe = replace(RECIPE, num_prompts=48, group_size=24, guidance_scale=4.5)
     medium = plan_memory(count(architecture("sd3.5-medium"), Network()), recipe)
     assert 9 <= medium.largest_rows(80e9, 72) <= 36
-    each = medium.each_row[0].bytes / 1e9
+    each = next(part.bytes for part in medium.phases[0].each_row if part.name == "activations") / 1e9
     assert each == pytest.approx(2.7, rel=0.25)  # the notes' own estimate of a sample's activations
     flux = count(architecture("flux.1-dev"), Network())
     assert plan_memory(flux, recipe).largest_rows(80e9, 72) >= 4
