@@ -188,8 +188,19 @@ def count(pipeline: Architecture, network: Network) -> Counts:
     """Everything a plan needs of this pipeline at this size, trained this way; counted once per process.
 
     Raises:
-        ValueError: a size the family does not run at, or LoRA targets that match no layer.
+        ValueError: a size the family does not run at, LoRA targets that match no layer, or a configuration that
+            diffusers or transformers cannot build from.
     """
+    try:
+        return _counted(pipeline, network)
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{pipeline.name} cannot be counted: {reason}") from error
+
+
+def _counted(pipeline: Architecture, network: Network) -> Counts:
     size = pipeline.size(network)
     parts = [pipeline.transformer, pipeline.experts, pipeline.vae, pipeline.text_encoders]
     key = json.dumps(parts, sort_keys=True)

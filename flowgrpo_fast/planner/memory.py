@@ -85,12 +85,16 @@ class Memory:
         if self.total <= room:
             return None
         largest = self.parts[0]
+        advice = largest.remedy
+        shrinkable = next((part for part in self.parts if part.remedy != _LARGER_GPU), largest)
+        if shrinkable is not largest and advice == _LARGER_GPU:
+            advice += f"; then {shrinkable.name}, {shrinkable.bytes / 1e9:.1f} GB: {shrinkable.remedy}"
         rows = self.largest_rows(capacity, most)
         fits = f"rows_per_forward={rows} fits" if rows else "even rows_per_forward=1 does not fit"
         return (
             f"out of memory before the start: a step needs {self.total / 1e9:.1f} GB and {device} has "
             f"{room / 1e9:.1f} GB for it; the largest part is {largest.name}, {largest.bytes / 1e9:.1f} GB: "
-            f"{largest.remedy} ({fits})"
+            f"{advice} ({fits})"
         )
 
 
@@ -219,27 +223,33 @@ class _Samples:
         ]
 
     def rollout(self) -> list[Part]:
-        """The candidates of a chunk beside the finished samples of others; or these twice, when they are joined."""
-        recipe, chunk, stored = self.recipe, self._chunk, 2 * _kept_steps(self.recipe) + 1
-        finished = self._latents(self.num_prompts * recipe.group_size, stored)
-        others = finished * (1 - chunk / self.num_prompts)
-        latents = self._latents(chunk * self._most, stored + 1) + others
-        if others:
-            latents = max(latents, 2 * finished)
-        scouts = self._latents(self._scouts * (chunk + self.num_prompts), 1)  # no transitions
-        embeddings = self._embeddings(chunk * max(self._most, self._scouts))
+        """The candidates of a chunk at a cut; or the finished samples of all twice, when chunks are joined."""
+        stored = 2 * _kept_steps(self.recipe) + 1
+        joined = 2 * self._latents(self.num_prompts * self.recipe.group_size, stored)
+        scouts = self._latents(self._scouts * (self._chunk + self.num_prompts), 1)  # no transitions
+        latents, embeddings = self._candidates(self._most)
+        least = max(scouts, joined if self._chunk < self.num_prompts else 0.0)
+        return [replace(latents, bytes=max(latents.bytes, least)), embeddings]
+
+    def _candidates(self, of_prompt: int) -> list[Part]:
+        """So many of each prompt of a chunk, beside the finished samples of other chunks."""
+        stored = 2 * _kept_steps(self.recipe) + 1
+        others = self._latents((self.num_prompts - self._chunk) * self.recipe.group_size, stored)
+        latents = self._latents(self._chunk * of_prompt, stored + 1) + others
+        embeddings = self._embeddings(self._chunk * max(of_prompt, self._scouts))
         fewer = "lower num_prompts, prune.sizes or explore.num_scouts, or set prompts_per_chunk"
         return [
-            Part("latents of the candidates", max(latents, scouts), fewer),
+            Part("latents of the candidates", latents, fewer),
             Part("embeddings of the candidates", embeddings, fewer),
         ]
 
     def decoding(self) -> list[Part]:
-        """The images of a chunk, of all where rewards run elsewhere; candidates wait while their previews are judged."""
+        """The images of a chunk, or of all where rewards run elsewhere; candidates wait while previews are judged."""
         recipe, group = self.recipe, max(self.recipe.group_size, self._scouts)
         waiting = [self.update()[0]]
         if isinstance(recipe.prune, Prune) and recipe.prune.score == "reward":
-            waiting, group = self.rollout(), max(group, recipe.num_candidates)
+            waiting = self._candidates(recipe.num_candidates)
+            group = max(group, recipe.num_candidates)
         elsewhere = any(term.where != "here" for term in recipe.task.rewards)
         samples = (self.num_prompts if elsewhere else self._chunk) * group
         fewer = "lower num_prompts or group_size" if elsewhere else "set prompts_per_chunk, or lower it"

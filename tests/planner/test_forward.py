@@ -221,6 +221,19 @@ def test_a_folder_is_read_like_a_published_name(tmp_path) -> None:
         architecture(str(tmp_path))
 
 
+def test_a_configuration_that_nothing_can_be_built_from_is_one_line() -> None:
+    pipeline = architecture("sd3-medium")
+    kind, config = pipeline.transformer
+    for changes in ({"num_layers": "many"}, {"qk_norm": "unheard of"}, {"dual_attention_layers": None}):
+        broken = replace(pipeline, transformer=(kind, {**config, **changes}))
+        with pytest.raises(ValueError, match=r".") as caught:
+            count(broken, Network(height=64, width=64))
+        assert "\n" not in str(caught.value)
+    broken = replace(pipeline, text_encoders=(("NoSuchModel", {}),))
+    with pytest.raises(ValueError, match=r"sd3-medium cannot be counted: AttributeError: .*NoSuchModel"):
+        count(broken, Network(height=64, width=64))
+
+
 def test_an_autoencoder_that_shrinks_less_leaves_more_tokens() -> None:
     shallow = dict(PUBLISHED["sd3-medium"]["vae"][1], block_out_channels=[128, 256, 512])
     for key in ("down_block_types", "up_block_types"):

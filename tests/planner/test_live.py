@@ -154,6 +154,32 @@ def test_what_the_planner_does_not_know_it_does_not_refuse(toy_recipe, tmp_path,
     check_memory(toy_recipe(network=Network(path=path)), CPU, 1e9)
 
 
+@pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError, RuntimeError, ImportError])
+def test_a_pipeline_that_cannot_be_counted_is_not_refused(toy_recipe, monkeypatch, error) -> None:
+    """A configuration the planner misreads may be one that trains; running out of memory still ends in one line."""
+
+    def fails(*args):
+        raise error("within a meta network")
+
+    monkeypatch.setattr(live, "count", fails)
+    recipe = toy_recipe(network=Network(path="sd3.5-medium"))
+    check_memory(recipe, CPU, 1e9)
+    with (
+        pytest.raises(ValueError, match="lower rows_per_forward"),
+        live.out_of_memory_in_one_line(recipe, CPU),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_plan_is_compared_with_what_others_left_free(monkeypatch) -> None:
+    """Free memory no longer holds the CUDA context of the process that asks; the plan takes it off by itself."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30e9, 80e9))
+    assert live.memory_of(torch.device("cuda:0")) == 30.5e9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79.9e9, 80e9))
+    assert live.memory_of(torch.device("cuda:0")) == 80e9
+    assert live.memory_of(CPU) is None
+
+
 def test_enough_memory_or_a_cpu_is_no_obstacle(toy_recipe) -> None:
     recipe = toy_recipe(network=Network(path="sd3.5-medium", height=256, width=256), precision="bf16")
     check_memory(replace(recipe, rows_per_forward=1), CPU, 24e9)

@@ -128,7 +128,8 @@ def test_decoding_takes_sixteen_small_images_at_once() -> None:
     previewed = replace(RECIPE, prune=Prune(at=(3,), sizes=(24,)))
     got = parts(recipe=previewed, phase="decoding")
     assert got["decoded images"] == 4 * 24 * 3 * 512 * 512 * 10
-    assert got["latents of the candidates"] == 4 * 32 * 20 * 4e6
+    assert got["latents of the candidates"] == 4 * 24 * 20 * 4e6  # the cut comes after the scores
+    assert got["embeddings of the candidates"] == 4 * 24 * 2e5
     pooled = replace(RECIPE, prune=Prune(at=(3,), sizes=(24,), score="latents"))
     assert parts(recipe=pooled, phase="decoding")["decoded images"] == here["decoded images"]
 
@@ -149,6 +150,12 @@ def test_the_heaviest_phase_decides() -> None:
     assert "the largest part is latents of the evaluation, 40.0 GB: lower task.num_eval_samples" in line
     assert "even rows_per_forward=1 does not fit" in line
     assert plan_memory(COUNTS, RECIPE).heaviest.name == "update"
+    heavy = plan_memory(replace(COUNTS, parameters=3 * 10**10), many).refusal(60e9, "cuda:0", 32)
+    assert heavy is not None
+    assert (
+        "transformer weights, 60.0 GB: choose a smaller model or a GPU with more memory; then latents"
+        in heavy
+    )
 
 
 def test_parts_of_full_fine_tuning_by_hand() -> None:

@@ -44,60 +44,67 @@ WINDOW_3 = replace(flow_grpo(), window=RandomWindow(size=3, low=0, high=5))
 
 @dataclass
 class Row:
-    """PFLOP of rollout and update; GPU-seconds at 800 TFLOP/s, and with all linears of the rollout at 1400."""
+    """PFLOP of rollout and update; GPU-seconds at 800 TFLOP/s, and with all linears of the rollout at 1400; PFLOP of
+    decoding, text and reward."""
 
     model: str
     recipe: Recipe
-    expected: tuple[float, float, float, float]
+    expected: tuple[float, float, float, float, float]
     network: Network = field(default_factory=Network)
     execution: Execution = field(default_factory=Execution)
+    others: float = 0.0  # what we count in place of the last, where docs/planner.md says why
 
 
 TABLE = {
-    "flow_grpo": Row("sd3.5-medium", flow_grpo(), (51, 148, 255, 231), execution=PUBLISHED),
+    "flow_grpo": Row("sd3.5-medium", flow_grpo(), (51, 148, 255, 231, 4.6), execution=PUBLISHED),
     "flow_grpo, uncond under no_grad": Row(
         "sd3.5-medium",
         flow_grpo(),
-        (51, 120, 220, 196),
+        (51, 120, 220, 196, 4.6),
         execution=replace(PUBLISHED, uncond_gradient=False),
     ),
-    "window 3": Row("sd3.5-medium", WINDOW_3, (51, 49, 131, 108), execution=PUBLISHED),
+    "window 3": Row("sd3.5-medium", WINDOW_3, (51, 49, 131, 108, 4.6), execution=PUBLISHED),
     "window 3, no CFG, no KL": Row(
         "sd3.5-medium",
         replace(WINDOW_3, guidance_scale=1.0, loss=ClippedRatio()),
-        (26, 17, 59, 47),
+        (26, 17, 59, 47, 4.6),
         execution=PUBLISHED,
     ),
-    "dance_grpo": Row("flux.1-dev", dance_grpo(), (115, 262, 471, 418), FLUX),
-    "mix_grpo": Row("flux.1-dev", mix_grpo(), (358, 233, 741, 572), FLUX, MIX),
-    "mix_grpo_flash": Row("flux.1-dev", mix_grpo_flash(), (229, 233, 580, 472), FLUX, MIX),
-    "mix_grpo, LoRA, no checkpointing": Row("flux.1-dev", mix_grpo(), (358, 125, 606, 438), FLUX_LORA, MIX),
+    "dance_grpo": Row("flux.1-dev", dance_grpo(), (115, 262, 471, 418, 1.0), FLUX),
+    "mix_grpo": Row("flux.1-dev", mix_grpo(), (358, 233, 741, 572, 2.3), FLUX, MIX),
+    "mix_grpo_flash": Row("flux.1-dev", mix_grpo_flash(), (229, 233, 580, 472, 2.3), FLUX, MIX),
+    "mix_grpo, LoRA, no checkpointing": Row(
+        "flux.1-dev", mix_grpo(), (358, 125, 606, 438, 2.3), FLUX_LORA, MIX
+    ),
     "mix_grpo, shared prefix and first step of the update": Row(
         "flux.1-dev",
         mix_grpo(),
-        (286, 179, 584, 450),
+        (286, 179, 584, 450, 2.3),
         FLUX,
         replace(MIX, share_prefix=True, share_first_step=True),
     ),
     "dance_grpo HunyuanVideo": Row(
         "hunyuan-video",
         replace(dance_grpo(), num_prompts=32, group_size=24),
-        (3646, 2875, 8180, 7029),  # it has a tenth of our FLOPs for decoding: 3 % of the whole
+        (3646, 2875, 8180, 7029, 23),
         HUNYUAN,
         Execution(trained_of_group=8),
+        others=230,
     ),
     "flow_grpo Qwen-Image, old log-prob pass": Row(
         "qwen-image",
         replace(flow_grpo(), num_prompts=32, group_size=16, window=FrozenWindow(size=2)),
-        (171, 139, 389, 303),
+        (171, 139, 389, 303, 1.3),
         execution=Execution(uncond_gradient=True, recompute_old_log_prob=True),
+        others=1.63,
     ),
     "flow_grpo Wan": Row(
         "wan2.1-1.3b",
         replace(flow_grpo(), num_prompts=8, group_size=8, sigmas=Sigmas(num_inference_steps=20)),
-        (30, 94, 156, 143),
+        (30, 94, 156, 143, 1.3),
         WAN,
         Execution(uncond_gradient=True),
+        others=1.82,
     ),
     "sol_rl SD3.5-L": Row(
         "sd3.5-large",
@@ -107,8 +114,9 @@ TABLE = {
             share_start_noise=False,
             explore=Scouts(num_scouts=96, num_inference_steps=6),
         ),
-        (281, 340, 795, 656),
+        (281, 340, 795, 656, 15),
         execution=Execution(num_frozen_forwards=2, trained_steps=10),  # NFT: old and reference beside the new
+        others=16.4,
     ),
 }
 
@@ -127,7 +135,9 @@ def test_an_iteration_is_that_of_the_table_within_5_percent(row) -> None:
     at_800 = step.seconds(800e12)
     fp8 = at_800 - linear / 800e12 + linear / 1400e12
     got = (rollout / 1e15, step.update / 1e15, at_800, fp8)
-    assert got == tuple(pytest.approx(value, rel=0.05) for value in row.expected)
+    assert got == tuple(pytest.approx(value, rel=0.05) for value in row.expected[:4])
+    others = (step.decode + step.text + step.reward) / 1e15
+    assert others == pytest.approx(row.others or row.expected[4], rel=0.01 if row.others else 0.05)
 
 
 SIMPLE = Counts(
@@ -164,6 +174,9 @@ def test_a_plain_step_by_hand() -> None:
     assert step.update == 12 * 2 * (FORWARD + BACKWARD)
     assert (step.decode, step.text, step.reward) == (12 * 3.0, 0.0, 12 * 7.0)
     assert step.forwards == 72
+    phases = step.phases(GPUS["h100"])
+    assert list(phases) == ["rollout", "update", "decode", "text", "reward"]
+    assert phases["text"] == (0.0, 0.0)  # encoded once: shown, not hidden
 
 
 @pytest.mark.parametrize(
