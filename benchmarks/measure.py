@@ -198,9 +198,11 @@ def main() -> int:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """As JSON."""
+    """As JSON; whoever is stopped while writing leaves what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps(result, indent=1) + "\n")
+    half.replace(path)
 
 
 if __name__ == "__main__":
