@@ -192,6 +192,8 @@ def main() -> int:
         else:
             result = measure(level, options)
             failed |= bool(result["failed"])
+            if not (result["rows"] or result["failed"] or result["left"]):
+                parser.error(f"no case of {level} has {arguments.only!r} in its name")
         write(result)
         show(level, result)
     return int(failed)

@@ -255,7 +255,7 @@ def test_measure_runs_as_a_script_from_anywhere(tmp_path):
         str(script),
         "ops",
         "--only",
-        "replay toy",
+        "top_bottom toy",
         "--seconds",
         "0.02",
         "--threads",
@@ -267,6 +267,15 @@ def test_measure_runs_as_a_script_from_anywhere(tmp_path):
     done = subprocess.run([sys.executable, str(script), "opz"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "level is 'opz', must be one of ops, rollout, train_step, levers" in done.stderr
+
+
+def test_a_name_that_no_case_has_is_an_error(monkeypatch, small_roof, capsys):
+    arguments = ["measure.py", "ops", "--only", "no such case", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as caught:
+        measure.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("error: no case of ops has 'no such case' in its name\n")
 
 
 @pytest.mark.slow
