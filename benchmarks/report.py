@@ -25,7 +25,7 @@ Row = dict[str, Any]
 Result = dict[str, Any]
 
 LARGE = {"cpu": 16e6, "cuda": 100e6}  # bytes from which bandwidth is asked for
-COMPUTE_BOUND = ("sampling", "noise")  # the normals' arithmetic, not memory, is their roof
+COMPUTE_BOUND = ("sampling", "sampling_with_guidance", "noise")  # the normals' arithmetic is their roof
 NOISE = "noise"
 IMAGE_GROUPS = ("SD3.5 512 x24", "SD3.5 512 x12", "FLUX 720 x24", "FLUX 720 x12")
 README = {

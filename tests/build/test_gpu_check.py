@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_stages, lever_rows
+from benchmarks import gpu_check, gpu_stages, lever_rows, report
 from benchmarks.gpu_check import Command, Stage
 
 SCRIPT = Path(gpu_check.__file__)
@@ -60,6 +60,12 @@ def test_a_stage_that_fits_its_work_to_its_limit_is_told_what_is_left(tmp_path):
     assert levers.stretches
     assert levers.limit - levers.starting >= lever_rows._A_ROW  # or no row would be begun
     assert gpu_check.absent(levers, {"peft": ""}) == "needs peft"
+
+
+def test_the_page_says_what_is_compiled_on_a_gpu(tmp_path):
+    ops = next(command for command in gpu_check.commands(tmp_path, "90a") if command.name == "ops")
+    size, dtype = ops.arguments[ops.arguments.index("--compiled") + 1].rsplit(" ", 1)
+    assert f"compiles one size alone, {size} in {dtype}" in " ".join(report.INTRODUCTION.split())
 
 
 def test_stages_share_what_is_left_and_one_without_time_is_skipped(tmp_path, monkeypatch):
