@@ -14,6 +14,8 @@ from flowgrpo_fast.ops import flow_log_prob, flow_step, reference
 
 NOISE_LEVEL = 0.7
 NUM_STEPS = 10
+_MULTIPLIERS, _WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)  # of Philox4x32
+_LOW = 0xFFFFFFFF
 
 
 @dataclass
@@ -101,6 +103,26 @@ def same_step(w: Workload, velocity: Tensor) -> tuple[Tensor, Tensor]:
 def same_log_prob(w: Workload, velocity: Tensor) -> Tensor:
     """The replay's mathematics over a coefficient table, for torch.compile."""
     return reference.flow_log_prob(w.latents, velocity, w.next_latents, w.coeffs, w.step_index)[0]
+
+
+def same_noise(seed: Tensor, sample: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`philox_normal` at step 0 of stream 0 to its last few bits, for torch.compile: words are int64, normals fp32."""
+    block = torch.arange(-(-math.prod(sample) // 4), device=seed.device).expand(len(seed), -1)
+    w0, w1, w2, w3 = block & _LOW, block >> 32, torch.zeros_like(block), torch.zeros_like(block)
+    k0, k1 = (seed & _LOW)[:, None], (seed >> 32 & _LOW)[:, None]
+    for _ in range(10):
+        first, second = (
+            _MULTIPLIERS[0] * w0,
+            _MULTIPLIERS[1] * w2,
+        )  # modulo 2^64, so the upper words need a mask
+        w0, w1 = (second >> 32 & _LOW) ^ w1 ^ k0, second & _LOW
+        w2, w3 = (first >> 32 & _LOW) ^ w3 ^ k1, first & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    words = torch.stack((w0, w1, w2, w3), -1).unflatten(-1, (2, 2))
+    uniform = ((words[..., 0] >> 1).float() + 0.5) * 2.0**-31
+    radius, angle = (-2 * uniform.log()).sqrt(), words[..., 1].float() * (2 * math.pi * 2.0**-32)
+    normal = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)
+    return normal[:, : math.prod(sample)].unflatten(1, sample).to(dtype)
 
 
 def with_backward(log_prob_of: Callable[[Tensor], Tensor], velocity: Tensor) -> Callable[[], Tensor]:

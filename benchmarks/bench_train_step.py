@@ -3,17 +3,20 @@
 pytest benchmarks/bench_train_step.py --benchmark-group-by=group --benchmark-columns=median,min,rounds
 
 The digits: ours, the loop trainers write, and that loop with a compiled step. A transformer: every row of
-`benchmarks/levers.py`. `make levers` measures those in turns, with memory and counts.
+`benchmarks/levers.py` for itself, its launches, bytes and syncs (for compiled rows on CUDA the launches alone) and on
+CUDA the peak of its memory in extra_info. `make levers` measures these rows in turns and relates them to the first; the
+peaks of the CPU, each of a process of its own, are there alone.
 """
 
 from __future__ import annotations
 
 import gc
+from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.lever_rows import CPU_JOBS, GPU_JOBS, Runner
+from benchmarks.lever_rows import CPU_JOBS, GPU_JOBS, Runner, counted_row
 from benchmarks.levers import levers
 from benchmarks.loops import train_step_cases
 
@@ -41,7 +44,6 @@ def bench_train_step(timed, training, contender):
 def bench_lever(benchmark, device, job, lever):
     runner = Runner(lever, device)
     benchmark.group, benchmark.name = f"training step of {job}", lever.name
-    benchmark.pedantic(runner.time, rounds=3)
-    benchmark.extra_info |= runner.row(None)
+    benchmark.extra_info |= counted_row(runner, partial(benchmark.pedantic, runner.time, rounds=3))
     del runner
     gc.collect()

@@ -15,7 +15,6 @@ KERNELS = {
     "flow_log_prob": 2,
     "flow_log_prob_backward": 1,
     "flow_log_prob_extras": 4,  # one more each for the sum of the drift and for the map
-    "flow_log_prob_extras_backward": 1,
     "philox": 1,
     "group_advantages": 3,  # one, and one each for the batch's std and for GDPO's second normalisation
     "best_variance_subset": 1,

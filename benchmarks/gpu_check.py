@@ -3,8 +3,9 @@
 make gpu-check                                  or, the same: python benchmarks/gpu_check.py --output FOLDER
 python benchmarks/gpu_check.py --only levers    the training step alone, all of the time for it
 
-Stages run one after another, each with a time limit; a failing one does not stop the others. Packages the machine
-lacks are taken from a folder of wheels, by default `wheels/` next to the Makefile, made where there is a network with
+Stages run one after another, each with a time limit, and end within ten minutes whatever they do: a failing one does
+not stop the others, one that overruns is stopped, one with no time left is skipped. Packages the machine lacks are
+taken from a folder of wheels, by default `wheels/` next to the Makefile, made where there is a network with
 
     pip download --dest wheels --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 diffusers ...
 
@@ -19,13 +20,11 @@ import datetime
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,42 +34,12 @@ if str(ROOT) not in sys.path:  # run as a script, perhaps where nothing is insta
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import lever_report, report  # noqa: E402
+from benchmarks.gpu_stages import NEEDED, Stage, read_levers, read_sanitizer, read_tests  # noqa: E402
 
 WORK = ROOT / "build" / "gpu_check"
-BUDGET = 590  # seconds for all stages; one that can use it gets what the others left
-STARTING = 20  # seconds of such a stage before and after what it measures
-NEEDED = {  # import name: what goes without it
-    "pybind11": "the build",
-    "ninja": "the build",
-    "pytest": "every test",
-    "hypothesis": "tests with generated shapes",
-    "numpy": "rollout, training, their tests and benchmarks",
-    "diffusers": "the digits model, the scheduler, the rollout and train-step benchmarks",
-    "safetensors": "checkpoints and the digits model",
-    "transformers": "what diffusers loads with it",
-    "peft": "LoRA",
-    "PIL": "sample grids",
-    "matplotlib": "figures",
-    "sklearn": "the digits' data and judge",
-    "scipy": "tests of distributions",
-    "pynvml": "the energy of a run",
-    "pytest_benchmark": "pytest benchmarks/ (the measurements here do without)",
-    "triton": "torch.compile on the GPU, so the speed-ups over it",
-    "rich": "coloured tables",
-    "tyro": "the command line and its tests",
-    "ml_dtypes": "comparisons of the low-precision codes",
-}
-
-
-@dataclass
-class Stage:
-    """What came of one stage."""
-
-    name: str
-    status: str = "passed"  # passed | failed | timed out | skipped
-    seconds: float = 0.0
-    detail: str = ""
-    numbers: dict[str, Any] = field(default_factory=dict)
+BUDGET = 580  # seconds from the first line to the last stage; one that can use it gets what the others left
+INSTALLING = 30  # of these for the packages
+LEAST = 10  # with less a stage is not worth starting
 
 
 @dataclass(frozen=True)
@@ -82,14 +51,22 @@ class Command:
     limit: int  # seconds
     environment: dict[str, str] = field(default_factory=dict)
     read: Callable[[Stage, str], None] | None = None
-    stretches: bool = False  # it is told its limit, and does what fits
+    starting: int = 0  # seconds before and after what it measures: it is told the rest, and does what fits
+    stretches: bool = False  # it can use more than its limit
+
+    @property
+    def least(self) -> int:
+        """Seconds that the stages before it leave to it."""
+        return self.limit if self.stretches else min(self.limit, self.starting + LEAST)
+
+    @property
+    def told(self) -> list[str]:
+        """The arguments, with its own limit where it heeds one."""
+        return self.arguments + (["--limit", str(self.limit - self.starting)] if self.starting else [])
 
     def within(self, seconds: float) -> Command:
-        """With the time that is left, where it can use more than its own."""
-        limit = int(seconds)
-        if not self.stretches or limit <= self.limit:
-            return self
-        return replace(self, limit=limit)
+        """With no more than the time that is left, or all of it where it can use that."""
+        return replace(self, limit=int(seconds if self.stretches else min(self.limit, seconds)))
 
 
 def run(command: Command, folder: Path) -> Stage:
@@ -98,7 +75,7 @@ def run(command: Command, folder: Path) -> Stage:
     log = folder / f"{command.name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command.arguments, *(["--limit", str(command.limit - STARTING)] if command.stretches else [])],
+            command.told,
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
@@ -110,16 +87,27 @@ def run(command: Command, folder: Path) -> Stage:
             stage.status = "passed" if code == 0 else "failed"
             stage.detail = "" if code == 0 else f"exit status {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # the session this process started, with everything in it
-            process.wait()
             stage.status, stage.detail = "timed out", f"stopped after {command.limit} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)  # the session this process started, with everything in it
+                process.wait()
     text = log.read_text(errors="replace")
     if command.read:
-        command.read(stage, text)
+        read(command.read, stage, text)
     if stage.status in ("failed", "timed out"):
         stage.detail += "; " + " | ".join(text.strip().splitlines()[-8:])
     stage.seconds = round(time.perf_counter() - start, 1)
     return stage
+
+
+def read(reader: Callable[[Stage, str], None], stage: Stage, text: str) -> None:
+    """What a stage has written; half a file, of one that was stopped, fails it and nothing else."""
+    try:
+        reader(stage, text)
+    except Exception as error:
+        stage.status = "failed" if stage.status == "passed" else stage.status
+        stage.detail = f"{stage.detail}; result not read: {type(error).__name__}: {error}".lstrip("; ")
 
 
 def environment() -> dict[str, str]:
@@ -134,11 +122,13 @@ def install(wheels: Path) -> Stage:
     wanted = [str(path) for path in sorted(wheels.glob("*.whl")) if not installed(path.name.split("-")[0])]
     if wanted:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
-        done = subprocess.run(
-            [*command, "--target", str(WORK / "site"), *wanted], capture_output=True, text=True, timeout=30
-        )
-        if done.returncode:
-            stage.status, stage.detail = "failed", done.stderr.strip()[-500:]
+        command += ["--target", str(WORK / "site"), *wanted]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALLING)
+            if done.returncode:
+                stage.status, stage.detail = "failed", done.stderr.strip()[-500:]
+        except subprocess.TimeoutExpired:
+            stage.status, stage.detail = "timed out", f"stopped after {INSTALLING} s"
     stage.numbers = {"installed": [Path(name).name for name in wanted], "missing": missing()}
     stage.seconds = round(time.perf_counter() - start, 1)
     return stage
@@ -162,91 +152,25 @@ def missing() -> dict[str, str]:
     return {name: NEEDED[name] for name in found.stdout.split()}
 
 
-def read_tests(junit: Path) -> Callable[[Stage, str], None]:
-    """Counts of a JUnit report. A file that cannot be imported for a missing package counts as skipped, by name."""
-
-    def read(stage: Stage, _: str) -> None:
-        passed, skips, failed, lacking = 0, 0, [], {}
-        for case in ElementTree.parse(junit).iter("testcase") if junit.exists() else ():
-            name = f"{case.get('classname')}::{case.get('name')}"
-            problem = next((child for child in case if child.tag in ("failure", "error")), None)
-            text = "" if problem is None else (problem.get("message") or "") + (problem.text or "")
-            package = re.search(r"No module named '(\w+)", text)
-            if package and package[1] in NEEDED:
-                lacking[name] = f"needs {package[1]}"
-            elif problem is not None:
-                failed.append(name)
-            elif case.find("skipped") is not None:
-                skips += 1
-            else:
-                passed += 1
-        counts = {"passed": passed, "failed": len(failed), "skipped": skips + len(lacking)}
-        stage.numbers = counts | {"failed_tests": failed[:50], "skipped_for_packages": lacking}
-        if stage.status == "failed" and lacking and passed and not failed:
-            stage.status, stage.detail = "passed", f"{len(lacking)} files skipped for missing packages"
-        if stage.status == "passed" and not passed:
-            stage.status, stage.detail = "failed", "no test ran"
-
-    return read
-
-
-def read_sanitizer(stage: Stage, text: str) -> None:
-    """The errors compute-sanitizer counted."""
-    found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
-    stage.numbers = {"errors": sum(int(a or b) for a, b in found) if found else None}
-    if "Device not supported" in text:
-        stage.status, stage.detail = "skipped", "compute-sanitizer: device not supported"
-    elif stage.status == "passed" and (not found or stage.numbers["errors"]):
-        stage.status, stage.detail = "failed", "compute-sanitizer found errors, or gave no summary"
-
-
-def read_levers(folder: Path) -> Callable[[Stage, str], None]:
-    """Rows measured, failed and left; a stage that is stopped keeps what it has written."""
-
-    def read(stage: Stage, _: str) -> None:
-        path = folder / "levers_cuda.json"
-        result = json.loads(path.read_text()) if path.exists() else {"jobs": [], "left": []}
-        rows = sum(len(job["rows"]) for job in result["jobs"])
-        failed = {
-            f"{job['job']}, {name}": why for job in result["jobs"] for name, why in job["failed"].items()
-        }
-        stage.numbers = {"rows": rows, "left": len(result["left"]), "failed_rows": failed}
-        if stage.status == "timed out" and rows:
-            stage.status, stage.detail = "passed", f"{stage.detail}, after {rows} rows"
-
-    return read
-
-
 def commands(folder: Path, arch: str) -> list[Command]:
-    """The stages after the packages; limits add up to less than ten minutes."""
+    """The stages after the packages; with theirs, limits add up to the budget."""
     python, junit = sys.executable, folder / "tests.xml"
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    gpu = [*pytest, "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}", "tests"]
+    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    gpu = [*pytest, "-q", "-m", "gpu", f"--junitxml={junit}", "tests"]
+    # One line a test, so that a stage that was stopped says which have run.
+    witness = [*pytest, "-v", "-x", "-m", "gpu and witness", "tests/ops"]
     build = {
         "FLOWGRPO_FAST_ARCHS": arch,
         "FLOWGRPO_FAST_BUILD": str(WORK / "objects"),
         "FLOWGRPO_FAST_CUDA": "1",
     }
     found = [
-        Command("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 110, build),
-        Command("tests", gpu, 130, read=read_tests(junit)),
+        Command("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 105, build),
+        Command("tests", gpu, 115, read=read_tests(junit)),
     ]
+    plain = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found += [
-        Command(
-            tool,
-            [
-                *sanitizer(tool),
-                *pytest,
-                "-x",
-                "-m",
-                "gpu and witness",
-                "--continue-on-collection-errors",
-                "tests/ops",
-            ],
-            60,
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            read_sanitizer,
-        )
+        Command(tool, [*sanitizer(tool), *witness], 45, plain, read_sanitizer)
         for tool in ("memcheck", "racecheck")
     ]
     measure = [
@@ -261,10 +185,10 @@ def commands(folder: Path, arch: str) -> list[Command]:
     ]
     return [
         *found,
-        Command("ops", [*measure, "ops", "--limit", "110", "--compiled", "SD3.5 512 x24 bfloat16"], 140),
+        Command("ops", [*measure, "ops", "--compiled", "SD3.5 512 x24 bfloat16"], 105, starting=30),
         Command("rollout", [*measure, "rollout"], 35),
         Command("train_step", [*measure, "train_step"], 35),
-        Command("levers", [*measure, "levers"], 25, read=read_levers(folder), stretches=True),
+        Command("levers", [*measure, "levers"], 65, read=read_levers(folder), starting=20, stretches=True),
     ]
 
 
@@ -294,6 +218,17 @@ def absent(command: Command, lacking: dict[str, str]) -> str:
     }
     names = [name for name in needs.get(command.name, ()) if name in lacking]
     return f"needs {', '.join(names)}" if names else ""
+
+
+def run_all(commands: list[Command], lacking: dict[str, str], deadline: float) -> Iterator[Stage]:
+    """The stages in order, each within what is left when the least of those after it is set aside."""
+    for number, command in enumerate(commands):
+        later = sum(each.least for each in commands[number + 1 :])
+        fitted = command.within(deadline - later - time.perf_counter())
+        why = absent(command, lacking)
+        if not why and fitted.limit < command.least:
+            why = f"out of time: {max(fitted.limit, 0)} s are left of {BUDGET}"
+        yield Stage(command.name, "skipped", detail=why) if why else run(fitted, WORK)
 
 
 def gpu() -> dict[str, str] | None:
@@ -352,6 +287,7 @@ def show(stage: Stage) -> None:
 
 
 def main() -> int:
+    deadline = time.perf_counter() + BUDGET
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels")
@@ -362,8 +298,9 @@ def main() -> int:
     arguments = parser.parse_args()
     machine = gpu()
     if arguments.dry_run:
+        print(f"{'packages':12} {INSTALLING:4} s  {arguments.wheels}")
         for command in commands(WORK, machine["arch"] if machine else "<arch>"):
-            print(f"{command.name:12} {command.limit:4} s  {' '.join(command.arguments)}")
+            print(f"{command.name:12} {command.limit:4} s  {' '.join(command.told)}")
         return 0
     if machine is None:
         print("gpu-check: no CUDA device", file=sys.stderr)
@@ -375,15 +312,11 @@ def main() -> int:
     print(f"{machine['gpu']}, torch {machine['torch']}, Python {machine['python']}, sm_{machine['arch']}")
     stages = [install(arguments.wheels)]
     show(stages[0])
-    lacking = stages[0].numbers["missing"]
-    start = time.perf_counter()
-    for command in commands(WORK, machine["arch"]):
-        if arguments.only and command.name not in ("build", *arguments.only):
-            continue
-        command = command.within(BUDGET - (time.perf_counter() - start))
-        why = absent(command, lacking)
-        stages.append(Stage(command.name, "skipped", detail=why) if why else run(command, WORK))
-        show(stages[-1])
+    chosen = {"build", *arguments.only}
+    wanted = [c for c in commands(WORK, machine["arch"]) if not arguments.only or c.name in chosen]
+    for stage in run_all(wanted, stages[0].numbers["missing"], deadline):
+        stages.append(stage)
+        show(stage)
     result = summary(machine, stages)
     for name, why in result["skipped"].items():
         print(f"skipped: {name}: {why}")

@@ -247,17 +247,27 @@ def _turn(lever: Lever) -> int:
 def _alone(lever: Lever, device: torch.device, rounds: int) -> Row:
     """A row that has the device to itself."""
     runner = Runner(lever, device)
-    runner.count()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    while len(runner.seconds) < rounds and sum(runner.seconds) < _ENOUGH:
-        runner.time()
-    row = runner.row(None)
-    if device.type == "cuda":
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
-        row["counts"] = row["counts"] or {"launches": _launches(runner.step)}
+
+    def timed() -> None:
+        while len(runner.seconds) < rounds and sum(runner.seconds) < _ENOUGH:
+            runner.time()
+
+    row = counted_row(runner, timed)
     if runner.engine.low_precision is not None:
         row["rollouts"] = rollouts(runner.engine, rounds)
+    return row
+
+
+def counted_row(runner: Runner, timed: Callable[[], Any]) -> Row:
+    """The row of a runner that `timed` times, with counts and, on CUDA, the peak of its memory."""
+    runner.count()
+    if runner.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    timed()
+    row = runner.row(None)
+    if runner.device.type == "cuda":
+        row["peak_bytes"] = torch.cuda.max_memory_allocated()
+        row["counts"] = row["counts"] or {"launches": _launches(runner.step)}
     return row
 
 

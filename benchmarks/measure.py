@@ -192,15 +192,19 @@ def main() -> int:
         else:
             result = measure(level, options)
             failed |= bool(result["failed"])
+            if not (result["rows"] or result["failed"] or result["left"]):
+                parser.error(f"no case of {level} has {arguments.only!r} in its name")
         write(result)
         show(level, result)
     return int(failed)
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """As JSON."""
+    """As JSON; whoever is stopped while writing leaves what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps(result, indent=1) + "\n")
+    half.replace(path)
 
 
 if __name__ == "__main__":

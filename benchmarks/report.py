@@ -25,7 +25,7 @@ Row = dict[str, Any]
 Result = dict[str, Any]
 
 LARGE = {"cpu": 16e6, "cuda": 100e6}  # bytes from which bandwidth is asked for
-COMPUTE_BOUND = ("sampling", "noise")  # the normals' arithmetic, not memory, is their roof
+COMPUTE_BOUND = ("sampling", "sampling_with_guidance", "noise")  # the normals' arithmetic is their roof
 NOISE = "noise"
 IMAGE_GROUPS = ("SD3.5 512 x24", "SD3.5 512 x12", "FLUX 720 x24", "FLUX 720 x12")
 README = {
@@ -62,7 +62,9 @@ bytes run in turns in one process. **GB/s** counts the least a call has to move 
 written once); **of copy** is its share of torch's copy of 512 MiB just before and after, more than 100 % where the data
 stays in a cache; **of equal** is the time of the copy of as many bytes over the op's, in a cache or not like the op.
 **launches** (CUDA kernels) and **syncs** (the host waiting for a number) are counted, not timed: ours, then
-eager's. What eager does in numpy, on tensors of the CPU, nobody counts.
+eager's. What eager does in numpy, on tensors of the CPU, nobody counts. The compiled noise is the same Philox in
+int64; eager's is torch.randn. On CUDA `make gpu-check` compiles one size alone, SD3.5 512 x24 in bfloat16: the rows
+that have a number under **x compiled**.
 """
 
 

@@ -15,10 +15,9 @@ from types import ModuleType
 import torch
 
 from benchmarks import cases as families_package
-from benchmarks.cases import SIZES, Case, Selection, Size
+from benchmarks.cases import SIZES, TOY, Case, Selection, Size
 
 FLAGSHIPS = ("SD3.5 512 x24", "FLUX 720 x24")  # in bfloat16 too; the other sizes in float32 alone
-TOY = next(size for size in SIZES if size.name.startswith("toy"))
 # The flagships first, so that a measurement cut short has them.
 DEFAULT: Selection = (
     *((size, dtype) for size in SIZES if size.name in FLAGSHIPS for dtype in (torch.float32, torch.bfloat16)),

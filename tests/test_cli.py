@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flowgrpo_fast import cli
 from flowgrpo_fast.cli import fitted_recipe, main, pick_device
 from flowgrpo_fast.recipes import digits, mix_grpo
 
@@ -181,6 +182,24 @@ def test_a_full_disk_ends_the_run_with_one_line(finished: Path, tmp_path, monkey
     message = failing(capsys, "train", *SMALL, "--out", str(tmp_path / "run"), "--device", "cpu")
     assert "No space left on device" in message
     assert (tmp_path / "run/report.html").exists()  # what was measured is still told
+
+
+@pytest.mark.slow
+def test_bench_prints_the_table(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "ops", "--only", "top_bottom toy"])
+    out = capfd.readouterr().out
+    assert caught.value.code == 0, out
+    header, *rows = out.splitlines()[1:]
+    assert header.split()[:4] == ["operation", "size", "dtype", "ours"]
+    assert [row.split()[:2] for row in rows] == [["top_bottom", "toy"]]
+
+
+def test_bench_needs_the_source_checkout(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "flowgrpo_fast" / "cli.py"))
+    error = failing(capsys, "bench", "ops")
+    suite = str(tmp_path / "benchmarks" / "measure.py")
+    assert error == f"error: no benchmark suite at {suite!r}; run this in a source checkout\n"
 
 
 def test_only_the_default_job_is_fitted() -> None:

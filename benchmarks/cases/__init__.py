@@ -30,6 +30,7 @@ class Size:
 
 
 SD3 = Size("SD3.5 512 x24", 24, (16, 64, 64))
+TOY = Size("toy x8", 8, (1, 8, 8))
 SIZES = (
     SD3,
     Size("SD3.5 512 x12", 12, (16, 64, 64)),
@@ -38,7 +39,7 @@ SIZES = (
     Size("FLUX 720 x12", 12, (2025, 64)),
     Size("Wan 480p 81 frames x4", 4, (16, 21, 60, 104)),
     Size("HunyuanVideo 480 53 frames x4", 4, (16, 14, 60, 60)),
-    Size("toy x8", 8, (1, 8, 8)),
+    TOY,
 )
 
 

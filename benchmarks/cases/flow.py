@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import Workload, contenders, make_workload, unfused_density, unfused_mean
-from benchmarks.cases import Case, Run, Size, nbytes
+from benchmarks.baselines import (
+    Workload,
+    contenders,
+    make_workload,
+    same_noise,
+    unfused_density,
+    unfused_mean,
+)
+from benchmarks.cases import SD3, TOY, Case, Run, Size, nbytes
 from flowgrpo_fast.ops import Extras, flow_log_prob, philox_normal, reference
 
 Replay = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -103,4 +110,7 @@ def cases(size: Size, dtype: torch.dtype, device: torch.device) -> Iterator[Case
         "ours": lambda: philox_normal(w.seed, size.sample, dtype=dtype),
         "eager": lambda: torch.randn(size.shape, dtype=dtype, device=device),
     }
+    if size.name in (SD3.name, TOY.name):  # its compilation takes seconds, and says the same for every size
+        compiled_noise = torch.compile(same_noise)
+        noise["compiled"] = lambda: compiled_noise(w.seed, size.sample, dtype)
     yield Case("noise", size, dtype, whole + nbytes(w.seed), noise)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_stages, lever_rows, report
 from benchmarks.gpu_check import Command, Stage
 
 SCRIPT = Path(gpu_check.__file__)
@@ -27,12 +27,13 @@ def test_without_a_gpu_it_says_so_in_one_line():
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "gpu-check: no CUDA device\n")
 
 
-def test_the_dry_run_lists_stages_of_less_than_ten_minutes(tmp_path):
+def test_the_dry_run_lists_stages_of_less_than_ten_minutes_packages_included(tmp_path):
     command = [sys.executable, str(SCRIPT), "--dry-run"]
     listed = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path).stdout
     names = [line.split()[0] for line in listed.splitlines()]
-    assert names == ["build", "tests", "memcheck", "racecheck", "ops", "rollout", "train_step", "levers"]
-    assert sum(int(line.split()[1]) for line in listed.splitlines()) < 600
+    stages = ["build", "tests", "memcheck", "racecheck", "ops", "rollout", "train_step", "levers"]
+    assert names == ["packages", *stages]
+    assert sum(int(line.split()[1]) for line in listed.splitlines()) <= gpu_check.BUDGET < 600 - 15
 
 
 def test_a_stage_passes_fails_or_is_stopped(tmp_path):
@@ -48,18 +49,53 @@ def test_a_stage_passes_fails_or_is_stopped(tmp_path):
 
 
 def test_a_stage_that_fits_its_work_to_its_limit_is_told_what_is_left(tmp_path):
-    told = python("levers", "import sys; print(sys.argv[1:])", limit=5, stretches=True)
-    assert (told.within(60.5).limit, told.within(3).limit) == (60, 5)
-    assert python("ops", "").within(60).limit == 30
+    told = python("levers", "import sys; print(sys.argv[1:])", limit=25, starting=20, stretches=True)
+    assert (told.within(60.5).limit, told.within(3).limit, told.least) == (60, 3, 25)
+    fixed = python("ops", "", starting=15)
+    assert (fixed.within(60).limit, fixed.within(12.5).limit, fixed.least) == (30, 12, 25)
     assert gpu_check.run(told.within(60.5), tmp_path).status == "passed"
     assert (tmp_path / "levers.log").read_text() == "['--limit', '40']\n"
-    levers = next(command for command in gpu_check.commands(tmp_path, "90a") if command.name == "levers")
+    ops, *_, levers = gpu_check.commands(tmp_path, "90a")[-4:]
+    assert (ops.told[-2], int(ops.told[-1])) == ("--limit", ops.limit - ops.starting)
     assert levers.stretches
+    assert levers.limit - levers.starting >= lever_rows._A_ROW  # or no row would be begun
     assert gpu_check.absent(levers, {"peft": ""}) == "needs peft"
 
 
+def test_the_page_says_what_is_compiled_on_a_gpu(tmp_path):
+    ops = next(command for command in gpu_check.commands(tmp_path, "90a") if command.name == "ops")
+    size, dtype = ops.arguments[ops.arguments.index("--compiled") + 1].rsplit(" ", 1)
+    assert f"compiles one size alone, {size} in {dtype}" in " ".join(report.INTRODUCTION.split())
+
+
+def test_stages_share_what_is_left_and_one_without_time_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    clock, limits = [100.0], {}
+    monkeypatch.setattr(gpu_check.time, "perf_counter", lambda: clock[0])
+
+    def overrun(command, folder):
+        limits[command.name] = command.limit
+        clock[0] += command.limit
+        return Stage(command.name)
+
+    monkeypatch.setattr(gpu_check, "run", overrun)
+    stages = [
+        python("build", "", 50),
+        python("tests", "", 50),
+        python("ops", "", 50),
+        python("rollout", "", 50),
+    ]
+    levers = python("levers", "", 60, stretches=True)
+    done = list(gpu_check.run_all([*stages, levers], {}, deadline=100 + 145))
+    assert limits == {"build": 50, "tests": 15, "ops": 10, "rollout": 10, "levers": 60}
+    assert clock[0] == 100 + 145  # all of it and no more
+    late = list(gpu_check.run_all([*stages, levers], {}, deadline=clock[0] + 65))
+    assert [stage.status for stage in (*done, *late)] == ["passed"] * 5 + ["skipped"] * 4 + ["passed"]
+    assert late[3].detail == "out of time: 5 s are left of 580"
+
+
 def test_rows_measured_before_a_stage_was_stopped_are_kept(tmp_path):
-    read = gpu_check.read_levers(tmp_path)
+    read = gpu_stages.read_levers(tmp_path)
     stage = Stage("levers", "timed out", detail="stopped after 60 s")
     read(stage, "")
     assert (stage.status, stage.numbers["rows"]) == ("timed out", 0)
@@ -68,6 +104,24 @@ def test_rows_measured_before_a_stage_was_stopped_are_kept(tmp_path):
     read(stage, "")
     assert (stage.status, stage.detail) == ("passed", "stopped after 60 s, after 2 rows")
     assert stage.numbers == {"rows": 2, "left": 1, "failed_rows": {"a, b": "OutOfMemoryError"}}
+
+
+def test_no_row_at_all_is_a_failure(tmp_path):
+    (tmp_path / "levers_cuda.json").write_text(json.dumps({"jobs": [], "left": ["a: c"]}))
+    stage = Stage("levers")
+    gpu_stages.read_levers(tmp_path)(stage, "")
+    assert (stage.status, stage.detail) == ("failed", "no row was measured")
+
+
+@pytest.mark.parametrize("name", ["tests.xml", "levers_cuda.json"])
+def test_half_a_file_fails_its_stage_and_nothing_else(tmp_path, name):
+    (tmp_path / name).write_text("<testsuites><testcase" if name == "tests.xml" else '{"jobs": [')
+    reader = (
+        gpu_stages.read_tests(tmp_path / name) if name == "tests.xml" else gpu_stages.read_levers(tmp_path)
+    )
+    stage = gpu_check.run(python("half", "", read=reader), tmp_path)
+    assert stage.status == "failed"
+    assert "result not read: " in stage.detail
 
 
 def test_stages_see_the_checkout_and_the_unpacked_wheels(tmp_path):
@@ -104,7 +158,7 @@ E   ModuleNotFoundError: No module named 'diffusers'</error></testcase>{more}
 def test_a_missing_package_skips_its_tests_visibly_and_nothing_else(tmp_path, more, status, failed):
     (tmp_path / "tests.xml").write_text(REPORT.format(more=more))
     stage = Stage("tests", "failed")
-    gpu_check.read_tests(tmp_path / "tests.xml")(stage, "")
+    gpu_stages.read_tests(tmp_path / "tests.xml")(stage, "")
     assert stage.status == status
     assert stage.numbers["failed_tests"] == failed
     assert (stage.numbers["passed"], stage.numbers["skipped"]) == (1, 2)
@@ -115,7 +169,7 @@ def test_a_missing_package_skips_its_tests_visibly_and_nothing_else(tmp_path, mo
 
 def test_no_tests_at_all_is_a_failure(tmp_path):
     stage = Stage("tests")
-    gpu_check.read_tests(tmp_path / "none.xml")(stage, "")
+    gpu_stages.read_tests(tmp_path / "none.xml")(stage, "")
     assert (stage.status, stage.detail) == ("failed", "no test ran")
 
 
@@ -132,8 +186,21 @@ def test_no_tests_at_all_is_a_failure(tmp_path):
 )
 def test_the_sanitizers_summary_decides(text, before, after, errors):
     stage = Stage("memcheck", before)
-    gpu_check.read_sanitizer(stage, text)
+    gpu_stages.read_sanitizer(stage, text)
     assert (stage.status, stage.numbers["errors"]) == (after, errors)
+
+
+def test_a_sanitizer_that_was_stopped_says_what_it_had_run():
+    text = """tests/ops/a.py::test_one[cuda] PASSED  [ 1%]
+========= Invalid __global__ read of size 4 bytes
+=========     at 0x10 in kernel
+tests/ops/a.py::test_two[cuda-PASSED] FAILED
+tests/ops/a.py::test_three[cuda] PASSED
+tests/ops/a.py::test_four[cuda] """
+    stage = Stage("memcheck", "timed out", detail="stopped after 45 s")
+    gpu_stages.read_sanitizer(stage, text)
+    assert (stage.status, stage.numbers) == ("timed out", {"errors": 1, "tests": 2})
+    assert stage.detail == "stopped after 45 s, after 2 tests and 1 errors"
 
 
 def wheel(folder, name):
@@ -162,6 +229,17 @@ def test_wheels_fill_in_what_is_missing_beside_the_machines_own(tmp_path, monkey
         "missing": {"not_here_b": "its own"},
     }
     assert (tmp_path / "work/site/not_here_a/__init__.py").exists()
+
+
+def test_an_installation_that_hangs_is_a_stage_timed_out(tmp_path, monkeypatch):
+    """And what it did install is used."""
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
+    monkeypatch.setattr(gpu_check, "NEEDED", {"not_here_a": "its tests"})
+    monkeypatch.setattr(gpu_check, "INSTALLING", 0.01)
+    wheel(tmp_path, "not_here_a")
+    stage = gpu_check.install(tmp_path)
+    assert (stage.status, stage.detail) == ("timed out", "stopped after 0.01 s")
+    assert set(stage.numbers) == {"installed", "missing"}
 
 
 def test_a_stage_without_its_packages_is_skipped_and_listed(tmp_path):

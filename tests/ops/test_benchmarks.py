@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from benchmarks import baselines, measure, report, suite, timing, trainer_loop
-from benchmarks.cases import SD3, SIZES, Case
+from benchmarks.cases import SD3, SIZES, Case, Size, options
 from benchmarks.rows import machine, machine_afterwards, measured_row
 from benchmarks.timing import Roof, interleaved, rounds_within
-from flowgrpo_fast.ops import flow_log_prob
+from flowgrpo_fast.ops import Guidance, flow_log_prob, philox_normal
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.draws import draw
@@ -109,7 +109,7 @@ def test_the_trainers_loop_trains(engine):
 def test_every_family_is_found_and_every_case_asked_for_once():
     names = [request.name for request in suite.requests()]
     assert len(names) == len(set(names))
-    assert {"flow", "group", "preview", "quantize"} <= set(suite.families())
+    assert {"flow", "group", "options", "preview", "quantize", "dequantize"} <= set(suite.families())
     for size in SIZES:
         for operation in ("sampling", "noise", "compact", "preview"):
             assert f"{operation} {size.name} float32" in names
@@ -121,6 +121,52 @@ def test_every_family_is_found_and_every_case_asked_for_once():
     assert (made.group, made.operation) == (request.name, request.operation)
 
 
+def cases_of(family, size, dtype=torch.float32):
+    return {case.operation: case for case in suite.families()[family].cases(size, dtype, CPU)}
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["as written", "compiled"])
+def perhaps_compiled(request, monkeypatch):
+    """With torch.compile, and without."""
+    torch._dynamo.reset()
+    if not request.param:
+        monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
+def test_contenders_of_the_options_agree(perhaps_compiled):
+    cases = cases_of("options", Size("toy", 4, (3, 8, 8)))
+    assert len(cases) == 7
+    guided = cases.pop("sampling_with_guidance")  # each contender draws its own noise
+    w = baselines.make_workload(guided.size.shape)
+    guidance = Guidance(w.velocity.flip(0).contiguous(), options.SCALE)
+    for name, run in guided.contenders.items():
+        following, log_prob = run()
+        ours = flow_log_prob(w.latents, w.velocity, following, w.coeffs, w.step_index, guidance)
+        torch.testing.assert_close(log_prob, ours, rtol=1e-5, atol=2e-6, msg=name)
+    for case in cases.values():
+        ours = case.contenders["ours"]()
+        for name in ("eager", "compiled"):
+            torch.testing.assert_close(case.contenders[name](), ours, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_contenders_of_the_dequantisation_agree(perhaps_compiled, dtype):
+    cases = cases_of("dequantize", Size("toy", 130, (96,)), dtype)  # more rows and scales than one tile
+    assert len(cases) == 2
+    for case in cases.values():
+        ours = case.contenders["ours"]()
+        for name in ("eager", "compiled"):
+            assert torch.equal(case.contenders[name](), ours), (case.operation, name)
+
+
+def test_the_noise_to_be_compiled_is_ours(perhaps_compiled):
+    function, seed = torch.compile(baselines.same_noise), torch.tensor([0, 7919, -5, 2**62 + 1])
+    for sample in ((3, 5, 7), (1000,)):
+        noise = function(seed, sample, torch.float32)
+        torch.testing.assert_close(noise, philox_normal(seed, sample), rtol=1e-5, atol=5e-6)
+    assert set(cases_of("flow", suite.TOY)["noise"].contenders) == {"ours", "eager", "compiled"}
+
+
 @pytest.fixture
 def small_roof(monkeypatch):
     monkeypatch.setattr(timing, "_COPY_BYTES", 1 << 20)
@@ -130,7 +176,7 @@ def small_roof(monkeypatch):
 @pytest.fixture
 def result(small_roof) -> dict:
     """Two rows measured here: one real op, and one of sleeps with known times."""
-    case = next(suite.toy_cases(CPU))
+    case = cases_of("flow", suite.TOY)["sampling"]
     real = Case(
         case.operation, SD3, case.dtype, case.bytes, {n: case.contenders[n] for n in ("ours", "eager")}
     )
@@ -172,7 +218,7 @@ def test_targets_are_computed_from_the_rows(result):
 
 
 def test_a_contender_that_fails_is_left_out_and_named(small_roof):
-    case = next(suite.toy_cases(CPU))
+    case = cases_of("flow", suite.TOY)["sampling"]
 
     def broken():
         raise RuntimeError("no compiler here")
@@ -209,7 +255,7 @@ def test_measure_runs_as_a_script_from_anywhere(tmp_path):
         str(script),
         "ops",
         "--only",
-        "replay toy",
+        "top_bottom toy",
         "--seconds",
         "0.02",
         "--threads",
@@ -221,6 +267,15 @@ def test_measure_runs_as_a_script_from_anywhere(tmp_path):
     done = subprocess.run([sys.executable, str(script), "opz"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "level is 'opz', must be one of ops, rollout, train_step, levers" in done.stderr
+
+
+def test_a_name_that_no_case_has_is_an_error(monkeypatch, small_roof, capsys):
+    arguments = ["measure.py", "ops", "--only", "no such case", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as caught:
+        measure.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("error: no case of ops has 'no such case' in its name\n")
 
 
 @pytest.mark.slow

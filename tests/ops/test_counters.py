@@ -73,6 +73,19 @@ def test_a_rollout_waits_once_and_the_trainers_loop_at_every_step():
     assert eager.bytes > 1.5 * ours.bytes
 
 
+def test_every_op_and_nothing_else_states_its_kernels():
+    schemas = [s.name.partition("::") for s in torch._C._jit_get_all_schemas()]
+    assert {name for space, _, name in schemas if space == "flowgrpo_fast"} == set(KERNELS)
+
+
+def test_every_op_is_measured(made):
+    """The counts above are held for every kernel's op, then."""
+    called = set()
+    for request in REQUESTS:
+        called |= set(count(made(request).contenders["ours"]).ours)
+    assert called == set(KERNELS)
+
+
 def test_the_rules_of_counting():
     x, y = torch.ones(4, 8), torch.ones(8)
     with Counter() as counter:

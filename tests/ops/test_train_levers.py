@@ -130,6 +130,15 @@ def test_a_row_alone_also_times_both_precisions(one_round):
     assert low["rounds"] == 1
 
 
+def test_a_row_for_itself_has_its_counts():
+    timed = []
+    runner = lever_rows.Runner(rows_of(SD3)[EQUAL], CPU)
+    found = lever_rows.counted_row(runner, lambda: (timed.append(1), runner.time()))
+    assert (timed, found["rounds"]) == ([1], 1)
+    assert set(found["counts"]) == {"launches", "bytes", "syncs"}
+    assert found["counts"]["launches"] > 1000
+
+
 def test_a_gpus_rows_come_by_importance_until_time_is_out(monkeypatch):
     measured = []
 
@@ -204,3 +213,22 @@ def test_targets_are_computed_from_the_rows():
     rows.append(row(LOW, 2.0, rollouts={"training": 3.0, "low": 2.0, "speedup": 1.5}))
     assert lever_report.targets(result, "cuda")[1][1:] == ["met", "1 of 1", "1.5 (small)"]
     assert low[1] == "not measured"
+
+
+def test_a_row_s_cells_are_a_share_of_the_floor_and_seconds_an_image():
+    """Of the fields that results have had from the first."""
+    rows = [row(TRAINER, 12.0), row(EQUAL, 10.0), row(COMPILED, 8.0, floor_s=None)]
+    compare(rows)
+    job = {"job": "small", "rows": [r | {"counts": None, "ratio_error": None} for r in rows], "failed": {}}
+    header, lines = lever_report.table(job)
+    cells = [dict(zip(header, line, strict=True)) for line in lines]
+    assert [(c["s"], c["s/image"], c["of floor"]) for c in cells] == [
+        ("12", "0.5", "8 %"),
+        ("10", "0.417", "10 %"),
+        ("8", "0.333", "-"),
+    ]
+    (note,) = lever_report.notes(job)
+    assert note.startswith(
+        "equal recipe: 1.20 times the trainers' loop, 1.50 times with this engine's blocks"
+    )
+    assert "takes the better of two rows" in lever_report.INTRODUCTION
