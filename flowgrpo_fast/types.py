@@ -133,6 +133,15 @@ class FlowModel(Protocol):
         ...
 
 
+def at_step(model: FlowModel, sigmas: Tensor, step: int | Tensor) -> FlowModel:
+    """What of a model runs where all samples are at one step: of experts for parts of the schedule, the one for it.
+
+    A model that has some says so by a method `expert(sigma)`, with sigma a 0-d tensor on the host.
+    """
+    expert: Callable[[Tensor], FlowModel] | None = getattr(model, "expert", None)
+    return model if expert is None else expert(sigmas[step])
+
+
 # Scores unfinished samples: x0 predictions [B, *S] of equal groups, neighbours in the batch -> [B] fp32.
 PreviewScore: TypeAlias = Callable[[Tensor], Tensor]
 

@@ -24,7 +24,7 @@ from flowgrpo_fast.sampling.step import (
     spread_guidance,
     take_step,
 )
-from flowgrpo_fast.types import Conditioning, Draws, FlowModel, PreviewScore, Trajectory
+from flowgrpo_fast.types import Conditioning, Draws, FlowModel, PreviewScore, Trajectory, at_step
 
 START_NOISE_STREAM = 1  # stream 0 is the noise of the steps
 
@@ -134,7 +134,10 @@ def rollout(
     whole = _start(model, conditioning, draws, schedule)
     shapes = launches(schedule, draws, recipe)
     walk = whole.heads(len(whole.latents) // shapes[0].num_rows)
-    steppers = [model if shape.step in schedule.kept else outside or model for shape in shapes]
+    steppers = [
+        at_step(model if shape.step in schedule.kept else outside or model, schedule.sigmas, shape.step)
+        for shape in shapes
+    ]
     if graphs is not None:
         graphs.begin(steppers, shapes, walk.given(draws.seed), coeffs, recipe)
     evaluations, log_probs = 0, []
@@ -247,13 +250,14 @@ def rescored(
     device = trajectory.log_prob.device
     log_prob = torch.empty_like(trajectory.log_prob)
     for kept in range(num_kept):
+        expert = at_step(model, trajectory.sigmas, trajectory.step_index[kept])
         size, num = 1, recipe.rollout_rows
         if kept == 0 and trajectory.shares_first:
             size, num = recipe.group_size, recipe.prompts_per_forward(num) * recipe.group_size
         for rows in row_slices(num_rows, num):
             part = conditioning.rows(torch.arange(rows.start, rows.stop, device=device))
             position = torch.full((rows.stop - rows.start,), kept, device=device)
-            log_prob[rows, kept], _ = replay(model, trajectory, part, rows, position, recipe, size=size)
+            log_prob[rows, kept], _ = replay(expert, trajectory, part, rows, position, recipe, size=size)
     return replace(trajectory, log_prob=log_prob)
 
 

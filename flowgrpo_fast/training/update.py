@@ -14,7 +14,7 @@ from flowgrpo_fast.sampling.sampler import replay
 from flowgrpo_fast.sampling.step import halves, predict, row_slices
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.mismatch import Mismatch
-from flowgrpo_fast.types import FlowModel, TrainBatch
+from flowgrpo_fast.types import FlowModel, TrainBatch, at_step
 
 
 @dataclass(slots=True)
@@ -107,13 +107,13 @@ def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> L
     position = batch.step_position[rows, turn]
     size = samples_per_row(engine, batch, turn)
     log_prob, drift = replay(
-        engine.model,
+        _at_turn(engine.model, batch, turn),
         trajectory,
         batch.conditioning.rows(rows),
         rows,
         position,
         recipe,
-        engine.reference,
+        None if engine.reference is None else _at_turn(engine.reference, batch, turn),
         size,
     )
     old_log_prob = trajectory.log_prob[index, position]
@@ -123,6 +123,14 @@ def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> L
         sigmas = trajectory.sigmas.to(engine.device, non_blocking=True)
         kl = drift_kl(drift, trajectory.coeffs, sigmas, step_index)
     return clipped_ratio(log_prob, old_log_prob, batch.advantages[rows], recipe.loss, kl)
+
+
+def _at_turn(model: FlowModel, batch: TrainBatch, turn: int) -> FlowModel:
+    """What of the model runs where all samples replay the same step; all of it where each has its own."""
+    trajectory = batch.trajectory
+    if batch.step_position.shape[1] < len(trajectory.step_index):
+        return model
+    return at_step(model, trajectory.sigmas, trajectory.step_index[turn])
 
 
 def noised_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> NFTTerms:
