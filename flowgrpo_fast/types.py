@@ -89,6 +89,8 @@ class Trajectory:
     draws: Draws
     x0: Tensor  # [B, *S] the finished samples
     evaluations: int = 0  # network evaluations spent: rows times forwards, pruned candidates included
+    # [B, K, *S] of guidance at the kept steps, where the update takes it from here instead of computing it again
+    unconditional: Tensor | None = None
     shares_first: bool = False  # one velocity served each group at the first kept step, and will in a replay
 
 

@@ -44,6 +44,9 @@ class Recipe:
     share_start_noise: bool = False  # one start noise for a group
     share_prefix: bool = True  # what such a group has in common is computed once, in rollout and update
     guidance_scale: float = 1.0
+    reuse_unconditional: bool = (
+        True  # the rollout's, in the update until its first optimiser step: same weights
+    )
     group_size: int = 24  # samples a prompt that are trained on; pruning and scouts start from more
     num_prompts: int = 48  # per training step
     credit: Credit = field(default_factory=Credit)

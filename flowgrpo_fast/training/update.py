@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class _Tally:
     on_policy_ratio: list[Tensor] = field(default_factory=list)  # before the first optimiser step
     mismatch: Mismatch = field(default_factory=Mismatch)  # likewise
     grad_norm: list[Tensor] = field(default_factory=list)
-    backwards: int = 0  # samples that went back through the network
+    backwards: int = 0  # rows that went back through the network
+    evaluations: int = 0  # rows that went through one
 
 
 def update(engine: Engine, batch: TrainBatch) -> dict[str, float]:
@@ -42,10 +43,13 @@ def update(engine: Engine, batch: TrainBatch) -> dict[str, float]:
         engine.optimizer.step()
         engine.optimizer.zero_grad(set_to_none=True)
         _average(engine)
+        batch = replace(
+            batch, trajectory=replace(batch.trajectory, unconditional=None)
+        )  # of the weights before
     if isinstance(recipe.loss, NFT):
         assert engine.old is not None
         engine.old.average(old_decay(recipe.loss, engine.step + 1))
-    return _metrics(tally, batch.trajectory.step_index) | _spent(engine, batch, tally)
+    return _metrics(tally, batch.trajectory.step_index) | _spent(batch, tally)
 
 
 def accumulate_share(engine: Engine, batch: TrainBatch, share: slice, tally: _Tally) -> bool:
@@ -64,6 +68,7 @@ def accumulate_share(engine: Engine, batch: TrainBatch, share: slice, tally: _Ta
             (terms.loss * batch.weight[rows]).sum().div(total).backward()
             tally.terms.append(terms)
             tally.backwards += (rows.stop - rows.start) // size
+            tally.evaluations += (rows.stop - rows.start) // size * _forwards(engine, batch)
             if isinstance(terms, LossTerms) and not tally.grad_norm:
                 tally.on_policy_ratio.append(terms.ratio)
                 tally.mismatch.add(batch.step_position[rows, turn], terms.log_ratio)
@@ -159,10 +164,15 @@ def _average(engine: Engine) -> None:
         engine.averaged.average(engine.recipe.optimizer.ema_decay)
 
 
-def _spent(engine: Engine, batch: TrainBatch, tally: _Tally) -> dict[str, float]:
-    """Rows times forwards through the network, of the rollout and the update; scouts are added by the loop."""
+def _forwards(engine: Engine, batch: TrainBatch) -> int:
+    """Forwards of a row: both halves of guidance under every model, save the half that the rollout has left."""
     models = 1 + (engine.old is not None) + (engine.reference is not None)
-    evaluations = batch.trajectory.evaluations + tally.backwards * models * halves(engine.recipe)
+    return models * halves(engine.recipe) - (batch.trajectory.unconditional is not None)
+
+
+def _spent(batch: TrainBatch, tally: _Tally) -> dict[str, float]:
+    """Rows times forwards through the network, of the rollout and the update; scouts are added by the loop."""
+    evaluations = batch.trajectory.evaluations + tally.evaluations
     return {"network_evaluations": float(evaluations), "network_backwards": float(tally.backwards)}
 
 
