@@ -142,7 +142,10 @@ def diffusion_nft() -> Recipe:
 
 
 def sol_rl() -> Recipe:
-    """Sol-RL: DiffusionNFT on 24 of 96 seeds, chosen by NVFP4 scouts of six steps, regenerated in full."""
+    """Sol-RL: DiffusionNFT on 24 of 96 seeds, chosen by NVFP4 scouts of six steps, regenerated in full.
+
+    NVFP4 is native on Blackwell; on Hopper set `explore.precision.format` to "fp8_rows".
+    """
     return replace(
         diffusion_nft(),
         name="sol_rl",

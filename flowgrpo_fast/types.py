@@ -89,6 +89,8 @@ class Trajectory:
     draws: Draws
     x0: Tensor  # [B, *S] the finished samples
     evaluations: int = 0  # network evaluations spent: rows times forwards, pruned candidates included
+    # [B, K, *S] of guidance at the kept steps, where the update takes it from here instead of computing it again
+    unconditional: Tensor | None = None
     shares_first: bool = False  # one velocity served each group at the first kept step, and will in a replay
 
 
@@ -131,6 +133,15 @@ class FlowModel(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, C, H, W]`, or videos `[B, F, C, H, W]`, fp32 in [0, 1]."""
         ...
+
+
+def at_step(model: FlowModel, sigmas: Tensor, step: int | Tensor) -> FlowModel:
+    """What of a model runs where all samples are at one step: of experts for parts of the schedule, the one for it.
+
+    A model that has some says so by a method `expert(sigma)`, with sigma a 0-d tensor on the host.
+    """
+    expert: Callable[[Tensor], FlowModel] | None = getattr(model, "expert", None)
+    return model if expert is None else expert(sigmas[step])
 
 
 # Scores unfinished samples: x0 predictions [B, *S] of equal groups, neighbours in the batch -> [B] fp32.

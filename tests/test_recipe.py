@@ -8,7 +8,7 @@ import pytest
 
 from flowgrpo_fast import recipe as parts
 from flowgrpo_fast.recipe_io import from_dict, load_recipe, override, save_recipe, to_dict
-from flowgrpo_fast.recipes import RECIPES, digits, mix_grpo
+from flowgrpo_fast.recipes import RECIPES, digits, mix_grpo, pro_grpo_flash
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -151,3 +151,25 @@ def test_rows_of_a_forward_follow_the_geometry() -> None:
     assert recipe.rows_per_update == 32 * 12 // 4
     assert recipe.rollout_rows == recipe.rows_per_update
     assert replace(recipe, rows_per_forward=12).rollout_rows == 12
+
+
+def test_a_forward_divides_the_candidates_of_every_stage() -> None:
+    recipe = pro_grpo_flash()
+    assert recipe.rows_per_update == 288
+    assert recipe.rollout_rows == 96  # 48 prompts x (24, 16, 12): 1152, 768, 576
+    assert replace(recipe, rows_per_forward=32).rollout_rows == 32
+    message = r"rows_per_forward is 288; it must divide 768, the candidates of 16 a prompt, so that rollout and replay"
+    with pytest.raises(ValueError, match=message):
+        replace(recipe, rows_per_forward=288)
+    with pytest.raises(
+        ValueError, match=r"prompts_per_chunk is 2: 48 samples, which must be whole forwards of 96"
+    ):
+        replace(recipe, prompts_per_chunk=2)
+    assert replace(recipe, prompts_per_chunk=2, rows_per_forward=8).rollout_rows == 8
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_published_rollouts_are_whole_forwards(name: str) -> None:
+    recipe = RECIPES[name].make()
+    sizes = recipe.prune.sizes if isinstance(recipe.prune, parts.Prune) else ()
+    assert all(recipe.num_prompts * n % recipe.rollout_rows == 0 for n in (*sizes, recipe.group_size))

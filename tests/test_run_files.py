@@ -24,10 +24,12 @@ FILES = sorted((ROOT / "examples").glob("*.json"))
 PUBLISHED = {
     "sd3_5_medium_flow_grpo": ("sd3", 512, 512, 1, 10, 9, 24, 48, 4.5, 1024),
     "sd3_5_medium_flow_cps": ("sd3", 512, 512, 1, 10, 3, 24, 48, 1.0, 1024),
+    "sd3_5_large_flow_grpo": ("sd3", 512, 512, 1, 10, 9, 24, 48, 4.5, 1024),
     "flux_mix_grpo": ("flux", 720, 720, 1, 25, 4, 12, 32, 1.0, 2025),
     "flux_kontext_flow_grpo": ("flux_kontext", 512, 512, 1, 6, 5, 21, 48, 1.0, 1024),
     "qwen_image_flow_grpo": ("qwen_image", 512, 512, 1, 10, 2, 16, 32, 4.0, 1024),
     "wan2_1_1_3b_flow_grpo": ("wan", 240, 416, 33, 20, 19, 4, 16, 4.5, 9 * 15 * 26),
+    "wan2_2_a14b_flow_grpo": ("wan", 240, 416, 33, 20, 19, 4, 16, 4.5, 9 * 15 * 26),
     "flux2_klein_flow_grpo": ("flux2_klein", 384, 384, 1, 8, 1, 16, 48, 4.0, 576),
     "z_image_turbo_flow_grpo": ("z_image", 512, 512, 1, 6, 1, 16, 48, 1.0, 1024),
     "sana_1_6b_flow_grpo": ("sana", 512, 512, 1, 10, 9, 24, 48, 4.5, 256),

@@ -27,7 +27,10 @@ _KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_mm.default,  # FP8 and FP4 products
+    _aten._scaled_mm_v2.default,
 }
+_KEPT_ELSEWHERE = ("flash_attn", "sageattention")  # in the names of other packages' attention kernels
 # diffusers' names for torch's own kernels, for families whose attention does not go through its dispatcher.
 _NATIVE = {
     "native": None,
@@ -54,11 +57,14 @@ def _checkpointed(selective: bool, block: Callable[..., Any], *args: Any, **kwar
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = op in _KEPT or any(name in getattr(op, "namespace", "") for name in _KEPT_ELSEWHERE)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def set_attention(transformer: Any, name: str) -> None:
     """Attention through the backend that diffusers calls `name`; empty = its default.
+
+    diffusers remembers the choice: a model that is loaded later in the same process and names none gets it, too.
 
     Raises:
         ValueError: no such backend, or not on this machine or for this family.

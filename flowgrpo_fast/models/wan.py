@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from flowgrpo_fast.types import Conditioning
 class Wan(PipelineModel):
     """`WanPipeline`: 2.1, 2.2-5B with a timestep per token, and 2.2-A14B with one expert above a noise level.
 
-    Of two experts both run and the sigma of each sample picks one: which it is never leaves the device.
+    Where all samples are at one step, `expert` is asked beforehand and one of the two runs. Where they may not be, both
+    run and the sigma of each sample picks: which it is never leaves the device.
     """
 
     pipeline_class = WanPipeline
@@ -28,6 +30,7 @@ class Wan(PipelineModel):
     max_sequence_length = 512
     transformer_parts = ("transformer", "transformer_2")
     vae_in_fp32 = True
+    _alone = ""  # the expert that runs; empty = all there are
 
     def multiple(self) -> int:
         """Pixels a latent times latents a token."""
@@ -40,6 +43,7 @@ class Wan(PipelineModel):
 
     def lay_out(self, network: Network) -> None:
         """One token is a patch of latents."""
+        self._views: dict[tuple[int, str], Wan] = {}
         config, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
         frames = (network.num_frames - 1) // self.pipe.vae_scale_factor_temporal + 1
         self.latent_shape = (config.in_channels, frames, network.height // scale, network.width // scale)
@@ -60,13 +64,25 @@ class Wan(PipelineModel):
         """Velocity `[B, C, F', H/8, W/8]`."""
         high, *experts = [
             self._velocity(transformer, latents, sigma, conditioning)
-            for transformer in self.transformers.values()
+            for name, transformer in self.transformers.items()
+            if self._alone in ("", name)
         ]
         if not experts:
             return high
         (low,) = experts
         is_high = sigma >= self.pipe.config.boundary_ratio
         return torch.where(is_high.view(-1, 1, 1, 1, 1), high, low)
+
+    def expert(self, sigma: Tensor) -> Wan:
+        """This model with the one transformer that serves `sigma`, 0-d on the host; the same view every time."""
+        if self._alone or len(self.transformers) == 1:
+            return self
+        name = "transformer" if sigma >= self.pipe.config.boundary_ratio else "transformer_2"
+        key = id(self.module), name  # a copy in low precision has another module
+        if key not in self._views:
+            self._views[key] = copy.copy(self)
+            self._views[key]._alone = name
+        return self._views[key]
 
     def _velocity(
         self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning

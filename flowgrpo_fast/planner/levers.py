@@ -151,6 +151,10 @@ def _sharing(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
         uncond = replace(execution, uncond_gradient=not execution.uncond_gradient)
         pulled = not execution.uncond_gradient
         yield _Change("unconditional half under no_grad", "always", True, pulled, recipe, uncond)
+        pulled = recipe.reuse_unconditional and not execution.recompute_unconditional
+        again = replace(recipe, reuse_unconditional=not pulled)
+        name = "unconditional half of the first update from the rollout"
+        yield _Change(name, "reuse_unconditional=true", True, pulled, again, execution)
     text = replace(execution, text_each_sample=not execution.text_each_sample)
     pulled = not execution.text_each_sample
     yield _Change("prompts encoded once", "network.text_cache", True, pulled, recipe, text)

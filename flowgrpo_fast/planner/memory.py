@@ -201,7 +201,14 @@ class _Samples:
         explore = self.recipe.explore
         return explore.num_scouts if isinstance(explore, Scouts) else 0
 
-    def _latents(self, samples: float, stored: int) -> float:
+    @property
+    def _kept(self) -> float:
+        """Latents in fp32 that a sample keeps of its walk: before and after stochastic steps, and what guides them."""
+        recipe = self.recipe
+        guides = recipe.guidance_scale != 1.0 and recipe.reuse_unconditional
+        return (2 + guides * self.width / _FP32) * _kept_steps(recipe)
+
+    def _latents(self, samples: float, stored: float) -> float:
         return samples * stored * self.counts.latent_elements * _FP32
 
     def _embeddings(self, rows: float) -> float:
@@ -216,7 +223,7 @@ class _Samples:
         """What waits for the update, and the prompt of each sample."""
         samples = self.num_prompts * self.recipe.group_size
         fewer = "lower num_prompts or group_size"
-        latents = self._latents(samples, 2 * _kept_steps(self.recipe) + 2)
+        latents = self._latents(samples, self._kept + 2)
         return [
             Part("latents kept for the update", latents, f"{fewer}, or use a smaller window"),
             Part("embeddings of the samples", self._embeddings(samples), fewer),
@@ -224,7 +231,7 @@ class _Samples:
 
     def rollout(self) -> list[Part]:
         """The candidates of a chunk at a cut; or the finished samples of all twice, when chunks are joined."""
-        stored = 2 * _kept_steps(self.recipe) + 1
+        stored = self._kept + 1
         joined = 2 * self._latents(self.num_prompts * self.recipe.group_size, stored)
         scouts = self._latents(self._scouts * (self._chunk + self.num_prompts), 1)  # no transitions
         latents, embeddings = self._candidates(self._most)
@@ -233,7 +240,7 @@ class _Samples:
 
     def _candidates(self, of_prompt: int) -> list[Part]:
         """So many of each prompt of a chunk, beside the finished samples of other chunks."""
-        stored = 2 * _kept_steps(self.recipe) + 1
+        stored = self._kept + 1
         others = self._latents((self.num_prompts - self._chunk) * self.recipe.group_size, stored)
         latents = self._latents(self._chunk * of_prompt, stored + 1) + others
         embeddings = self._embeddings(self._chunk * max(of_prompt, self._scouts))

@@ -21,6 +21,9 @@ class Execution:
 
     uncond_gradient: bool = False  # the unconditional half goes through autograd, for nothing
     recompute_old_log_prob: bool = False  # one forward more for each trained step
+    recompute_unconditional: bool = (
+        False  # that half again in the update, where its weights are still the rollout's
+    )
     num_frozen_forwards: int = (
         -1
     )  # policies beside the trained one in a loss that matches velocities; -1: the loss's
@@ -222,12 +225,17 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, schedule: Sche
     work, halves = counts.forward, _halves(recipe)
     matches = not isinstance(recipe.loss, ClippedRatio)
     with_gradient = halves if execution.uncond_gradient else 1
-    forwards = halves
+    forwards = float(halves)
     if execution.num_frozen_forwards >= 0:
         forwards += halves * execution.num_frozen_forwards
     else:  # the start weights where there is a KL; the old policy where the loss matches velocities
         forwards += halves * (getattr(recipe.loss, "kl_beta", 0.0) > 0) + halves * matches
     forwards += halves * execution.recompute_old_log_prob
+    recomputes = (
+        execution.recompute_unconditional or execution.uncond_gradient or not recipe.reuse_unconditional
+    )
+    if halves == 2 and not matches and not recomputes:
+        forwards -= 1 / recipe.optimizer.num_updates  # of the samples, those of the first optimiser step
     if recipe.network.checkpointing == "full":
         forwards += with_gradient
     each = forwards * work.forward + with_gradient * work.backward(counts.trained_share)

@@ -3,7 +3,7 @@
 from flowgrpo_fast.precision.apply import LowPrecisionModel, build_low_precision
 from flowgrpo_fast.precision.formats import FORMATS, Format, Lora
 from flowgrpo_fast.precision.linear import QuantizedLinear
-from flowgrpo_fast.precision.rules import check_masters, check_recipe
+from flowgrpo_fast.precision.rules import check_masters, check_recipe, check_training_precision
 
 __all__ = [
     "FORMATS",
@@ -14,4 +14,5 @@ __all__ = [
     "build_low_precision",
     "check_masters",
     "check_recipe",
+    "check_training_precision",
 ]

@@ -84,13 +84,14 @@ def _check_device(form: Format, device: torch.device, part: LowPrecision) -> boo
     if form.is_native(device):
         return False
     name = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    able = [other.name for other in FORMATS.values() if other.is_native(device)]
     if not part.emulate:
-        able = [other.name for other in FORMATS.values() if other.is_native(device)]
         raise ValueError(
             f"rollout_precision.format is {form.name!r}, which {name} lacks (it has "
             f"{', '.join(able) or 'no low precision'}); emulate=true runs it dequantised, slower than bf16"
         )
-    line = f"{form.name} is emulated on {name}: the numbers are right, but slower than bf16"
+    native = f"; native are {', '.join(able)}" if able else ""
+    line = f"{form.name} is emulated on {name}: the numbers are right, but slower than bf16{native}"
     warnings.warn(line, RuntimeWarning, stacklevel=3)
     return True
 

@@ -59,6 +59,21 @@ def _replays_the_batches_of_the_rollout(recipe: Recipe) -> bool:
     )
 
 
+def check_training_precision(recipe: Recipe, device: torch.device) -> None:
+    """Refuses bf16 on a GPU without it, where it would be emulated.
+
+    Raises:
+        ValueError: names the GPU and the remedy.
+    """
+    if recipe.precision != "bf16" or device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"Recipe.precision is 'bf16', which {torch.cuda.get_device_name(device)} lacks; set precision=fp32, or use "
+            "an Ampere GPU or a later one"
+        )
+
+
 def check_masters(module: nn.Module) -> None:
     """Refuses trained parameters below fp32: an update of 1e-5 would round away. Matrix products may still be bf16.
 

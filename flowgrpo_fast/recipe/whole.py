@@ -44,6 +44,9 @@ class Recipe:
     share_start_noise: bool = False  # one start noise for a group
     share_prefix: bool = True  # what such a group has in common is computed once, in rollout and update
     guidance_scale: float = 1.0
+    reuse_unconditional: bool = (
+        True  # the rollout's, in the update until its first optimiser step: same weights
+    )
     group_size: int = 24  # samples a prompt that are trained on; pruning and scouts start from more
     num_prompts: int = 48  # per training step
     credit: Credit = field(default_factory=Credit)
@@ -56,7 +59,7 @@ class Recipe:
     rollout_precision: RolloutPrecision = field(
         default_factory=TrainingPrecision
     )  # of steps without a log-prob
-    rows_per_forward: int = 0  # samples per forward in rollout and replay; 0 = all of one update's
+    rows_per_forward: int = 0  # samples per forward in rollout and replay; 0 = as many as one update takes
     prompts_per_chunk: int = 0  # that are rolled out, then scored meanwhile (RewardTerm.where); 0 = all
     graphs: bool = False  # rollout steps as captured CUDA graphs
     replay_rows: int = 0  # samples per forward of the replay; 0 = as in the rollout: first ratio exactly 1
@@ -96,6 +99,12 @@ class Recipe:
                 rows >= 0 and self.rows_per_update % (rows or 1) == 0,
                 f"Recipe.{name} is {rows}; it must divide {self.rows_per_update}, the samples of one update",
             )
+        for size in self._stages:
+            require(
+                self.num_prompts * size % self.rollout_rows == 0,
+                f"Recipe.rows_per_forward is {self.rows_per_forward}; it must divide {self.num_prompts * size}, the "
+                f"candidates of {size} a prompt, so that rollout and replay run the same forwards",
+            )
         self._check_chunks()
 
     def _check_chunks(self) -> None:
@@ -104,11 +113,12 @@ class Recipe:
             chunk >= 0 and self.num_prompts % (chunk or 1) == 0,
             f"Recipe.prompts_per_chunk is {chunk}; it must divide num_prompts = {self.num_prompts}",
         )
-        require(
-            chunk * self.group_size % self.rollout_rows == 0,
-            f"Recipe.prompts_per_chunk is {chunk}: {chunk * self.group_size} samples, which must be whole forwards "
-            f"of {self.rollout_rows}; set rows_per_forward to {self.group_size}, say",
-        )
+        for size in (*self._stages, self.group_size):
+            require(
+                chunk * size % self.rollout_rows == 0,
+                f"Recipe.prompts_per_chunk is {chunk}: {chunk * size} samples, which must be whole forwards "
+                f"of {self.rollout_rows}; set rows_per_forward to {math.gcd(self.group_size, *self._stages)}, say",
+            )
 
     def _check_scouts(self, scouts: Scouts) -> None:
         num_steps = self.sigmas.num_inference_steps
@@ -167,8 +177,14 @@ class Recipe:
 
     @property
     def rollout_rows(self) -> int:
-        """Samples per forward of the rollout."""
-        return self.rows_per_forward or self.rows_per_update
+        """Samples per forward of the rollout; where candidates are pruned, what divides them before and after."""
+        stages = (self.num_prompts * size for size in self._stages)
+        return self.rows_per_forward or math.gcd(self.rows_per_update, *stages)
+
+    @property
+    def _stages(self) -> tuple[int, ...]:
+        """Candidates a prompt, before each cut."""
+        return self.prune.sizes if isinstance(self.prune, Prune) else ()
 
     def prompts_per_forward(self, rows: int) -> int:
         """Prompts per forward where a group's samples are one row yet, at most `rows`.

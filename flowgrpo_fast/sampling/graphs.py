@@ -26,8 +26,8 @@ from flowgrpo_fast.types import Conditioning, FlowModel
 _MOST_LAYOUTS = 8  # say of prompts padded to the longest of a step; the oldest makes room
 _WARM_UP = 3  # runs before a capture: workspaces, autotuning, compilation
 
-# The model, the rows of a micro-batch, what a row becomes, x0 or not, velocity or not, and the inputs' layout.
-_Key = tuple[int, int, int, bool, bool, tuple[Any, ...]]
+# The model, rows of a micro-batch, what a row becomes, whether x0, velocity and unconditional half come out, layout.
+_Key = tuple[int, int, int, bool, bool, bool, tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,15 @@ class Graphs:
     def _key(self, model: FlowModel, shape: Launch, rows: int) -> _Key:
         assert self._now is not None
         layout = self._now[1]
-        return id(model), rows, shape.size, bool(layout[0]), shape.gives_velocity, layout
+        return (
+            id(model),
+            rows,
+            shape.size,
+            bool(layout[0]),
+            shape.gives_velocity,
+            shape.gives_unconditional,
+            layout,
+        )
 
     def _make(
         self, model: FlowModel, shape: Launch, rows: int, buffers: _Buffers, recipe: Recipe

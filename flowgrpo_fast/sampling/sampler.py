@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.ops import Extras, FlowStepOutput, compact, flow_log_prob, philox_normal
+from flowgrpo_fast.ops import Extras, compact, flow_log_prob, philox_normal
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.sampling.prune import Candidates, survivors
 from flowgrpo_fast.sampling.schedule import Schedule
 from flowgrpo_fast.sampling.step import (
     StepInput,
+    StepResult,
     halves,
     heads,
+    keeps_unconditional,
     launches,
     predict,
     row_slices,
@@ -24,7 +26,7 @@ from flowgrpo_fast.sampling.step import (
     spread_guidance,
     take_step,
 )
-from flowgrpo_fast.types import Conditioning, Draws, FlowModel, PreviewScore, Trajectory
+from flowgrpo_fast.types import Conditioning, Draws, FlowModel, PreviewScore, Trajectory, at_step
 
 START_NOISE_STREAM = 1  # stream 0 is the noise of the steps
 
@@ -39,6 +41,7 @@ class Walk:
     x0_pred: Tensor | None  # [R, *S] of the step before, where something reads it
     before: Tensor  # [R, K, *S] latents before each kept step, as far as they are known
     after: Tensor  # [R, K, *S]
+    unconditional: Tensor | None  # [R, K, *S] of guidance, where the update reads it
     log_prob: Tensor  # [R, T]; 0 at deterministic steps, not finite where a velocity was not
 
     def heads(self, size: int) -> Walk:
@@ -65,13 +68,19 @@ class Walk:
             log_prob=spread(self.log_prob, size),
         )
 
-    def move(self, step: int, kept: tuple[int, ...], out: FlowStepOutput) -> Walk:
+    def move(self, step: int, kept: tuple[int, ...], result: StepResult) -> Walk:
         """One step further."""
+        out, unconditional = result.out, self.unconditional
         if step in kept:
             self.before[:, kept.index(step)] = self.latents
             self.after[:, kept.index(step)] = out.next_latents
+            if result.guidance is not None:
+                half = result.guidance.negative_velocity
+                if unconditional is None:
+                    unconditional = half.new_empty(self.before.shape)
+                unconditional[:, kept.index(step)] = half
         self.log_prob[:, step] = out.log_prob
-        return replace(self, latents=out.next_latents, x0_pred=out.x0_pred)
+        return replace(self, latents=out.next_latents, x0_pred=out.x0_pred, unconditional=unconditional)
 
     def log_prob_of(self, kept: tuple[int, ...]) -> Tensor:
         """`[R, K]`, gathered without an index that the device would wait for."""
@@ -87,6 +96,7 @@ class Walk:
         names = ["latents", "log_prob"]
         names += ["x0_pred"] if self.x0_pred is not None else []
         names += ["before", "after"] if self.before.numel() else []
+        names += ["unconditional"] if self.unconditional is not None else []
         own = {name: getattr(self, name) for name in names}
         draws = self.draws
         moved = compact(index, *own.values(), draws.group_id, draws.seed, draws.start_seed)
@@ -134,7 +144,10 @@ def rollout(
     whole = _start(model, conditioning, draws, schedule)
     shapes = launches(schedule, draws, recipe)
     walk = whole.heads(len(whole.latents) // shapes[0].num_rows)
-    steppers = [model if shape.step in schedule.kept else outside or model for shape in shapes]
+    steppers = [
+        at_step(model if shape.step in schedule.kept else outside or model, schedule.sigmas, shape.step)
+        for shape in shapes
+    ]
     if graphs is not None:
         graphs.begin(steppers, shapes, walk.given(draws.seed), coeffs, recipe)
     evaluations, log_probs = 0, []
@@ -150,7 +163,7 @@ def rollout(
             result = take_step(stepper, given, coeffs, step, shape, recipe)
         if shape.size > 1:
             walk = walk.spread_over(whole)
-        last, walk = walk, walk.move(step, schedule.kept, result.out)
+        last, walk = walk, walk.move(step, schedule.kept, result)
         if step + 1 in schedule.cuts:
             log_probs.append(walk.log_prob)
             assert result.velocity is not None
@@ -176,6 +189,7 @@ def rollout(
         draws=walk.draws,
         x0=walk.latents,
         evaluations=evaluations,
+        unconditional=walk.unconditional if keeps_unconditional(schedule, recipe) else None,
         shares_first=shares_first(schedule, draws, recipe),
     )
 
@@ -190,6 +204,7 @@ def _start(model: FlowModel, conditioning: Conditioning, draws: Draws, schedule:
         x0_pred=None,
         before=latents.new_empty(stored),
         after=latents.new_empty(stored),
+        unconditional=None,
         log_prob=latents.new_zeros(len(latents), schedule.num_steps, dtype=torch.float32),
     )
 
@@ -207,6 +222,7 @@ def replay(
     """Scores stored transitions under the model's present weights, with gradient.
 
     Args:
+        trajectory: what it stores of the unconditional half is taken for the present weights' own.
         conditioning: the rows' conditioning `[R, ...]`.
         rows: which samples of the trajectory.
         position: `[R]` int64, which of its kept steps each of them replays.
@@ -221,8 +237,9 @@ def replay(
     step_index = trajectory.step_index.to(position.device, non_blocking=True)[position]
     latents, next_latents = trajectory.latents[index, position], trajectory.next_latents[index, position]
     given = (latents[::size].contiguous(), trajectory.coeffs[step_index[::size], 0])
-    common = heads(conditioning, len(latents), size)
-    velocity, guidance = predict(model, *given, common, recipe)
+    common, kept = heads(conditioning, len(latents), size), trajectory.unconditional
+    unconditional = None if kept is None else kept[index[::size], position[::size]]
+    velocity, guidance = predict(model, *given, common, recipe, unconditional)
     transition = (latents, spread(velocity, size), next_latents, trajectory.coeffs, step_index)
     guidance = spread_guidance(guidance, size)
     if reference is None:
@@ -243,17 +260,19 @@ def rescored(
 
     Costs a forward a kept step. Micro-batches are those of the rollout, so a replay by `model` has ratio 1.
     """
+    trajectory = replace(trajectory, unconditional=None)  # it was another model's
     num_rows, num_kept = trajectory.log_prob.shape
     device = trajectory.log_prob.device
     log_prob = torch.empty_like(trajectory.log_prob)
     for kept in range(num_kept):
+        expert = at_step(model, trajectory.sigmas, trajectory.step_index[kept])
         size, num = 1, recipe.rollout_rows
         if kept == 0 and trajectory.shares_first:
             size, num = recipe.group_size, recipe.prompts_per_forward(num) * recipe.group_size
         for rows in row_slices(num_rows, num):
             part = conditioning.rows(torch.arange(rows.start, rows.stop, device=device))
             position = torch.full((rows.stop - rows.start,), kept, device=device)
-            log_prob[rows, kept], _ = replay(model, trajectory, part, rows, position, recipe, size=size)
+            log_prob[rows, kept], _ = replay(expert, trajectory, part, rows, position, recipe, size=size)
     return replace(trajectory, log_prob=log_prob)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.ops import FlowStepOutput, Guidance, flow_step
-from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.recipe import ClippedRatio, Recipe
 from flowgrpo_fast.sampling.schedule import Schedule
 from flowgrpo_fast.types import Conditioning, Draws, FlowModel
 
@@ -26,6 +26,7 @@ class Launch:
     reads_x0: bool = False  # the x0 prediction of the step before
     gives_x0: bool = False
     gives_velocity: bool = False
+    gives_unconditional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ def launches(schedule: Schedule, draws: Draws, recipe: Recipe) -> list[Launch]:
     of it where the update trains the whole window: the replay then runs the same rows.
     """
     num_groups, num_rows = len(draws.prompt_index), len(draws.group_id)
+    unconditional = keeps_unconditional(schedule, recipe)
     first = schedule.kept[0] if schedule.kept and recipe.share_prefix and draws.shares_start else -1
     found = []
     for step in range(schedule.num_steps):
@@ -73,6 +75,7 @@ def launches(schedule: Schedule, draws: Draws, recipe: Recipe) -> list[Launch]:
                 reads_x0=schedule.history[step],
                 gives_x0=schedule.x0_is_read(step),
                 gives_velocity=step + 1 in schedule.cuts,
+                gives_unconditional=unconditional,  # at every step: captured steps of one shape stay one graph
             )
         )
     return found
@@ -86,6 +89,12 @@ def shares_first(schedule: Schedule, draws: Draws, recipe: Recipe) -> bool:
     whole = recipe.rows_per_update % recipe.group_size == 0
     trains_all = 0 < len(schedule.kept) == schedule.num_trained
     return recipe.share_prefix and draws.shares_start and trains_all and whole
+
+
+def keeps_unconditional(schedule: Schedule, recipe: Recipe) -> bool:
+    """Whether the update will read the unconditional velocities of the kept steps."""
+    replays = isinstance(recipe.loss, ClippedRatio) and bool(schedule.kept)
+    return recipe.reuse_unconditional and halves(recipe) == 2 and replays
 
 
 def row_slices(num_rows: int, rows: int) -> Iterator[slice]:
@@ -145,7 +154,11 @@ def take_step(
         x0_prev=None if x0_prev is None else spread(x0_prev, size),
         return_x0_pred=launch.gives_x0,
     )
-    return StepResult(out, velocity, guidance) if launch.gives_velocity else StepResult(out)
+    return StepResult(
+        out,
+        velocity if launch.gives_velocity else None,
+        guidance if launch.gives_velocity or launch.gives_unconditional else None,
+    )
 
 
 def predict_rows(
@@ -164,10 +177,16 @@ def predict_rows(
 
 
 def predict(
-    model: FlowModel, latents: Tensor, sigma: Tensor, conditioning: Conditioning, recipe: Recipe
+    model: FlowModel,
+    latents: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    recipe: Recipe,
+    unconditional: Tensor | None = None,
 ) -> tuple[Tensor, Guidance | None]:
     """Velocity `[B, *S]`, and the unconditional half where the recipe guides; `sigma` is `[]` or `[B]` fp32.
 
+    `unconditional [B, *S]`: that half, where it has been computed before.
     The unconditional half carries no gradient: published trainers detach it, so its backward is waste. A model
     with a `guided (velocity, negative, scale)` of its own returns one velocity.
     """
@@ -177,7 +196,10 @@ def predict(
         if halves(recipe) == 1:
             return velocity, None
         with torch.no_grad():
-            negative = model.velocity(latents, sigma, conditioning.negative()).contiguous()
+            if unconditional is None:
+                negative = model.velocity(latents, sigma, conditioning.negative()).contiguous()
+            else:
+                negative = unconditional.contiguous()
         own_way = getattr(model, "guided", None)  # a family that mixes the halves in another way
         if own_way is not None:
             return own_way(velocity, negative, recipe.guidance_scale), None

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.models.adapters import has_adapter
-from flowgrpo_fast.precision import LowPrecisionModel, build_low_precision, check_masters, check_recipe
+from flowgrpo_fast.precision import (
+    LowPrecisionModel,
+    build_low_precision,
+    check_masters,
+    check_recipe,
+    check_training_precision,
+)
 from flowgrpo_fast.recipe import NFT, LoRA, LowPrecision, Recipe, Scouts
 from flowgrpo_fast.recipe_io import resolve
 from flowgrpo_fast.rewards.workers import RewardWorkers
@@ -106,6 +112,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         ValueError: a name that does not resolve, an empty prompt file, or what the model cannot be.
     """
     check_recipe(recipe)
+    check_training_precision(recipe, device)
     task, part = recipe.task, recipe.rollout_precision
     prompts = tuple(_read_lines(task.prompts, "prompt") if task.prompts else _own_prompts(task.model))
     model = load_model(recipe, device)

@@ -83,4 +83,6 @@ def joined(parts: list[Trajectory]) -> Trajectory:
     )
     fields = ("latents", "next_latents", "log_prob", "x0")
     tensors: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
+    halves = [part.unconditional for part in parts if part.unconditional is not None]
+    tensors["unconditional"] = torch.cat(halves) if halves else None
     return replace(first, **tensors, draws=draws, evaluations=sum(part.evaluations for part in parts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from flowgrpo_fast.recipe import ClippedRatio
@@ -24,6 +26,7 @@ def ratio_self_test(engine: Engine, batch: TrainBatch) -> float:
     recipe = engine.recipe
     assert isinstance(recipe.loss, ClippedRatio)
     errors = []
+    batch = replace(batch, trajectory=replace(batch.trajectory, unconditional=None))  # both halves, afresh
     for share in row_slices(len(batch.advantages), recipe.rows_per_update):
         for turn in range(batch.step_position.shape[1]):
             for rows in micro_batch_slices(engine, share, samples_per_row(engine, batch, turn)):

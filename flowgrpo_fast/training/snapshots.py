@@ -22,6 +22,18 @@ class _View:
         self.latent_grid = getattr(model, "latent_grid", None)
         self.guided = getattr(model, "guided", None)
         self.module = model.module
+        self.expert = None if getattr(model, "expert", None) is None else self._expert
+        self._experts: dict[int, FlowModel] = {}  # by the model that each looks at, one each
+
+    def _expert(self, sigma: Tensor) -> FlowModel:
+        """The same view of what the model runs at `sigma`."""
+        inner: FlowModel = self.model.expert(sigma)  # type: ignore[attr-defined]
+        if id(inner) not in self._experts:
+            self._experts[id(inner)] = self if inner is self.model else self._over(inner)
+        return self._experts[id(inner)]
+
+    def _over(self, inner: FlowModel) -> FlowModel:
+        raise AssertionError
 
     def _changed(self) -> AbstractContextManager[None]:
         raise AssertionError
@@ -64,6 +76,9 @@ class Snapshot(_View):
     def _changed(self) -> AbstractContextManager[None]:
         return self.swapped_in()
 
+    def _over(self, inner: FlowModel) -> FlowModel:
+        return Through(self, inner)
+
     def average(self, decay: float) -> None:
         """Moves the values towards the model's: `decay * values + (1 - decay) * parameters`."""
         with torch.no_grad():
@@ -93,12 +108,18 @@ class Through(_View):
         super().__init__(model)
         self.snapshot = snapshot
 
+    def _over(self, inner: FlowModel) -> FlowModel:
+        return Through(self.snapshot, inner)
+
     def _changed(self) -> AbstractContextManager[None]:
         return self.snapshot.swapped_in()
 
 
 class WithoutAdapter(_View):
     """An adapted model with its adapters off: the start of a LoRA run, for no memory at all."""
+
+    def _over(self, inner: FlowModel) -> FlowModel:
+        return WithoutAdapter(inner)
 
     def _changed(self) -> AbstractContextManager[None]:
         return adapters_off(self.model.module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from flowgrpo_fast.sampling.sampler import replay
 from flowgrpo_fast.sampling.step import halves, predict, row_slices
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.mismatch import Mismatch
-from flowgrpo_fast.types import FlowModel, TrainBatch
+from flowgrpo_fast.types import FlowModel, TrainBatch, at_step
 
 
 @dataclass(slots=True)
@@ -25,7 +25,8 @@ class _Tally:
     on_policy_ratio: list[Tensor] = field(default_factory=list)  # before the first optimiser step
     mismatch: Mismatch = field(default_factory=Mismatch)  # likewise
     grad_norm: list[Tensor] = field(default_factory=list)
-    backwards: int = 0  # samples that went back through the network
+    backwards: int = 0  # rows that went back through the network
+    evaluations: int = 0  # rows that went through one
 
 
 def update(engine: Engine, batch: TrainBatch) -> dict[str, float]:
@@ -42,10 +43,13 @@ def update(engine: Engine, batch: TrainBatch) -> dict[str, float]:
         engine.optimizer.step()
         engine.optimizer.zero_grad(set_to_none=True)
         _average(engine)
+        batch = replace(
+            batch, trajectory=replace(batch.trajectory, unconditional=None)
+        )  # of the weights before
     if isinstance(recipe.loss, NFT):
         assert engine.old is not None
         engine.old.average(old_decay(recipe.loss, engine.step + 1))
-    return _metrics(tally, batch.trajectory.step_index) | _spent(engine, batch, tally)
+    return _metrics(tally, batch.trajectory.step_index) | _spent(batch, tally)
 
 
 def accumulate_share(engine: Engine, batch: TrainBatch, share: slice, tally: _Tally) -> bool:
@@ -64,6 +68,7 @@ def accumulate_share(engine: Engine, batch: TrainBatch, share: slice, tally: _Ta
             (terms.loss * batch.weight[rows]).sum().div(total).backward()
             tally.terms.append(terms)
             tally.backwards += (rows.stop - rows.start) // size
+            tally.evaluations += (rows.stop - rows.start) // size * _forwards(engine, batch)
             if isinstance(terms, LossTerms) and not tally.grad_norm:
                 tally.on_policy_ratio.append(terms.ratio)
                 tally.mismatch.add(batch.step_position[rows, turn], terms.log_ratio)
@@ -107,13 +112,13 @@ def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> L
     position = batch.step_position[rows, turn]
     size = samples_per_row(engine, batch, turn)
     log_prob, drift = replay(
-        engine.model,
+        _at_turn(engine.model, batch, turn),
         trajectory,
         batch.conditioning.rows(rows),
         rows,
         position,
         recipe,
-        engine.reference,
+        None if engine.reference is None else _at_turn(engine.reference, batch, turn),
         size,
     )
     old_log_prob = trajectory.log_prob[index, position]
@@ -123,6 +128,14 @@ def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> L
         sigmas = trajectory.sigmas.to(engine.device, non_blocking=True)
         kl = drift_kl(drift, trajectory.coeffs, sigmas, step_index)
     return clipped_ratio(log_prob, old_log_prob, batch.advantages[rows], recipe.loss, kl)
+
+
+def _at_turn(model: FlowModel, batch: TrainBatch, turn: int) -> FlowModel:
+    """What of the model runs where all samples replay the same step; all of it where each has its own."""
+    trajectory = batch.trajectory
+    if batch.step_position.shape[1] < len(trajectory.step_index):
+        return model
+    return at_step(model, trajectory.sigmas, trajectory.step_index[turn])
 
 
 def noised_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> NFTTerms:
@@ -151,10 +164,15 @@ def _average(engine: Engine) -> None:
         engine.averaged.average(engine.recipe.optimizer.ema_decay)
 
 
-def _spent(engine: Engine, batch: TrainBatch, tally: _Tally) -> dict[str, float]:
-    """Rows times forwards through the network, of the rollout and the update; scouts are added by the loop."""
+def _forwards(engine: Engine, batch: TrainBatch) -> int:
+    """Forwards of a row: both halves of guidance under every model, save the half that the rollout has left."""
     models = 1 + (engine.old is not None) + (engine.reference is not None)
-    evaluations = batch.trajectory.evaluations + tally.backwards * models * halves(engine.recipe)
+    return models * halves(engine.recipe) - (batch.trajectory.unconditional is not None)
+
+
+def _spent(batch: TrainBatch, tally: _Tally) -> dict[str, float]:
+    """Rows times forwards through the network, of the rollout and the update; scouts are added by the loop."""
+    evaluations = batch.trajectory.evaluations + tally.evaluations
     return {"network_evaluations": float(evaluations), "network_backwards": float(tally.backwards)}
 
 

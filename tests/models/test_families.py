@@ -93,7 +93,10 @@ def test_two_steps_of_training_are_exact_on_policy(family, tiny_recipe) -> None:
     moved = [not torch.equal(a, b) for a, b in zip(before, engine.model.module.parameters(), strict=True)]
     trained = [p.requires_grad for p in engine.model.module.parameters()]
     assert not any(m and not t for m, t in zip(moved, trained, strict=True))
-    assert sum(moved) >= 0.7 * sum(trained)  # last blocks drop their text half; experts see their own sigmas
+    least = (
+        0.5 if family.variant.get("experts") else 0.7
+    )  # one serves the window; last blocks drop their text half
+    assert sum(moved) >= least * sum(trained)
     assert all(p.dtype == torch.float32 for p in trained_parameters(engine.model.module))
 
 

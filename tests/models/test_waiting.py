@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flowgrpo_fast.recipe import ClippedRatio
-from tests.models.families import ONE_EACH
+from tests.models.families import ONE_EACH, WAN
 from tests.training.test_no_waiting import check
 
+SCHEDULE = ("at_step", "expert")  # read the noise levels, which are on the host
 
-@pytest.mark.parametrize("family", ONE_EACH, ids=str)
+
+@pytest.mark.parametrize("family", [*ONE_EACH, replace(WAN, variant={"experts": True})], ids=str)
 def test_families(family, tiny_recipe) -> None:
     recipe = tiny_recipe(
         family,
@@ -19,4 +23,4 @@ def test_families(family, tiny_recipe) -> None:
         loss=ClippedRatio(clip_range=0.05, kl_beta=0.1),
     )
     # Z-Image takes captions of their own lengths, HunyuanVideo 1.5 sorts its tokens by what is masked.
-    check(recipe, spared=("", "predict") if family.syncs else ())
+    check(recipe, spared=(*SCHEDULE, "", "predict") if family.syncs else SCHEDULE)

@@ -61,7 +61,7 @@ TABLE = {
         "sd3.5-medium",
         flow_grpo(),
         (51, 120, 220, 196, 4.6),
-        execution=replace(PUBLISHED, uncond_gradient=False),
+        execution=replace(PUBLISHED, uncond_gradient=False, recompute_unconditional=True),
     ),
     "window 3": Row("sd3.5-medium", WINDOW_3, (51, 49, 131, 108, 4.6), execution=PUBLISHED),
     "window 3, no CFG, no KL": Row(
@@ -182,10 +182,13 @@ def test_a_plain_step_by_hand() -> None:
 @pytest.mark.parametrize(
     ("changes", "execution", "each"),
     [
-        ({"guidance_scale": 2.0}, {}, 2 * FORWARD + BACKWARD),
+        ({"guidance_scale": 2.0}, {}, FORWARD + BACKWARD),  # the rollout has left the other half
+        ({"guidance_scale": 2.0}, {"recompute_unconditional": True}, 2 * FORWARD + BACKWARD),
+        ({"guidance_scale": 2.0, "reuse_unconditional": False}, {}, 2 * FORWARD + BACKWARD),
+        ({"guidance_scale": 2.0, "optimizer": Optimizer(num_updates=2)}, {}, 1.5 * FORWARD + BACKWARD),
         ({"guidance_scale": 2.0}, {"uncond_gradient": True}, 2 * (FORWARD + BACKWARD)),
         ({"loss": ClippedRatio(kl_beta=0.1)}, {}, 2 * FORWARD + BACKWARD),
-        ({"guidance_scale": 2.0, "loss": ClippedRatio(kl_beta=0.1)}, {}, 4 * FORWARD + BACKWARD),
+        ({"guidance_scale": 2.0, "loss": ClippedRatio(kl_beta=0.1)}, {}, 3 * FORWARD + BACKWARD),
         ({}, {"recompute_old_log_prob": True}, 2 * FORWARD + BACKWARD),
         ({}, {"num_frozen_forwards": 2}, 3 * FORWARD + BACKWARD),
         ({"network": Network(checkpointing="full")}, {}, 2 * FORWARD + BACKWARD),
@@ -257,17 +260,20 @@ def test_a_moving_window_is_averaged_over_the_run() -> None:
 @pytest.mark.slow
 def test_levers_save_what_the_table_says() -> None:
     h100 = GPUS["h100"]
-    network = Network()
+    network, again = Network(), replace(PUBLISHED, recompute_unconditional=True)
     found = {
         lever.name: lever
-        for lever in levers(count(architecture("sd3.5-medium"), network), flow_grpo(), h100, PUBLISHED)
+        for lever in levers(count(architecture("sd3.5-medium"), network), flow_grpo(), h100, again)
     }
     assert found["unconditional half under no_grad"].saves == pytest.approx(255 - 220, rel=0.02)
     assert found["window of 3 stochastic steps"].saves == pytest.approx(255 - 131, rel=0.02)
     assert not found["unconditional half under no_grad"].in_use
     mine = {x.name: x for x in levers(count(architecture("sd3.5-medium"), network), flow_grpo(), h100)}
     assert mine["unconditional half under no_grad"].in_use
-    assert mine["unconditional half under no_grad"].saves == pytest.approx(255 - 220, rel=0.02)
+    reused = mine["unconditional half of the first update from the rollout"]
+    assert reused.in_use
+    assert reused.saves == pytest.approx(48 * 24 * 9 / 2 * 2.22e12 / 800e12, rel=0.02)  # of two updates
+    assert mine["unconditional half under no_grad"].saves == pytest.approx(255 - 220 + reused.saves, rel=0.02)
     # 24 to 12 before step 3: 35 % of the rollout, half of the update and of what encodes and scores the samples.
     flow = planned(TABLE["flow_grpo"])
     saved = 0.35 * flow.rollout.total + (flow.update + flow.decode + flow.reward + flow.text) / 2
@@ -307,6 +313,7 @@ def test_levers_in_use_are_told_apart() -> None:
     in_use = {name for name, lever in found.items() if lever.in_use}
     assert in_use == {
         "unconditional half under no_grad",
+        "unconditional half of the first update from the rollout",
         "shared steps before the window",
         "shared first stochastic step",
         "second-order solver, shorter tail",

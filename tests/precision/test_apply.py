@@ -386,9 +386,8 @@ def test_shapes_a_format_cannot_take_stay_as_they_are() -> None:
 
 
 def test_a_format_the_device_lacks_is_emulated_aloud_or_refused() -> None:
-    with pytest.warns(
-        RuntimeWarning, match="nvfp4 is emulated on a CPU: the numbers are right, but slower"
-    ) as seen:
+    line = "nvfp4 is emulated on a CPU: the numbers are right, but slower than bf16; native are fp8_rows"
+    with pytest.warns(RuntimeWarning, match=line) as seen:
         result = low(sd3(), form="nvfp4")
     assert len(seen) == 1
     assert "nvfp4, emulated, mode merged" in result.description

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo_fast.precision import FORMATS, QuantizedLinear
 from flowgrpo_fast.recipe import FullFineTuning, LoRA, LowPrecision
@@ -44,6 +45,31 @@ def test_two_steps_where_the_multiplication_is_native(family, mode, tiny_recipe,
 def test_checkpointed_and_compiled(mode, changes, tiny_recipe) -> None:
     part = LowPrecision(mode=mode)
     two_steps(tiny_recipe(families.SD3, precision="bf16", rollout_precision=part, **changes))
+
+
+class Products(TorchDispatchMode):
+    """Counts products in FP8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._scaled_mm.default, torch.ops.aten._scaled_mm_v2.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_runs_no_product_in_fp8_twice(tiny_recipe) -> None:
+    counts = {}
+    for mode in ("none", "selective", "full"):
+        part = LowPrecision(mode="shared_base")
+        recipe = tiny_recipe(families.SD3, precision="bf16", rollout_precision=part, checkpointing=mode)
+        engine = build_engine(recipe, torch.device("cpu"))
+        inputs = torch.randn(2, *engine.model.latent_shape), torch.tensor(0.5)
+        with Products() as counted, torch.autocast("cpu", dtype=torch.bfloat16):
+            engine.model.velocity(*inputs, engine.conditioning.rows(torch.tensor([0, 1]))).sum().backward()
+        counts[mode] = counted.count
+    assert counts["none"] == counts["selective"] < counts["full"]
 
 
 @pytest.mark.parametrize("form", ["fp8_rows", "nvfp4"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from flowgrpo_fast.ops import flow_log_prob
-from flowgrpo_fast.precision import FORMATS, build_low_precision, check_masters
+from flowgrpo_fast.precision import FORMATS, build_low_precision, check_masters, check_training_precision
 from flowgrpo_fast.recipe import (
     NFT,
     AllSteps,
@@ -17,6 +19,7 @@ from flowgrpo_fast.recipe import (
     LowPrecision,
     Optimizer,
     Prune,
+    Recipe,
     Scouts,
 )
 from flowgrpo_fast.sampling.sampler import rescored, rollout
@@ -289,3 +292,14 @@ def test_the_mismatch_is_reported_by_step_of_the_schedule(job) -> None:
         kinds = ("delta_log_prob_max", "delta_log_prob_mean")
         assert names == {f"{kind}{step}" for kind in kinds for step in ("", "/step_1", "/step_2")}
     assert 0 < reports[0].metrics["delta_log_prob_max"] < 1e-5  # other micro-batches, other rounding
+
+
+def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    recipe = Recipe(name="any")
+    gpu = torch.device("cuda")
+    check_training_precision(recipe, gpu)
+    check_training_precision(replace(recipe, precision="bf16"), CPU)
+    with pytest.raises(ValueError, match="precision is 'bf16', which Tesla T4 lacks; set precision=fp32"):
+        check_training_precision(replace(recipe, precision="bf16"), gpu)

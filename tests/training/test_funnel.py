@@ -61,9 +61,15 @@ PROMISES = {
 }
 
 
+# What of it the first of two optimiser steps takes from the rollout: the policy's unconditional half.
+REUSED = {"flow_grpo": 24 * 9 // 2, "pro_grpo": 12 * 9 // 2, "pro_grpo_flash": 12 * 9 // 2}
+
+
+@pytest.mark.parametrize("reuse", [False, True], ids=["", "reused"])
 @pytest.mark.parametrize("name", PROMISES)
-def test_network_evaluations_are_the_methods_promise(toy_recipe, name, monkeypatch) -> None:
+def test_network_evaluations_are_the_methods_promise(toy_recipe, name, reuse, monkeypatch) -> None:
     recipe = replace(RECIPES[name].make(), num_prompts=2, task=toy_recipe().task, num_steps=2)
+    recipe = replace(recipe, reuse_unconditional=reuse)
     if isinstance(recipe.explore, Scouts):  # the toy's layers are too small for a low precision
         recipe = replace(recipe, explore=replace(recipe.explore, precision=TrainingPrecision()))
     engine = build_engine(recipe, CPU)
@@ -71,7 +77,8 @@ def test_network_evaluations_are_the_methods_promise(toy_recipe, name, monkeypat
     spy = Spy(monkeypatch)
     metrics = train_step(engine).metrics
     rollout, update, backward = (2 * count for count in PROMISES[name])
-    assert spy.rows == metrics["network_evaluations"] == rollout + update
+    reused = 2 * reuse * REUSED.get(name, 0)
+    assert spy.rows == metrics["network_evaluations"] == rollout + update - reused
     assert spy.with_gradient == metrics["network_backwards"] == backward
 
 
