@@ -200,9 +200,10 @@ def test_rows_say_what_was_measured(result):
 
 
 def test_targets_are_computed_from_the_rows(result):
-    faster, compiled, share, equal, noise = report.targets(result, "cpu")
+    faster, moving, compiled, share, equal, noise = report.targets(result, "cpu")
     assert faster[1:3] == ["missed", "1 of 2"]  # sleeping is only four times faster
     assert faster[3].endswith(f"(waiting, {SD3.name}, float32)")
+    assert moving[1:3] == ["met", "1 of 1"]
     assert compiled[1] == "not measured"
     assert share[1:3] == equal[1:3] == ["missed", "0 of 1"]
     assert noise[1] == "not measured"
