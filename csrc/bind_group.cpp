@@ -50,6 +50,10 @@ void index_vector(const Checker& check, const char* argument, const Tensor& tens
 void parse_options(const Checker& check, const py::tuple& options, GroupAdvantagesArgs* args) {
   args->num_groups = options[0].cast<int64_t>();
   if (args->num_groups < 1) check.fail("num_groups", "is " + std::to_string(args->num_groups), "be at least 1");
+  const int64_t most = args->batch > kMaxGroups ? args->batch : kMaxGroups;
+  if (args->num_groups > most) {
+    check.fail("num_groups", "is " + std::to_string(args->num_groups), "be at most " + std::to_string(most));
+  }
   for (double& weight : args->weights) weight = 1.0;
   if (!options[1].is_none()) {
     const py::sequence weights = options[1];

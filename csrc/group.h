@@ -12,9 +12,10 @@
 
 namespace flowgrpo_fast {
 
-constexpr int kMaxRewards = 16;       // columns of group_advantages
-constexpr int kMaxCandidates = 1024;  // samples of a prompt in a selection
-constexpr int kMaxFront = 64;         // samples of a prompt in pareto_fronts, one bit each
+constexpr int kMaxRewards = 16;          // columns of group_advantages
+constexpr int64_t kMaxGroups = 1 << 24;  // of group_advantages, unless the batch is larger: a table of them is made
+constexpr int kMaxCandidates = 1024;     // samples of a prompt in a selection
+constexpr int kMaxFront = 64;            // samples of a prompt in pareto_fronts, one bit each
 constexpr int kMaxObjectives = 8;
 constexpr int kMaxBuffers = 16;  // of compact
 constexpr int kUnits = 1024;     // units of a buffer one block gathers

@@ -60,28 +60,34 @@ def require_tensor(op: str, argument: str, value: object) -> None:
         raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be a torch.Tensor")
 
 
-def require_int(op: str, argument: str, value: int) -> int:
-    """The value as an int; raises ``ValueError`` if it is none. A symbolic one stays as it is."""
+def require_int(op: str, argument: str, value: int, must: str = "an int") -> int:
+    """The value as an int of 64 bits; raises ``ValueError`` if it is none. A symbolic one stays as it is."""
     if torch.compiler.is_compiling() or isinstance(value, torch.SymInt):
         return value
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be an int") from None
+        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be {must}") from None
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"{op}: {argument} is an int of {number.bit_length() + 1} bits, must be one of 64")
+    return number
+
+
+def require_number(op: str, argument: str, value: float) -> float:
+    """The value as a float; raises ``ValueError`` if it is no real number. A tensor is none: reading it would wait."""
+    if isinstance(value, Tensor) or not hasattr(type(value), "__float__"):
+        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be a number")
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError):
+        raise ValueError(f"{op}: {argument} is out of range, must be a number that a float holds") from None
 
 
 def split_step(op: str, argument: str, step: int | Tensor) -> tuple[int, Tensor | None]:
     """A step given as an integer or as a tensor, as the pair (integer, tensor or None) of the op schemas."""
     if isinstance(step, Tensor):
         return 0, step
-    if torch.compiler.is_compiling():  # may be symbolic
-        return step, None
-    try:
-        return operator.index(step), None
-    except TypeError:
-        raise ValueError(
-            f"{op}: {argument} is a {type(step).__name__}, must be an int or an int64 tensor"
-        ) from None
+    return require_int(op, argument, step, "an int or an int64 tensor"), None
 
 
 def split_guidance(op: str, guidance: Guidance | None) -> tuple[Tensor | None, float]:
@@ -94,7 +100,7 @@ def split_guidance(op: str, guidance: Guidance | None) -> tuple[Tensor | None, f
         )
     negative_velocity, scale = guidance
     require_tensor(op, "guidance.negative_velocity", negative_velocity)
-    return negative_velocity, float(scale)
+    return negative_velocity, require_number(op, "guidance.scale", scale)
 
 
 def real_dtype(latents: Tensor) -> torch.dtype:

@@ -197,7 +197,8 @@ def _check_extras(extras: Extras, latents: Tensor, guided: bool) -> int:
     """The channel axis of the map, not negative, or `_NO_MAP`.
 
     Raises:
-        ValueError: no `Extras`, an axis that is neither 1 nor the last, or a negative that nothing scales.
+        ValueError: no `Extras`, an axis that is neither 1 nor the last of latents that have it, or a negative that
+            nothing scales.
     """
     if not isinstance(extras, Extras):
         raise ValueError(f"flow_log_prob: extras is a {type(extras).__name__}, must be Extras(...)")
@@ -212,7 +213,9 @@ def _check_extras(extras: Extras, latents: Tensor, guided: bool) -> int:
             )
     if extras.map_axis is None:
         return _NO_MAP
-    if extras.map_axis not in (1, -1, latents.ndim - 1) or latents.ndim == 1:
+    if latents.ndim < 2:
+        raise ValueError(f"flow_log_prob: latents has {latents.ndim} dimension(s), must be [batch, ...]")
+    if not isinstance(extras.map_axis, int) or extras.map_axis not in (1, -1, latents.ndim - 1):
         raise ValueError(f"flow_log_prob: extras.map_axis is {extras.map_axis}, must be 1 or -1")
     return extras.map_axis % latents.ndim
 

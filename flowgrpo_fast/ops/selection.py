@@ -13,14 +13,19 @@ def _indices(rewards: Tensor, size: int) -> Tensor:
     return rewards.new_empty((*rewards.shape[:1], size), dtype=torch.int64)
 
 
+def _allocate(rewards: Tensor, size: int) -> Tensor:
+    """Indices of no more than all candidates: the kernel's check, still to come, names another number."""
+    return _indices(rewards, max(min([size, *rewards.shape[-1:]]), 0))
+
+
 def _subset_forward(rewards: Tensor, k: int) -> Tensor:
-    indices = _indices(rewards, max(k, 0))  # the kernel's check names a bad number
+    indices = _allocate(rewards, k)
     _C.best_variance_subset(rewards, k, indices, torch.get_num_threads())
     return indices
 
 
 def _top_bottom_forward(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
-    indices = _indices(rewards, max(num_top + num_bottom, 0))
+    indices = _allocate(rewards, num_top + num_bottom)
     _C.top_bottom(rewards, num_top, num_bottom, indices, torch.get_num_threads())
     return indices
 

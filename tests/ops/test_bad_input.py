@@ -179,7 +179,7 @@ def test_a_reference_negative_wants_guidance(case):
         (([3], (4,)), "seed is a list, must be a torch.Tensor"),
         ((torch.zeros(2), (4,)), "seed has dtype torch.float32, must have torch.int64"),
         ((torch.tensor(3), (4,)), "seed has 0 dimension(s), must be [batch]"),
-        ((torch.tensor([3]), (0,)), "out is empty: shape [1, 0]"),
+        ((torch.tensor([3]), (0,)), "shape is [0], must be of sizes of at least 1"),
         ((torch.tensor([3]), (4,), -1), "step is -1, must be in [0, 2^32)"),
         ((torch.tensor([3]), (4,), 1 << 32), "step is 4294967296, must be in [0, 2^32)"),
         ((torch.tensor([3]), (4,), 0.5), "step is a float, must be an int or an int64 tensor"),
