@@ -1,5 +1,6 @@
 // The preview of running samples.
 #include <array>
+#include <utility>
 
 #include "bind_transition.h"
 #include "preview.h"
@@ -53,9 +54,9 @@ void gram(const Tensor& pooled, const Tensor& centred, const Tensor& out, int nu
   if (size_of(args.pooled.dtype) < 4) check.dtype("pooled", pooled, DType::kFloat32);
   check.dense("workspace", centred);
   check.same_shape("workspace", centred, "pooled", pooled);
-  for (const Tensor* tensor : {&centred, &out}) {
-    check.dtype("gram", *tensor, args.pooled.dtype);
-    check.same_device("gram", *tensor, "pooled", pooled);
+  for (const auto& [name, tensor] : {std::pair("workspace", &centred), std::pair("gram", &out)}) {
+    check.dtype(name, *tensor, args.pooled.dtype);
+    check.same_device(name, *tensor, "pooled", pooled);
   }
   args.centred = centred.data<void>();
   args.gram = out.data<void>();

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_int, require_number, require_tensor
+from flowgrpo_fast.ops._binding import bind, real_dtype, require_int, require_number, require_tensor
 
 Aggregate = Literal["sum", "per_objective", "gdpo", "separate"]
 AGGREGATES = ("sum", "per_objective", "gdpo", "separate")  # in the order of the kernels' enum
@@ -30,12 +30,13 @@ class Clip(NamedTuple):
 
 def _allocate(*flat: Any) -> Tensor:
     rewards, aggregate = flat[0], flat[4]
-    return torch.empty_like(rewards if aggregate == 3 else rewards.reshape(*rewards.shape[:1], -1)[..., 0])
+    shape = rewards.shape if aggregate == 3 else rewards.shape[:1]
+    return rewards.new_empty(shape, dtype=real_dtype(rewards))
 
 
 def _forward(*flat: Any) -> Tensor:
     rewards, group_id = flat[:2]
-    advantages = rewards.new_empty(rewards.shape if flat[4] == 3 else rewards.shape[:1])
+    advantages = _allocate(*flat)
     workspaces: tuple[Tensor | None, Tensor | None] = (None, None)
     if rewards.is_cuda:
         batch = rewards.shape[0] if rewards.ndim else 1
@@ -113,7 +114,7 @@ def group_advantages(
     Not differentiable.
 
     Args:
-        rewards: ``[B]`` or ``[B, R]``, R at most 16, contiguous; float32 or float64.
+        rewards: ``[B]`` or ``[B, R]``, R at most 16, contiguous; float32, bfloat16, float16 or float64.
         group_id: ``[B]`` int64 in ``0..num_groups - 1``, in any order; groups of any size, also empty ones.
         num_groups: at most 2^24, or B if that is more; None takes B. On a GPU a block a group runs, so the true number
             is cheaper.
@@ -124,7 +125,7 @@ def group_advantages(
         clip: both bounds, the hard one alone, or None.
 
     Returns:
-        Advantages ``[B]`` (``[B, R]`` for "separate") in the dtype of `rewards`.
+        Advantages ``[B]`` (``[B, R]`` for "separate"), float32 (float64 for float64 rewards).
 
     Raises:
         ValueError: wrong shape, dtype, device, layout or option, or a group outside the range. (One in a CUDA tensor

@@ -224,7 +224,9 @@ _dequantize_nvfp4_op = bind(
 
 def _require_dtype(op: str, dtype: object) -> None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{op}: dtype is {dtype}, must be float32, bfloat16 or float16")
+        must = "float32, bfloat16 or float16"
+        must = must if isinstance(dtype, torch.dtype) else f"a torch.dtype: {must}"
+        raise ValueError(f"{op}: dtype is {dtype}, must be {must}")
 
 
 def dequantize_fp8_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -59,7 +59,7 @@ def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
     infinite reward, its `k` highest are taken, NaN counting as lower than everything.
 
     Args:
-        rewards: ``[P, G]``, G at most 1024, contiguous; float32 or float64.
+        rewards: ``[P, G]``, G at most 1024, contiguous; float32, bfloat16, float16 or float64.
         k: how many survive, in ``1..G``.
 
     Raises:
@@ -75,7 +75,7 @@ def top_bottom(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
     Of equal rewards those with the lower index come first. NaN counts as lower than everything.
 
     Args:
-        rewards: ``[P, G]``, G at most 1024, contiguous; float32 or float64.
+        rewards: ``[P, G]``, G at most 1024, contiguous; float32, bfloat16, float16 or float64.
         num_top: how many of the best.
         num_bottom: how many of the worst; together 1 to G.
 
@@ -98,7 +98,7 @@ def pareto_fronts(objectives: Tensor) -> Tensor:
     counts as lower than everything. The fronts of ``-objectives`` begin with the worst samples (POCA's ``P-``).
 
     Args:
-        objectives: ``[P, G, R]``, G at most 64 and R at most 8, contiguous; float32 or float64.
+        objectives: ``[P, G, R]``, G at most 64 and R at most 8, contiguous; float32, bfloat16, float16 or float64.
 
     Raises:
         ValueError: wrong shape, dtype, device or layout.

@@ -65,6 +65,8 @@ BAD_STEP_ARGUMENTS = [
     ({"coeffs": torch.zeros(8)}, "coeffs has shape [8], must have [8, 8]"),
     ({"coeffs": torch.zeros(5, 8).double()}, "coeffs has dtype torch.float64, must have torch.float32"),
     ({"coeffs": torch.zeros(0, 8)}, "coeffs is empty: shape [0, 8]"),
+    ({"coeffs": [[0.0] * 8]}, "coeffs is a list, must be a torch.Tensor"),
+    ({"coeffs": torch.zeros(8, 5).T}, "coeffs is not contiguous: shape [5, 8], strides (1, 5), must be"),
     ({"step_index": 5}, "step_index is 5, must be in [0, 5)"),
     ({"step_index": -1}, "step_index is -1, must be in [0, 5)"),
     ({"step_index": 1.0}, "step_index is a float, must be an int or an int64 tensor"),
