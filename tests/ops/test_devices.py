@@ -227,6 +227,27 @@ def test_a_tensor_elsewhere_is_named(monkeypatch, make, expected):
                 getattr(_C, function)(*with_one_moved(arguments, which))
 
 
+class Vast:
+    """Says it has 2^45 elements on a GPU; nobody may look at them."""
+
+    shape = (ctypes.c_int64 * 2)(1, 1 << 45)
+
+
+def _view_of_vast(value: Vast, out: recorded_calls.TensorView) -> None:
+    assert _view(states(1), ctypes.byref(out)) == 0
+    out.device_type, out.ndim, out.strides = recorded_calls.CUDA, 2, None
+    out.shape = ctypes.cast(value.shape, ctypes.POINTER(ctypes.c_int64))
+
+
+Vast.__dlpack_c_exchange_api__ = recorded_calls.capsule_of(_view_of_vast)
+
+
+def test_more_blocks_than_a_launch_has(host_module):
+    message = r"\Aflowgrpo_fast: philox_kernel has 8589934592 blocks, must have at most 2147483647: split the batch\Z"
+    with pytest.raises(ValueError, match=message):
+        host_module.philox(OnCuda(SEED[:1]), 0, 0, Vast(), 1)
+
+
 def test_every_op_is_among_them():
     ours = {name for name in vars(_C) if not name.startswith("_")}
     called = set()
