@@ -73,16 +73,11 @@ struct CompactArgs {
 };
 
 FLOWGRPO_HD double real_at(const Buffer& buffer, int64_t index) {
-  switch (buffer.dtype) {
-    case DType::kFloat64:
-      return static_cast<const double*>(buffer.data)[index];
-    case DType::kFloat32:
-      return static_cast<double>(static_cast<const float*>(buffer.data)[index]);
-    case DType::kBFloat16:
-      return static_cast<double>(bfloat16_to_float(static_cast<const uint16_t*>(buffer.data)[index]));
-    default:
-      return static_cast<double>(float16_to_float(static_cast<const uint16_t*>(buffer.data)[index]));
-  }
+  if (buffer.dtype == DType::kFloat32) return static_cast<double>(static_cast<const float*>(buffer.data)[index]);
+  if (buffer.dtype == DType::kFloat64) return static_cast<const double*>(buffer.data)[index];
+  const uint16_t stored = static_cast<const uint16_t*>(buffer.data)[index];
+  const float value = buffer.dtype == DType::kBFloat16 ? bfloat16_to_float(stored) : float16_to_float(stored);
+  return static_cast<double>(value);
 }
 
 FLOWGRPO_HD void store_real(const Buffer& buffer, int64_t index, double value) {

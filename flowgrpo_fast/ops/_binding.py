@@ -8,7 +8,7 @@ op of the namespace ``flowgrpo_fast``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +62,9 @@ def require_tensor(op: str, argument: str, value: object) -> None:
 
 def require_int(op: str, argument: str, value: int, must: str = "an int") -> int:
     """The value as an int of 64 bits; raises ``ValueError`` if it is none. A symbolic one stays as it is."""
-    if torch.compiler.is_compiling() or isinstance(value, torch.SymInt):
+    if torch.compiler.is_compiling() or (type(value) is int and value.bit_length() < 64):
+        return value
+    if isinstance(value, torch.SymInt):
         return value
     try:
         number = operator.index(value)
@@ -73,8 +75,22 @@ def require_int(op: str, argument: str, value: int, must: str = "an int") -> int
     return number
 
 
+def require_ints(op: str, argument: str, values: Sequence[int], must: str) -> tuple[int, ...]:
+    """The values as ints of 64 bits; raises ``ValueError`` if they are not, or no list or tuple."""
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{op}: {argument} is a {type(values).__name__}, must be {must}")
+    if torch.compiler.is_compiling():
+        return tuple(values)
+    plain = [value for value in values if type(value) is int and value.bit_length() < 64]
+    if len(plain) == len(values):
+        return tuple(plain)
+    return tuple(require_int(op, f"{argument}[{place}]", value) for place, value in enumerate(values))
+
+
 def require_number(op: str, argument: str, value: float) -> float:
     """The value as a float; raises ``ValueError`` if it is no real number. A tensor is none: reading it would wait."""
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor) or not hasattr(type(value), "__float__"):
         raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be a number")
     try:

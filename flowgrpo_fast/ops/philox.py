@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_int, require_tensor, split_step
+from flowgrpo_fast.ops._binding import bind, require_int, require_ints, require_tensor, split_step
 
 _SCHEMA = "(Tensor seed, SymInt[] shape, SymInt step, Tensor? step_index, SymInt stream, ScalarType dtype) -> Tensor"
 
@@ -35,10 +35,8 @@ def _draw(
     op: str, seed: Tensor, shape: Sequence[int], step: int | Tensor, stream: int, dtype: torch.dtype
 ) -> Tensor:
     require_tensor(op, "seed", seed)
-    if not isinstance(shape, (list, tuple)):
-        raise ValueError(f"{op}: shape is a {type(shape).__name__}, must be a list or tuple of ints")
-    sample = tuple(require_int(op, f"shape[{axis}]", size) for axis, size in enumerate(shape))
-    if not torch.compiler.is_compiling() and any(size < 1 for size in sample):
+    sample = require_ints(op, "shape", shape, "a list or tuple of ints")
+    if not torch.compiler.is_compiling() and sample and min(sample) < 1:
         raise ValueError(f"{op}: shape is {list(sample)}, must be of sizes of at least 1")
     return _op(seed, sample, *split_step(op, "step", step), require_int(op, "stream", stream), dtype)
 

@@ -16,6 +16,7 @@ from flowgrpo_fast.ops._binding import (
     bind,
     real_dtype,
     require_int,
+    require_ints,
     require_tensor,
     split_flat,
     split_guidance,
@@ -73,12 +74,6 @@ def _fail(message: str) -> NoReturn:
     raise ValueError(f"preview: {message}")
 
 
-def _sides(argument: str, sides: object, must: str) -> tuple[int, ...]:
-    if not isinstance(sides, (list, tuple)):
-        _fail(f"{argument} is a {type(sides).__name__}, must be {must}")
-    return tuple(require_int("preview", f"{argument}[{axis}]", side) for axis, side in enumerate(sides))
-
-
 def _check_cells(
     latents: Tensor, pool: int | tuple[int, ...], grid: tuple[int, ...] | None
 ) -> tuple[int, ...]:
@@ -94,14 +89,14 @@ def _check_cells(
             )
         axes = tuple(latents.shape[2:])
     else:
-        axes = _sides("grid", grid, "(H, W) or (T, H, W)")
+        axes = require_ints("preview", "grid", grid, "(H, W) or (T, H, W)")
         fits = latents.ndim == 3 and len(axes) in (2, 3) and math.prod(axes) == latents.shape[1]
         if not fits or min(axes) < 1:
             _fail(
                 f"grid is {list(axes)}, must be (H, W) or (T, H, W) of latents [B, L, C], here {list(latents.shape)}"
             )
     must = "a positive int, (height, width) or (time, height, width)"
-    cell = (1, pool, pool) if isinstance(pool, int) else _sides("pool", pool, must)
+    cell = (1, pool, pool) if isinstance(pool, int) else require_ints("preview", "pool", pool, must)
     if len(cell) == 2:
         cell = (1, *cell)
     if len(cell) != 3 or min(cell) < 1:

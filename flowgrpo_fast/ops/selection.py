@@ -14,8 +14,9 @@ def _indices(rewards: Tensor, size: int) -> Tensor:
 
 
 def _allocate(rewards: Tensor, size: int) -> Tensor:
-    """Indices of no more than all candidates: the kernel's check, still to come, names another number."""
-    return _indices(rewards, max(min([size, *rewards.shape[-1:]]), 0))
+    """None of a number that the kernel's check, still to come, names."""
+    most = rewards.shape[-1] if rewards.ndim else 0
+    return _indices(rewards, size if 0 <= size <= most else 0)
 
 
 def _subset_forward(rewards: Tensor, k: int) -> Tensor:
