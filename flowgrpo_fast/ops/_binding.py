@@ -55,9 +55,25 @@ def split_flat(flat: tuple[Any, ...]) -> tuple[Transition, tuple[Any, ...]]:
 
 
 def require_tensor(op: str, argument: str, value: object) -> None:
-    """Raises ``ValueError`` if `value` is no tensor."""
+    """Raises ``ValueError`` if `value` is no tensor, or a nested one, which has no shape."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be a torch.Tensor")
+    if value.is_nested:
+        raise ValueError(f"{op}: {argument} is a nested tensor, must be dense")
+
+
+def require_bool(op: str, argument: str, value: bool) -> None:
+    """Raises ``ValueError`` if `value` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be a bool")
+
+
+def require_one_of(op: str, argument: str, value: object, choices: Sequence[object]) -> None:
+    """Raises ``ValueError`` if `value` is none of the choices, all of which have one type."""
+    kind = type(choices[0])
+    if not isinstance(value, kind) or value not in choices:
+        shown = repr(value) if isinstance(value, kind) else f"a {type(value).__name__}"
+        raise ValueError(f"{op}: {argument} is {shown}, must be one of {', '.join(map(str, choices))}")
 
 
 def require_int(op: str, argument: str, value: int, must: str = "an int") -> int:

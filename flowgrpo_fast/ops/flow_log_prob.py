@@ -15,6 +15,7 @@ from flowgrpo_fast.ops._binding import (
     bind,
     per_sample,
     real_dtype,
+    require_bool,
     require_tensor,
     split_flat,
     split_guidance,
@@ -202,6 +203,7 @@ def _check_extras(extras: Extras, latents: Tensor, guided: bool) -> int:
     """
     if not isinstance(extras, Extras):
         raise ValueError(f"flow_log_prob: extras is a {type(extras).__name__}, must be Extras(...)")
+    require_bool("flow_log_prob", "extras.mean", extras.mean)
     if extras.reference_velocity is not None:
         require_tensor("flow_log_prob", "extras.reference_velocity", extras.reference_velocity)
     if extras.reference_negative is not None:

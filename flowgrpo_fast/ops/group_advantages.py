@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, real_dtype, require_int, require_number, require_tensor
+from flowgrpo_fast.ops._binding import (
+    bind,
+    real_dtype,
+    require_int,
+    require_number,
+    require_one_of,
+    require_tensor,
+)
 
 Aggregate = Literal["sum", "per_objective", "gdpo", "separate"]
 AGGREGATES = ("sum", "per_objective", "gdpo", "separate")  # in the order of the kernels' enum
@@ -132,13 +139,10 @@ def group_advantages(
             gives its sample NaN and leaves the others alone.)
     """
     require_tensor("group_advantages", "rewards", rewards)
-    if aggregate not in AGGREGATES:
-        raise ValueError(
-            f"group_advantages: aggregate is {aggregate!r}, must be one of {', '.join(AGGREGATES)}"
-        )
-    if std not in ("group", "batch") or (std == "batch" and aggregate == "gdpo"):
-        must = "'group' with aggregate='gdpo'" if std == "batch" else "'group' or 'batch'"
-        raise ValueError(f"group_advantages: std is {std!r}, must be {must}")
+    require_one_of("group_advantages", "aggregate", aggregate, AGGREGATES)
+    require_one_of("group_advantages", "std", std, ("group", "batch"))
+    if std == "batch" and aggregate == "gdpo":
+        raise ValueError("group_advantages: std is 'batch', must be 'group' with aggregate='gdpo'")
     if num_groups is None:
         num_groups = rewards.shape[0] if rewards.ndim else 1
     return _op(

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from flowgrpo_fast.ops._binding import require_number, require_tensor
+from flowgrpo_fast.ops._binding import require_bool, require_number, require_tensor
 from flowgrpo_fast.ops.quantize import FP4, FP8, Fp8Rows, Nvfp4, as_bytes, fp8_op, nvfp4_op
 
 Quantized = TypeVar("Quantized", Fp8Rows, Nvfp4)
@@ -48,6 +48,7 @@ def merge_lora_quantize_(
         ValueError: wrong shape, dtype, device or layout.
     """
     op = "merge_lora_quantize_"
+    require_bool(op, "swizzle", swizzle)
     for argument, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         require_tensor(op, argument, tensor)
     if weight.ndim != 2:

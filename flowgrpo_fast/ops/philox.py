@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_int, require_ints, require_tensor, split_step
+from flowgrpo_fast.ops._binding import (
+    bind,
+    require_int,
+    require_ints,
+    require_one_of,
+    require_tensor,
+    split_step,
+)
 
 _SCHEMA = "(Tensor seed, SymInt[] shape, SymInt step, Tensor? step_index, SymInt stream, ScalarType dtype) -> Tensor"
 
@@ -65,8 +72,7 @@ def philox_normal(
         ValueError: wrong shape, dtype, device or range. (Of a step in a CUDA tensor, which nobody on the host reads,
             the low 32 bits count.)
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"philox_normal: dtype is {dtype}, must be float32, bfloat16, float16 or float64")
+    require_one_of("philox_normal", "dtype", dtype, _DTYPES)
     return _draw("philox_normal", seed, shape, step, stream, dtype)
 
 

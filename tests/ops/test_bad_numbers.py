@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -14,21 +15,27 @@ from flowgrpo_fast.ops import (
     Guidance,
     best_variance_subset,
     compact,
+    dequantize_fp8_rows,
+    dequantize_nvfp4,
     flow_log_prob,
     flow_step,
     group_advantages,
     implicit_matching,
+    matching,
     merge_lora_quantize_,
+    pareto_fronts,
     philox_normal,
     philox_uint32,
     preview,
     quantize_fp8_rows,
+    quantize_nvfp4,
     top_bottom,
 )
 from flowgrpo_fast.ops._binding import Transition
 
 HUGE = (1 << 40, 1 << 63, 1 << 200, -(1 << 63) - 1)
 NOT_NUMBERS = ("2", None, [2.0], 2j, torch.ones(()))
+NOT_BOOLS = ("2", None, [True], 1, torch.ones(2))
 NOT_INTS = (*NOT_NUMBERS[:4], 2.0, torch.ones(()))
 
 ZEROS, SEED, IDS = torch.zeros(2, 4, 6), torch.tensor([3, 4]), torch.tensor([0, 1, 0, 1, 1])
@@ -92,7 +99,27 @@ GOOD = {
     implicit_matching: IMPLICIT,
     merge_lora_quantize_: MERGE,
     gathered: COMPACTION,
+    matching: {"velocity": ZEROS, "target": ZEROS},
+    pareto_fronts: {"objectives": torch.ones(2, 6, 3)},
+    quantize_fp8_rows: {"x": WEIGHT},
+    quantize_nvfp4: {"x": WEIGHT},
+    dequantize_fp8_rows: quantize_fp8_rows(WEIGHT)._asdict(),
+    dequantize_nvfp4: quantize_nvfp4(WEIGHT)._asdict(),
 }
+
+
+def nested(op, arguments):
+    """Rows of tensors without a shape: of each argument that is a tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this layout is a prototype
+        value = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    places = {"buffers": "buffers[0]"}
+    return [
+        (op, name, value, places.get(name, name))
+        for name, good in arguments.items()
+        if isinstance(good, torch.Tensor)
+    ]
+
 
 BAD = [
     *rows(flow_step, "step_index", [*NOT_INTS[:5], *HUGE]),
@@ -122,7 +149,6 @@ BAD = [
             *rows(op, "shape", [4, (-1,), (4, 0), (2.0,), "4", None, (1 << 63,), torch.ones(2)]),
         )
     ),
-    *rows(philox_normal, "dtype", ["float32", None, torch.int64, torch.float8_e4m3fn, torch.complex64]),
     *rows(group_advantages, "num_groups", [*NOT_INTS[:2], *NOT_INTS[3:], *HUGE, (1 << 24) + 1]),
     *rows(group_advantages, "weights", [2.0, "abc", 3, [1.0, "2", 3.0], [1.0, None, 3.0], [2j] * 3]),
     *rows(group_advantages, "eps", [*NOT_NUMBERS, -1.0, float("nan"), 10**400]),
@@ -133,6 +159,19 @@ BAD = [
     *rows(top_bottom, "num_bottom", [*NOT_INTS, *HUGE]),
     *rows(implicit_matching, "beta", [*NOT_NUMBERS, 10**400]),
     *rows(merge_lora_quantize_, "lora_scale", [*NOT_NUMBERS, 10**400]),
+    *rows(group_advantages, "aggregate", [0, None, torch.ones(2), ["sum"]]),
+    *rows(group_advantages, "std", [0, None, torch.ones(2), ["batch"]]),
+    *rows(flow_step, "return_x0_pred", NOT_BOOLS),
+    *rows(flow_log_prob, "extras", [Extras(mean=value) for value in NOT_BOOLS], "extras.mean"),
+    *rows(quantize_nvfp4, "swizzle", NOT_BOOLS),
+    *rows(merge_lora_quantize_, "swizzle", NOT_BOOLS),
+    *rows(dequantize_nvfp4, "swizzle", NOT_BOOLS),
+    *(
+        row
+        for op in (philox_normal, dequantize_fp8_rows, dequantize_nvfp4)
+        for row in rows(op, "dtype", ["float32", None, 2, torch.ones(2, 2), torch.int64, torch.float8_e4m3fn])
+    ),
+    *(row for op, arguments in GOOD.items() for row in nested(op, arguments)),
     *rows(gathered, "out", [torch.ones(2, 3), 5, "out", MERGE["lora_a"]]),
 ]
 BAD = [row for row in BAD if row[1:3] != ("num_groups", None)]  # which is the default

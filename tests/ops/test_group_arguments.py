@@ -165,7 +165,7 @@ BAD = [
         {"aggregate": "mean"},
         "aggregate is 'mean', must be one of sum, per_objective",
     ),
-    (group_advantages, ADVANTAGES, {"std": "none"}, "std is 'none', must be 'group' or 'batch'"),
+    (group_advantages, ADVANTAGES, {"std": "none"}, "std is 'none', must be one of group, batch"),
     (
         group_advantages,
         ADVANTAGES,

@@ -203,7 +203,7 @@ BAD_CALLS = [
     (
         lambda: dequantize_fp8_rows(*quantize_fp8_rows(matrix()), torch.float64),
         "dequantize_fp8_rows",
-        "dtype is torch.float64, must be float32, bfloat16 or float16",
+        "dtype is torch.float64, must be one of torch.float32, torch.bfloat16, torch.float16",
     ),
     (
         lambda: dequantize_nvfp4(*quantize_nvfp4(matrix()), swizzle=False),
@@ -279,12 +279,12 @@ BAD_CALLS = [
     (
         lambda: dequantize_nvfp4(*NVFP4, torch.float64),
         "dequantize_nvfp4",
-        "dtype is torch.float64, must be float32, bfloat16 or float16",
+        "dtype is torch.float64, must be one of torch.float32, torch.bfloat16, torch.float16",
     ),
     (
         lambda: dequantize_nvfp4(*NVFP4, "float32"),
         "dequantize_nvfp4",
-        "dtype is float32, must be a torch.dtype: float32, bfloat16 or float16",
+        "dtype is a str, must be one of torch.float32, torch.bfloat16, torch.float16",
     ),
 ]
 
