@@ -100,12 +100,15 @@ void philox(const Tensor& seed, const py::object& step, int64_t stream, const Te
   if (seed.ndim() != 1) check.fail("seed", "has " + std::to_string(seed.ndim()) + " dimension(s)", "be [batch]");
   check.dense("out", out);
   check.same_device("out", out, "seed", seed);
-  if (stream < 0 || stream > 0xffffffffLL) check.fail("stream", "is " + std::to_string(stream), "be in [0, 2^32)");
   PhiloxArgs args{};
   args.seed = seed.data<int64_t>();
   args.stream = stream;
   args.batch = seed.size(0);
   args.elements = out.numel() / args.batch;
+  const auto in_a_word = [&check](const char* argument, int64_t value) {
+    if (value < 0 || value > 0xffffffffLL) check.fail(argument, "is " + std::to_string(value), "be in [0, 2^32)");
+  };
+  in_a_word("stream", stream);
   const Tensor index(step.ptr());
   if (index.is_tensor()) {
     check.dense("step", index);
@@ -114,10 +117,11 @@ void philox(const Tensor& seed, const py::object& step, int64_t stream, const Te
     check.same_device("step", index, "seed", seed);
     args.step_index = index.data<int64_t>();
     args.step_stride = index.ndim() == 0 ? 0 : 1;
+    const bool on_host = index.device().type == dlpack::kCpu;
+    for (int64_t i = 0; on_host && i < index.numel(); ++i) in_a_word("step", args.step_index[i]);
   } else {
     args.step = step.cast<int64_t>();
-    if (args.step < 0 || args.step > 0xffffffffLL)
-      check.fail("step", "is " + std::string(py::str(step)), "be in [0, 2^32)");
+    in_a_word("step", args.step);
   }
   if (out.is_int64()) {
     args.words = out.data<int64_t>();

@@ -5,18 +5,25 @@
 namespace flowgrpo_fast {
 namespace {
 
-// Rewards and objectives are float32 or float64.
-DType real_of(const Checker& check, const char* argument, const Tensor& tensor) {
+// Rewards or objectives.
+Buffer values_of(const Checker& check, const char* argument, const Tensor& tensor) {
   check.dense(argument, tensor);
-  DType dtype;
-  if (!tensor.floating(&dtype) || (dtype != DType::kFloat32 && dtype != DType::kFloat64)) {
-    check.fail(argument, "has dtype " + attribute_text(tensor, "dtype"), "have float32 or float64");
-  }
+  const DType dtype = check.floating(argument, tensor);
   const int32_t type = tensor.device().type;
   if (type != dlpack::kCpu && type != dlpack::kCuda) {
     check.fail(argument, "is on " + attribute_text(tensor, "device"), "be on a CPU or a CUDA device");
   }
-  return dtype;
+  return {tensor.data<void>(), dtype};
+}
+
+// An int64 array the op writes.
+int64_t* integers_of(const Checker& check, const char* argument, const Tensor& tensor,
+                     std::initializer_list<int64_t> shape, const char* other_name, const Tensor& other) {
+  check.dense(argument, tensor);
+  check.int64(argument, tensor);
+  check.shape(argument, tensor, shape);
+  check.same_device(argument, tensor, other_name, other);
+  return tensor.data<int64_t>();
 }
 
 int bounded(const Checker& check, const char* argument, const char* what, int64_t number, int64_t most) {
@@ -50,6 +57,10 @@ void index_vector(const Checker& check, const char* argument, const Tensor& tens
 void parse_options(const Checker& check, const py::tuple& options, GroupAdvantagesArgs* args) {
   args->num_groups = options[0].cast<int64_t>();
   if (args->num_groups < 1) check.fail("num_groups", "is " + std::to_string(args->num_groups), "be at least 1");
+  const int64_t most = args->batch > kMaxGroups ? args->batch : kMaxGroups;
+  if (args->num_groups > most) {
+    check.fail("num_groups", "is " + std::to_string(args->num_groups), "be at most " + std::to_string(most));
+  }
   for (double& weight : args->weights) weight = 1.0;
   if (!options[1].is_none()) {
     const py::sequence weights = options[1];
@@ -59,7 +70,11 @@ void parse_options(const Checker& check, const py::tuple& options, GroupAdvantag
     }
     for (int i = 0; i < args->num_rewards; ++i) args->weights[i] = weights[i].cast<double>();
   }
-  args->aggregate = static_cast<Aggregate>(options[2].cast<int>());
+  const int aggregate = options[2].cast<int>();
+  if (aggregate < 0 || aggregate > static_cast<int>(Aggregate::kSeparate)) {
+    check.fail("aggregate", "is " + std::to_string(aggregate), "be in [0, 3]");
+  }
+  args->aggregate = static_cast<Aggregate>(aggregate);
   args->batch_scale = options[3].cast<bool>();
   args->eps = options[4].cast<double>();
   if (!(args->eps >= 0)) check.fail("eps", "is " + std::string(py::str(options[4])), "be at least 0");
@@ -67,13 +82,24 @@ void parse_options(const Checker& check, const py::tuple& options, GroupAdvantag
   args->soft_clip = options[6].cast<double>();
 }
 
+void parse_workspaces(const Checker& check, const Tensor& rewards, const py::tuple& workspaces,
+                      GroupAdvantagesArgs* args) {
+  const Tensor members = tensor_at(workspaces, 0), sums = tensor_at(workspaces, 1);
+  args->members = integers_of(check, "members", members, {args->batch}, "rewards", rewards);
+  check.dense("sums", sums);
+  check.dtype("sums", sums, DType::kFloat64);
+  check.shape("sums", sums, {kMaxRewards + args->batch});
+  check.same_device("sums", sums, "rewards", rewards);
+  args->batch_std = sums.data<double>();
+  args->combined = args->batch_std + kMaxRewards;
+}
+
 // workspaces = (members, sums) on a GPU, (None, None) on the CPU
 void group_advantages(const Tensor& rewards, const Tensor& group_id, const py::tuple& options, const Tensor& advantages,
                       const py::tuple& workspaces, int num_threads) {
   const Checker check("group_advantages");
   GroupAdvantagesArgs args{};
-  args.rewards = {nullptr, real_of(check, "rewards", rewards)};
-  args.rewards.data = rewards.data<void>();
+  args.rewards = values_of(check, "rewards", rewards);
   if (rewards.ndim() != 1 && rewards.ndim() != 2) {
     check.fail("rewards", "has " + std::to_string(rewards.ndim()) + " dimension(s)", "be [batch] or [batch, rewards]");
   }
@@ -84,20 +110,23 @@ void group_advantages(const Tensor& rewards, const Tensor& group_id, const py::t
   args.group_id = group_id.data<int64_t>();
   parse_options(check, options, &args);
   in_range(check, "group_id", group_id, args.num_groups, "that many groups");
-  args.advantages = {advantages.data<void>(), args.rewards.dtype};
-  const Tensor members = tensor_at(workspaces, 0), sums = tensor_at(workspaces, 1);
-  if (!members.is_none()) {
-    args.members = members.data<int64_t>();
-    args.batch_std = sums.data<double>();
-    args.combined = args.batch_std + kMaxRewards;
+  check.dense("advantages", advantages);
+  const DType real = args.rewards.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  check.dtype("advantages", advantages, real);
+  check.same_device("advantages", advantages, "rewards", rewards);
+  if (args.aggregate == Aggregate::kSeparate) {
+    check.same_shape("advantages", advantages, "rewards", rewards);
+  } else {
+    check.shape("advantages", advantages, {args.batch});
   }
+  args.advantages = {advantages.data<void>(), real};
+  if (rewards.device().type == dlpack::kCuda) parse_workspaces(check, rewards, workspaces, &args);
   run(rewards, args, num_threads, cpu::group_advantages, FLOWGRPO_ON_CUDA(group_advantages));
 }
 
 SelectArgs parse_candidates(const Checker& check, const Tensor& rewards) {
   SelectArgs args{};
-  args.rewards.dtype = real_of(check, "rewards", rewards);
-  args.rewards.data = rewards.data<void>();
+  args.rewards = values_of(check, "rewards", rewards);
   if (rewards.ndim() != 2) {
     check.fail("rewards", "has " + std::to_string(rewards.ndim()) + " dimension(s)", "be [prompts, candidates]");
   }
@@ -120,7 +149,7 @@ void best_variance_subset(const Tensor& rewards, int64_t size, const Tensor& ind
   SelectArgs args = parse_candidates(check, rewards);
   args.num_top = part_of(check, "k", size, 1, args.candidates);
   args.best_variance = true;
-  args.indices = indices.data<int64_t>();
+  args.indices = integers_of(check, "indices", indices, {args.prompts, args.num_top}, "rewards", rewards);
   run(rewards, args, num_threads, cpu::select_samples, FLOWGRPO_ON_CUDA(select_samples));
 }
 
@@ -129,16 +158,15 @@ void top_bottom(const Tensor& rewards, int64_t num_top, int64_t num_bottom, cons
   SelectArgs args = parse_candidates(check, rewards);
   args.num_top = part_of(check, "num_top", num_top, 0, args.candidates);
   args.num_bottom = part_of(check, "num_bottom", num_bottom, 0, args.candidates);
-  part_of(check, "num_top + num_bottom", num_top + num_bottom, 1, args.candidates);
-  args.indices = indices.data<int64_t>();
+  const int taken = part_of(check, "num_top + num_bottom", num_top + num_bottom, 1, args.candidates);
+  args.indices = integers_of(check, "indices", indices, {args.prompts, taken}, "rewards", rewards);
   run(rewards, args, num_threads, cpu::select_samples, FLOWGRPO_ON_CUDA(select_samples));
 }
 
 void pareto_fronts(const Tensor& objectives, const Tensor& fronts, int num_threads) {
   const Checker check("pareto_fronts");
   ParetoFrontsArgs args{};
-  args.objectives.dtype = real_of(check, "objectives", objectives);
-  args.objectives.data = objectives.data<void>();
+  args.objectives = values_of(check, "objectives", objectives);
   if (objectives.ndim() != 3) {
     check.fail("objectives", "has " + std::to_string(objectives.ndim()) + " dimension(s)",
                "be [prompts, candidates, objectives]");
@@ -146,7 +174,7 @@ void pareto_fronts(const Tensor& objectives, const Tensor& fronts, int num_threa
   args.prompts = objectives.size(0);
   args.candidates = bounded(check, "objectives", "candidates a prompt", objectives.size(1), kMaxFront);
   args.num_objectives = bounded(check, "objectives", "objectives", objectives.size(2), kMaxObjectives);
-  args.fronts = fronts.data<int64_t>();
+  args.fronts = integers_of(check, "fronts", fronts, {args.prompts, args.candidates}, "objectives", objectives);
   run(objectives, args, num_threads, cpu::pareto_fronts, FLOWGRPO_ON_CUDA(pareto_fronts));
 }
 

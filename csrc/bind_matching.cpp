@@ -146,6 +146,12 @@ void matching_backward(const py::tuple& inputs, const std::optional<double>& bet
 
 // Where the weight of an element is, for tests of places no array of a test reaches.
 int64_t weight_place_of(int64_t element, int64_t shared, int64_t inner) {
+  const Checker check("weight_place");
+  if (inner < 1) check.fail("inner", "is " + std::to_string(inner), "be at least 1");
+  const int64_t most = INT64_MAX / inner;
+  if (shared < 1 || shared > most) {
+    check.fail("shared", "is " + std::to_string(shared), "be in [1, " + std::to_string(most) + "]");
+  }
   return weight_place({nullptr, shared, inner, 0}, element);
 }
 

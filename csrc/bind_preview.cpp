@@ -1,5 +1,6 @@
 // The preview of running samples.
 #include <array>
+#include <utility>
 
 #include "bind_transition.h"
 #include "preview.h"
@@ -15,9 +16,15 @@ void preview(const py::tuple& fields, const std::array<int64_t, 5>& shape, const
   args.transition = parsed.transition;
   const auto [planes, time, height, width, inner] = shape;
   const auto [pool_time, pool_height, pool_width] = pool;
-  const bool divides = pool_time > 0 && pool_height > 0 && pool_width > 0 && time % pool_time == 0 &&
-                       height % pool_height == 0 && width % pool_width == 0;
-  if (planes * time * height * width * inner != parsed.transition.elements || !divides) {
+  int64_t left = parsed.transition.elements;  // divided, since a product of sides could overflow
+  bool divides = true;
+  for (const int64_t side : shape) {
+    divides = divides && side > 0 && left % side == 0;
+    if (divides) left /= side;
+  }
+  for (size_t axis = 0; axis < pool.size(); ++axis)
+    divides = divides && pool[axis] > 0 && shape[axis + 1] % pool[axis] == 0;
+  if (!divides || left != 1) {
     parsed.check.fail("grid", "is " + shape_text(&shape[1], 3) + " with cells of " + shape_text(pool.data(), 3),
                       "be made of whole cells and of all positions of latents");
   }
@@ -47,9 +54,9 @@ void gram(const Tensor& pooled, const Tensor& centred, const Tensor& out, int nu
   if (size_of(args.pooled.dtype) < 4) check.dtype("pooled", pooled, DType::kFloat32);
   check.dense("workspace", centred);
   check.same_shape("workspace", centred, "pooled", pooled);
-  for (const Tensor* tensor : {&centred, &out}) {
-    check.dtype("gram", *tensor, args.pooled.dtype);
-    check.same_device("gram", *tensor, "pooled", pooled);
+  for (const auto& [name, tensor] : {std::pair("workspace", &centred), std::pair("gram", &out)}) {
+    check.dtype(name, *tensor, args.pooled.dtype);
+    check.same_device(name, *tensor, "pooled", pooled);
   }
   args.centred = centred.data<void>();
   args.gram = out.data<void>();

@@ -54,9 +54,11 @@ class QuantizeParser {
     return tensor.data<float>();
   }
 
-  void whole_blocks(const char* argument, int64_t columns) const {
-    if (columns % kBlockSize) {
-      check.fail(argument, "has " + std::to_string(columns) + " columns", "have a multiple of 16");
+  // Columns of a block of 16 values: as many, or of codes half as many.
+  void whole_blocks(const char* argument, int64_t columns, int64_t block) const {
+    if (columns % block) {
+      check.fail(argument, "has " + std::to_string(columns) + " columns",
+                 "have a multiple of " + std::to_string(block));
     }
   }
 
@@ -116,7 +118,7 @@ void quantize_nvfp4(const py::tuple& fields, const py::tuple& outputs, bool is_s
   const QuantizeParser parsed(op_of(fields, "quantize_nvfp4"), input_of(fields), values);
   QuantizeNvfp4Args args{};
   args.matrix = parse_matrix(parsed, fields);
-  parsed.whole_blocks(parsed.name, args.matrix.columns);
+  parsed.whole_blocks(parsed.name, args.matrix.columns, kBlockSize);
   const auto [scale_rows, scale_columns] = scale_shape(args.matrix.rows, args.matrix.columns, swizzle);
   args.codes = parsed.bytes("codes", tensor_at(outputs, 0), args.matrix.rows, args.matrix.columns / 2);
   args.scales = parsed.bytes("scales", tensor_at(outputs, 1), scale_rows, scale_columns);
@@ -148,7 +150,7 @@ void dequantize_nvfp4(const py::tuple& fields, const Tensor& out, bool swizzle, 
   args.columns = 2 * columns_of(codes);
   args.rows = codes.numel() / columns_of(codes);
   args.codes = parsed.bytes("codes", codes, args.rows, args.columns / 2);
-  parsed.whole_blocks("codes", args.columns);
+  parsed.whole_blocks("codes", columns_of(codes), kBlockSize / 2);
   const auto [scale_rows, scale_columns] = scale_shape(args.rows, args.columns, swizzle);
   args.scales = parsed.bytes("scales", tensor_at(fields, 1), scale_rows, scale_columns);
   args.global_scale = parsed.floats("global_scale", tensor_at(fields, 2), {});

@@ -12,9 +12,10 @@
 
 namespace flowgrpo_fast {
 
-constexpr int kMaxRewards = 16;       // columns of group_advantages
-constexpr int kMaxCandidates = 1024;  // samples of a prompt in a selection
-constexpr int kMaxFront = 64;         // samples of a prompt in pareto_fronts, one bit each
+constexpr int kMaxRewards = 16;          // columns of group_advantages
+constexpr int64_t kMaxGroups = 1 << 24;  // of group_advantages, unless the batch is larger: a table of them is made
+constexpr int kMaxCandidates = 1024;     // samples of a prompt in a selection
+constexpr int kMaxFront = 64;            // samples of a prompt in pareto_fronts, one bit each
 constexpr int kMaxObjectives = 8;
 constexpr int kMaxBuffers = 16;  // of compact
 constexpr int kUnits = 1024;     // units of a buffer one block gathers
@@ -24,7 +25,7 @@ constexpr int kMaxUnitBytes = 16;
 enum class Aggregate : int32_t { kSum, kPerObjective, kGdpo, kSeparate };
 
 struct GroupAdvantagesArgs {
-  Buffer rewards;           // [batch, num_rewards], float32 or float64
+  Buffer rewards;           // [batch, num_rewards]
   const int64_t* group_id;  // [batch]
   int64_t batch, num_groups;
   int num_rewards;
@@ -32,7 +33,7 @@ struct GroupAdvantagesArgs {
   bool batch_scale;  // divide by the standard deviation of the batch, not of the group
   double weights[kMaxRewards];
   double eps, clip, soft_clip;  // a clip of 0 is none
-  Buffer advantages;            // out [batch], or [batch, num_rewards] for kSeparate; dtype of rewards
+  Buffer advantages;            // out [batch], or [batch, num_rewards] for kSeparate; float32, or float64 as rewards
   int64_t* members;             // workspace [batch]: samples ordered by group
   const int64_t* first_member;  // workspace [num_groups + 1], CPU only: where each group starts in members
   const double* values;         // workspace [columns, batch], CPU only: the columns in the order of members
@@ -41,7 +42,7 @@ struct GroupAdvantagesArgs {
 };
 
 struct SelectArgs {
-  Buffer rewards;  // [prompts, candidates], float32 or float64
+  Buffer rewards;  // [prompts, candidates]
   int64_t prompts;
   int candidates, num_top, num_bottom;
   bool best_variance;  // num_top is then the number of survivors, and num_bottom is found
@@ -49,7 +50,7 @@ struct SelectArgs {
 };
 
 struct ParetoFrontsArgs {
-  Buffer objectives;  // [prompts, candidates, num_objectives], float32 or float64
+  Buffer objectives;  // [prompts, candidates, num_objectives]
   int64_t prompts;
   int candidates, num_objectives;
   int64_t* fronts;  // out [prompts, candidates]
@@ -72,8 +73,11 @@ struct CompactArgs {
 };
 
 FLOWGRPO_HD double real_at(const Buffer& buffer, int64_t index) {
-  return buffer.dtype == DType::kFloat64 ? static_cast<const double*>(buffer.data)[index]
-                                         : static_cast<double>(static_cast<const float*>(buffer.data)[index]);
+  if (buffer.dtype == DType::kFloat32) return static_cast<double>(static_cast<const float*>(buffer.data)[index]);
+  if (buffer.dtype == DType::kFloat64) return static_cast<const double*>(buffer.data)[index];
+  const uint16_t stored = static_cast<const uint16_t*>(buffer.data)[index];
+  const float value = buffer.dtype == DType::kBFloat16 ? bfloat16_to_float(stored) : float16_to_float(stored);
+  return static_cast<double>(value);
 }
 
 FLOWGRPO_HD void store_real(const Buffer& buffer, int64_t index, double value) {

@@ -15,7 +15,7 @@
 // The one place that launches a kernel.
 #define FLOWGRPO_LAUNCH(kernel, num_blocks, num_threads, stream, ...)                                              \
   do {                                                                                                             \
-    FLOWGRPO_KERNEL(kernel, ::flowgrpo_fast::cuda::checked_grid(num_blocks), num_threads,                          \
+    FLOWGRPO_KERNEL(kernel, ::flowgrpo_fast::cuda::checked_count(#kernel, "blocks", num_blocks), num_threads,      \
                     static_cast<cudaStream_t>(stream))(__VA_ARGS__);                                               \
     const cudaError_t flowgrpo_status = cudaGetLastError();                                                        \
     if (flowgrpo_status != cudaSuccess) {                                                                          \
@@ -25,9 +25,13 @@
 
 namespace flowgrpo_fast::cuda {
 
-inline unsigned checked_grid(int64_t num_blocks) {
-  if (num_blocks > 0x7fffffffLL) throw std::runtime_error("flowgrpo_fast: too many elements for one CUDA launch");
-  return static_cast<unsigned>(num_blocks);
+// What a kernel counts in 32 bits. A std::invalid_argument is a ValueError in Python.
+inline unsigned checked_count(const char* kernel, const char* what, int64_t count) {
+  if (count > 0x7fffffffLL) {
+    throw std::invalid_argument("flowgrpo_fast: " + std::string(kernel) + " has " + std::to_string(count) + " " + what +
+                                ", must have at most 2147483647: split the batch");
+  }
+  return static_cast<unsigned>(count);
 }
 
 }  // namespace flowgrpo_fast::cuda

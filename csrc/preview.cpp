@@ -193,8 +193,8 @@ static double inner_product(const Real* left, const Real* right, int count) {
 // What kGramTile features of a group add to the entries of its lower triangle.
 template <typename Real>
 static void gram_tile_of(const GramArgs& args, int64_t index) {
-  const int64_t size = args.group_size, features = args.features, tiles = gram_tiles(args);
-  const int64_t group = index / tiles, first = index % tiles * kGramTile;
+  const int64_t size = args.group_size, features = args.features, group = index / args.num_tiles;
+  const int64_t first = (args.first_tile + index % args.num_tiles) * kGramTile;
   const int64_t offset = group * size * features + first;
   const int count = static_cast<int>(features - first < kGramTile ? features - first : kGramTile);
   centre<Real>(args, offset, count);
@@ -207,16 +207,17 @@ static void gram_tile_of(const GramArgs& args, int64_t index) {
   }
 }
 
-// Adds the tiles of a member's entries in order, and mirrors them.
+// Adds the tiles of a round to a member's entries in order, and mirrors them.
 template <typename Real>
 static void gram_row_of(const GramArgs& args, int64_t index) {
-  const int64_t size = args.group_size, tiles = gram_tiles(args), group = index / size, member = index % size;
+  const int64_t size = args.group_size, tiles = args.num_tiles, group = index / size, member = index % size;
   Real* gram = static_cast<Real*>(args.gram) + group * size * size;
   for (int64_t other = 0; other <= member; ++other) {
-    double sum = 0.0;
+    double sum = args.sums[index * size + other];
     for (int64_t tile = group * tiles; tile < (group + 1) * tiles; ++tile) {
       sum += args.partials[(tile * size + member) * size + other];
     }
+    args.sums[index * size + other] = sum;
     gram[member * size + other] = gram[other * size + member] = static_cast<Real>(sum);
   }
 }

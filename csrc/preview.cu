@@ -105,8 +105,8 @@ template <typename Real>
 void launch(const PreviewArgs& args, void* stream) {
   const bool vector = can_vectorize(args.transition) && args.width * args.inner % kGroup == 0;
   const int64_t rows = args.transition.batch * preview_rows(args), a_block = rows_a_block(args);
-  checked_grid(rows);  // rows and columns are counted in 32 bits
-  checked_grid(args.width * args.inner);
+  checked_count("preview_kernel", "rows", rows);
+  checked_count("preview_kernel", "columns", args.width * args.inner);
   const auto row_kernel = vector ? preview_kernel<Real, true> : preview_kernel<Real, false>;
   FLOWGRPO_LAUNCH(row_kernel, (rows + a_block - 1) / a_block, kPreviewThreads, stream, args);
 }

@@ -28,13 +28,16 @@ struct PreviewArgs {
 struct GramArgs {
   Buffer pooled;  // [groups * group_size, features], arithmetic dtype
   int64_t groups, group_size, features;
-  void* centred;     // workspace of the same shape
-  double* partials;  // workspace [groups, tiles, group_size, group_size], CPU only
-  void* gram;        // out [groups, group_size, group_size], arithmetic dtype
+  void* centred;                  // workspace of the same shape
+  int64_t first_tile, num_tiles;  // of this round, CPU only
+  double* partials;               // workspace [groups, num_tiles, group_size, group_size], CPU only
+  double* sums;                   // workspace [groups, group_size, group_size], CPU only: of the rounds before
+  void* gram;                     // out [groups, group_size, group_size], arithmetic dtype
 };
 
-constexpr int64_t kRunColumns = 1024;  // of neighbouring rows the CPU takes at a time
-constexpr int64_t kGramTile = 256;     // features of a group the CPU takes at a time
+constexpr int64_t kRunColumns = 1024;    // of neighbouring rows the CPU takes at a time
+constexpr int64_t kGramTile = 256;       // features of a group the CPU takes at a time
+constexpr int64_t kGramRound = 1 << 22;  // partial sums of a round on the CPU, if more than one tile has
 
 FLOWGRPO_HD int64_t gram_tiles(const GramArgs& args) { return (args.features + kGramTile - 1) / kGramTile; }
 

@@ -1,7 +1,12 @@
-"""The fused transition of flow samplers and its noise, on the CPU and on CUDA; usable alone.
+"""The kernels of RL post-training of flow models, on the CPU and on CUDA; usable alone.
 
-Every dynamics is a table ``coeffs [T, 8]`` of rows ``(sigma, a, b, c, d, inv_var, log_norm, 0)``; see `flow_step`.
-`flowgrpo_fast.ops.reference` holds the same mathematics in plain PyTorch.
+- a sampler's transition, its replay, preview and noise: `flow_step`, `flow_log_prob`, `preview`, `philox_normal`; every
+  dynamics is a table ``coeffs [T, 8]`` of rows ``(sigma, a, b, c, d, inv_var, log_norm, 0)``, see `flow_step`
+- residuals of the forward process: `matching`, `implicit_matching`
+- what is done within groups: `group_advantages`, `best_variance_subset`, `top_bottom`, `pareto_fronts`, `compact`
+- eight and four bits a value: `quantize_fp8_rows`, `quantize_nvfp4`, their way back, `merge_lora_quantize_`
+
+`flowgrpo_fast.ops.reference` holds the same mathematics in plain PyTorch. A bad argument is one ``ValueError`` line.
 """
 
 from __future__ import annotations

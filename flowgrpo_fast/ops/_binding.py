@@ -8,7 +8,7 @@ op of the namespace ``flowgrpo_fast``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,33 +55,71 @@ def split_flat(flat: tuple[Any, ...]) -> tuple[Transition, tuple[Any, ...]]:
 
 
 def require_tensor(op: str, argument: str, value: object) -> None:
-    """Raises ``ValueError`` if `value` is no tensor."""
+    """Raises ``ValueError`` if `value` is no tensor, or a nested one, which has no shape."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be a torch.Tensor")
+    if value.is_nested:
+        raise ValueError(f"{op}: {argument} is a nested tensor, must be dense")
 
 
-def require_int(op: str, argument: str, value: int) -> int:
-    """The value as an int; raises ``ValueError`` if it is none. A symbolic one stays as it is."""
-    if torch.compiler.is_compiling() or isinstance(value, torch.SymInt):
+def require_bool(op: str, argument: str, value: bool) -> None:
+    """Raises ``ValueError`` if `value` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be a bool")
+
+
+def require_one_of(op: str, argument: str, value: object, choices: Sequence[object]) -> None:
+    """Raises ``ValueError`` if `value` is none of the choices, all of which have one type."""
+    kind = type(choices[0])
+    if not isinstance(value, kind) or value not in choices:
+        shown = repr(value) if isinstance(value, kind) else f"a {type(value).__name__}"
+        raise ValueError(f"{op}: {argument} is {shown}, must be one of {', '.join(map(str, choices))}")
+
+
+def require_int(op: str, argument: str, value: int, must: str = "an int") -> int:
+    """The value as an int of 64 bits; raises ``ValueError`` if it is none. A symbolic one stays as it is."""
+    if torch.compiler.is_compiling() or (type(value) is int and value.bit_length() < 64):
+        return value
+    if isinstance(value, torch.SymInt):
         return value
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be an int") from None
+        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be {must}") from None
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"{op}: {argument} is an int of {number.bit_length() + 1} bits, must be one of 64")
+    return number
+
+
+def require_ints(op: str, argument: str, values: Sequence[int], must: str) -> tuple[int, ...]:
+    """The values as ints of 64 bits; raises ``ValueError`` if they are not, or no list or tuple."""
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{op}: {argument} is a {type(values).__name__}, must be {must}")
+    if torch.compiler.is_compiling():
+        return tuple(values)
+    plain = [value for value in values if type(value) is int and value.bit_length() < 64]
+    if len(plain) == len(values):
+        return tuple(plain)
+    return tuple(require_int(op, f"{argument}[{place}]", value) for place, value in enumerate(values))
+
+
+def require_number(op: str, argument: str, value: float) -> float:
+    """The value as a float; raises ``ValueError`` if it is no real number. A tensor is none: reading it would wait."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor) or not hasattr(type(value), "__float__"):
+        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, must be a number")
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError):
+        raise ValueError(f"{op}: {argument} is out of range, must be a number that a float holds") from None
 
 
 def split_step(op: str, argument: str, step: int | Tensor) -> tuple[int, Tensor | None]:
     """A step given as an integer or as a tensor, as the pair (integer, tensor or None) of the op schemas."""
     if isinstance(step, Tensor):
         return 0, step
-    if torch.compiler.is_compiling():  # may be symbolic
-        return step, None
-    try:
-        return operator.index(step), None
-    except TypeError:
-        raise ValueError(
-            f"{op}: {argument} is a {type(step).__name__}, must be an int or an int64 tensor"
-        ) from None
+    return require_int(op, argument, step, "an int or an int64 tensor"), None
 
 
 def split_guidance(op: str, guidance: Guidance | None) -> tuple[Tensor | None, float]:
@@ -94,7 +132,7 @@ def split_guidance(op: str, guidance: Guidance | None) -> tuple[Tensor | None, f
         )
     negative_velocity, scale = guidance
     require_tensor(op, "guidance.negative_velocity", negative_velocity)
-    return negative_velocity, float(scale)
+    return negative_velocity, require_number(op, "guidance.scale", scale)
 
 
 def real_dtype(latents: Tensor) -> torch.dtype:

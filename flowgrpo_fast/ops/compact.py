@@ -59,6 +59,8 @@ def compact(indices: Tensor, *buffers: Tensor, out: Sequence[Tensor] | None = No
             tensor, which nobody on the host reads, is clamped into the range.)
     """
     require_tensor("compact", "indices", indices)
+    if out is not None and not isinstance(out, (list, tuple)):
+        raise ValueError(f"compact: out is a {type(out).__name__}, must be a list or tuple of tensors")
     for name, tensors in (("buffers", buffers), ("out", out or ())):
         for number, tensor in enumerate(tensors):
             require_tensor("compact", f"{name}[{number}]", tensor)

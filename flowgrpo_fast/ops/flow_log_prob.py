@@ -15,6 +15,7 @@ from flowgrpo_fast.ops._binding import (
     bind,
     per_sample,
     real_dtype,
+    require_bool,
     require_tensor,
     split_flat,
     split_guidance,
@@ -197,10 +198,12 @@ def _check_extras(extras: Extras, latents: Tensor, guided: bool) -> int:
     """The channel axis of the map, not negative, or `_NO_MAP`.
 
     Raises:
-        ValueError: no `Extras`, an axis that is neither 1 nor the last, or a negative that nothing scales.
+        ValueError: no `Extras`, an axis that is neither 1 nor the last of latents that have it, or a negative that
+            nothing scales.
     """
     if not isinstance(extras, Extras):
         raise ValueError(f"flow_log_prob: extras is a {type(extras).__name__}, must be Extras(...)")
+    require_bool("flow_log_prob", "extras.mean", extras.mean)
     if extras.reference_velocity is not None:
         require_tensor("flow_log_prob", "extras.reference_velocity", extras.reference_velocity)
     if extras.reference_negative is not None:
@@ -212,7 +215,9 @@ def _check_extras(extras: Extras, latents: Tensor, guided: bool) -> int:
             )
     if extras.map_axis is None:
         return _NO_MAP
-    if extras.map_axis not in (1, -1, latents.ndim - 1) or latents.ndim == 1:
+    if latents.ndim < 2:
+        raise ValueError(f"flow_log_prob: latents has {latents.ndim} dimension(s), must be [batch, ...]")
+    if not isinstance(extras.map_axis, int) or extras.map_axis not in (1, -1, latents.ndim - 1):
         raise ValueError(f"flow_log_prob: extras.map_axis is {extras.map_axis}, must be 1 or -1")
     return extras.map_axis % latents.ndim
 

@@ -15,6 +15,7 @@ from flowgrpo_fast.ops._binding import (
     bind,
     per_sample,
     real_dtype,
+    require_bool,
     require_tensor,
     split_flat,
     split_guidance,
@@ -115,6 +116,7 @@ def flow_step(
             nobody on the host reads, gives NaN instead.)
     """
     require_tensor("flow_step", "latents", latents)
+    require_bool("flow_step", "return_x0_pred", return_x0_pred)
     transition = Transition(
         latents,
         velocity,

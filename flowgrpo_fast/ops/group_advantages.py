@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_int, require_tensor
+from flowgrpo_fast.ops._binding import (
+    bind,
+    real_dtype,
+    require_int,
+    require_number,
+    require_one_of,
+    require_tensor,
+)
 
 Aggregate = Literal["sum", "per_objective", "gdpo", "separate"]
 AGGREGATES = ("sum", "per_objective", "gdpo", "separate")  # in the order of the kernels' enum
@@ -30,12 +37,13 @@ class Clip(NamedTuple):
 
 def _allocate(*flat: Any) -> Tensor:
     rewards, aggregate = flat[0], flat[4]
-    return torch.empty_like(rewards if aggregate == 3 else rewards.reshape(*rewards.shape[:1], -1)[..., 0])
+    shape = rewards.shape if aggregate == 3 else rewards.shape[:1]
+    return rewards.new_empty(shape, dtype=real_dtype(rewards))
 
 
 def _forward(*flat: Any) -> Tensor:
     rewards, group_id = flat[:2]
-    advantages = rewards.new_empty(rewards.shape if flat[4] == 3 else rewards.shape[:1])
+    advantages = _allocate(*flat)
     workspaces: tuple[Tensor | None, Tensor | None] = (None, None)
     if rewards.is_cuda:
         batch = rewards.shape[0] if rewards.ndim else 1
@@ -52,9 +60,31 @@ def _bound(argument: str, value: float | None) -> float:
     """0 for no bound, as the kernels take it."""
     if value is None:
         return 0.0
-    if not 0 < value < float("inf"):
+    bound = require_number("group_advantages", argument, value)
+    if not 0 < bound < float("inf"):
         raise ValueError(f"group_advantages: {argument} is {value}, must be positive and finite, or None")
-    return float(value)
+    return bound
+
+
+def _bounds(clip: Clip | float | None) -> tuple[float, float]:
+    if not isinstance(clip, tuple):
+        return _bound("clip.hard", clip), 0.0
+    if len(clip) != 2:
+        raise ValueError(f"group_advantages: clip has {len(clip)} value(s), must have 2, hard and soft")
+    return _bound("clip.hard", clip[0]), _bound("clip.soft", clip[1])
+
+
+def _numbers(weights: Sequence[float] | None) -> list[float] | None:
+    if weights is None:
+        return None
+    if isinstance(weights, (str, Tensor)) or not hasattr(type(weights), "__len__"):
+        raise ValueError(
+            f"group_advantages: weights is a {type(weights).__name__}, must be a sequence of numbers"
+        )
+    return [
+        require_number("group_advantages", f"weights[{place}]", weight)
+        for place, weight in enumerate(weights)
+    ]
 
 
 def group_advantages(
@@ -91,9 +121,10 @@ def group_advantages(
     Not differentiable.
 
     Args:
-        rewards: ``[B]`` or ``[B, R]``, R at most 16, contiguous; float32 or float64.
+        rewards: ``[B]`` or ``[B, R]``, R at most 16, contiguous; float32, bfloat16, float16 or float64.
         group_id: ``[B]`` int64 in ``0..num_groups - 1``, in any order; groups of any size, also empty ones.
-        num_groups: None takes B. On a GPU a block a group runs, so the true number is cheaper.
+        num_groups: at most 2^24, or B if that is more; None takes B. On a GPU a block a group runs, so the true number
+            is cheaper.
         weights: one a reward; None is all 1.
         aggregate: see above.
         std: standard deviation of the group or of the batch; "gdpo" needs "group".
@@ -101,31 +132,26 @@ def group_advantages(
         clip: both bounds, the hard one alone, or None.
 
     Returns:
-        Advantages ``[B]`` (``[B, R]`` for "separate") in the dtype of `rewards`.
+        Advantages ``[B]`` (``[B, R]`` for "separate"), float32 (float64 for float64 rewards).
 
     Raises:
         ValueError: wrong shape, dtype, device, layout or option, or a group outside the range. (One in a CUDA tensor
             gives its sample NaN and leaves the others alone.)
     """
     require_tensor("group_advantages", "rewards", rewards)
-    if aggregate not in AGGREGATES:
-        raise ValueError(
-            f"group_advantages: aggregate is {aggregate!r}, must be one of {', '.join(AGGREGATES)}"
-        )
-    if std not in ("group", "batch") or (std == "batch" and aggregate == "gdpo"):
-        must = "'group' with aggregate='gdpo'" if std == "batch" else "'group' or 'batch'"
-        raise ValueError(f"group_advantages: std is {std!r}, must be {must}")
-    hard, soft = clip if isinstance(clip, tuple) else (clip, None)
+    require_one_of("group_advantages", "aggregate", aggregate, AGGREGATES)
+    require_one_of("group_advantages", "std", std, ("group", "batch"))
+    if std == "batch" and aggregate == "gdpo":
+        raise ValueError("group_advantages: std is 'batch', must be 'group' with aggregate='gdpo'")
     if num_groups is None:
         num_groups = rewards.shape[0] if rewards.ndim else 1
     return _op(
         rewards,
         group_id,
         require_int("group_advantages", "num_groups", num_groups),
-        None if weights is None else [float(weight) for weight in weights],
+        _numbers(weights),
         AGGREGATES.index(aggregate),
         std == "batch",
-        float(eps),
-        _bound("clip.hard", hard),
-        _bound("clip.soft", soft),
+        require_number("group_advantages", "eps", eps),
+        *_bounds(clip),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, per_sample, real_dtype, require_tensor
+from flowgrpo_fast.ops._binding import bind, per_sample, real_dtype, require_number, require_tensor
 from flowgrpo_fast.ops.flow_step import CHUNK
 
 
@@ -218,7 +218,6 @@ def implicit_matching(
         ValueError: wrong shape, dtype, device, layout or beta.
     """
     require_tensor("implicit_matching", "velocity", velocity)
-    if not isinstance(beta, (int, float, torch.SymFloat)):
-        raise ValueError(f"implicit_matching: beta is a {type(beta).__name__}, must be a number")
-    means = _op(velocity, target, old_velocity, reference_velocity, weight, float(beta))
+    beta = require_number("implicit_matching", "beta", beta)
+    means = _op(velocity, target, old_velocity, reference_velocity, weight, beta)
     return ImplicitMatching(*means, *(() if reference_velocity is not None else (None,)))

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from flowgrpo_fast.ops._binding import require_tensor
+from flowgrpo_fast.ops._binding import require_bool, require_number, require_tensor
 from flowgrpo_fast.ops.quantize import FP4, FP8, Fp8Rows, Nvfp4, as_bytes, fp8_op, nvfp4_op
 
 Quantized = TypeVar("Quantized", Fp8Rows, Nvfp4)
@@ -48,11 +48,13 @@ def merge_lora_quantize_(
         ValueError: wrong shape, dtype, device or layout.
     """
     op = "merge_lora_quantize_"
+    require_bool(op, "swizzle", swizzle)
     for argument, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         require_tensor(op, argument, tensor)
     if weight.ndim != 2:
         raise ValueError(f"{op}: weight has {weight.ndim} dimension(s), must be [rows, columns]")
-    matrix = (weight.detach(), lora_a.detach(), lora_b.detach(), float(lora_scale))
+    scale = require_number(op, "lora_scale", lora_scale)
+    matrix = (weight.detach(), lora_a.detach(), lora_b.detach(), scale)
     if isinstance(out, Fp8Rows):
         if global_scale is not None:
             raise ValueError(f"{op}: global_scale is given, must be None for out of Fp8Rows")

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_tensor, split_step
+from flowgrpo_fast.ops._binding import (
+    bind,
+    require_int,
+    require_ints,
+    require_one_of,
+    require_tensor,
+    split_step,
+)
 
 _SCHEMA = "(Tensor seed, SymInt[] shape, SymInt step, Tensor? step_index, SymInt stream, ScalarType dtype) -> Tensor"
 
@@ -28,6 +35,18 @@ def _forward(*flat: Any) -> Tensor:
 
 _op = bind("philox", _SCHEMA, _forward, _allocate)
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _draw(
+    op: str, seed: Tensor, shape: Sequence[int], step: int | Tensor, stream: int, dtype: torch.dtype
+) -> Tensor:
+    require_tensor(op, "seed", seed)
+    sample = require_ints(op, "shape", shape, "a list or tuple of ints")
+    if not torch.compiler.is_compiling() and sample and min(sample) < 1:
+        raise ValueError(f"{op}: shape is {list(sample)}, must be of sizes of at least 1")
+    return _op(seed, sample, *split_step(op, "step", step), require_int(op, "stream", stream), dtype)
+
 
 def philox_normal(
     seed: Tensor,
@@ -45,17 +64,16 @@ def philox_normal(
     Args:
         seed: ``[B]`` int64, one a sample.
         shape: shape of one sample.
-        step: an int in [0, 2^32), or an int64 tensor, 0-d or ``[B]``.
+        step: an int in [0, 2^32), or an int64 tensor of such, 0-d or ``[B]``.
         stream: in [0, 2^32).
         dtype: float32, bfloat16, float16 (both rounded from float32) or float64 (the float32 values).
 
     Raises:
-        ValueError: wrong shape, dtype, device or range.
+        ValueError: wrong shape, dtype, device or range. (Of a step in a CUDA tensor, which nobody on the host reads,
+            the low 32 bits count.)
     """
-    require_tensor("philox_normal", "seed", seed)
-    if not dtype.is_floating_point:
-        raise ValueError(f"philox_normal: dtype is {dtype}, must be float32, bfloat16, float16 or float64")
-    return _op(seed, tuple(shape), *split_step("philox_normal", "step", step), stream, dtype)
+    require_one_of("philox_normal", "dtype", dtype, _DTYPES)
+    return _draw("philox_normal", seed, shape, step, stream, dtype)
 
 
 def philox_uint32(seed: Tensor, shape: Sequence[int], step: int | Tensor = 0, stream: int = 0) -> Tensor:
@@ -63,5 +81,4 @@ def philox_uint32(seed: Tensor, shape: Sequence[int], step: int | Tensor = 0, st
 
     Element i is word ``i % 4`` of block ``i // 4``; arguments and errors as there.
     """
-    require_tensor("philox_uint32", "seed", seed)
-    return _op(seed, tuple(shape), *split_step("philox_uint32", "step", step), stream, torch.int64)
+    return _draw("philox_uint32", seed, shape, step, stream, torch.int64)

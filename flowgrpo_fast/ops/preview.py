@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from flowgrpo_fast.ops._binding import (
     Transition,
     bind,
     real_dtype,
+    require_int,
+    require_ints,
     require_tensor,
     split_flat,
     split_guidance,
@@ -68,7 +70,7 @@ _op = bind(
 )
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     raise ValueError(f"preview: {message}")
 
 
@@ -87,16 +89,18 @@ def _check_cells(
             )
         axes = tuple(latents.shape[2:])
     else:
-        axes = tuple(grid)
-        if latents.ndim != 3 or len(axes) not in (2, 3) or math.prod(axes) != latents.shape[1]:
+        axes = require_ints("preview", "grid", grid, "(H, W) or (T, H, W)")
+        fits = latents.ndim == 3 and len(axes) in (2, 3) and math.prod(axes) == latents.shape[1]
+        if not fits or min(axes) < 1:
             _fail(
                 f"grid is {list(axes)}, must be (H, W) or (T, H, W) of latents [B, L, C], here {list(latents.shape)}"
             )
-    cell = (1, pool, pool) if isinstance(pool, int) else tuple(pool)
+    must = "a positive int, (height, width) or (time, height, width)"
+    cell = (1, pool, pool) if isinstance(pool, int) else require_ints("preview", "pool", pool, must)
     if len(cell) == 2:
         cell = (1, *cell)
     if len(cell) != 3 or min(cell) < 1:
-        _fail(f"pool is {pool}, must be a positive int, (height, width) or (time, height, width)")
+        _fail(f"pool is {pool}, must be {must}")
     full = axes if len(axes) == 3 else (1, *axes)
     if any(size % side for size, side in zip(full, cell, strict=True)):
         _fail(f"pool is {list(cell)}, must divide the grid {list(full)} (time, height, width)")
@@ -152,8 +156,10 @@ def preview(
     """
     require_tensor("preview", "latents", latents)
     cell = _check_cells(latents, pool, grid)
-    if group_size is not None and (group_size < 1 or latents.shape[0] % group_size):
-        _fail(f"group_size is {group_size}, must divide the batch of {latents.shape[0]}")
+    if group_size is not None:
+        group_size = require_int("preview", "group_size", group_size)
+        if group_size < 1 or latents.shape[0] % group_size:
+            _fail(f"group_size is {group_size}, must divide the batch of {latents.shape[0]}")
     transition = Transition(
         latents,
         velocity,

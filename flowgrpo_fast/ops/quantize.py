@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_tensor
+from flowgrpo_fast.ops._binding import bind, require_bool, require_one_of, require_tensor
 
 FP8 = torch.float8_e4m3fn
 FP4 = torch.float4_e2m1fn_x2
@@ -160,6 +160,7 @@ def quantize_nvfp4(
         ValueError: wrong shape, dtype, device or layout, or K no multiple of 16.
     """
     op = "quantize_nvfp4"
+    require_bool(op, "swizzle", swizzle)
     rows, columns = _matrix_shape(op, x)
     if out is None:
         codes = torch.empty((rows, columns // 2), dtype=torch.uint8, device=x.device)
@@ -222,9 +223,7 @@ _dequantize_nvfp4_op = bind(
 )
 
 
-def _require_dtype(op: str, dtype: object) -> None:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{op}: dtype is {dtype}, must be float32, bfloat16 or float16")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dequantize_fp8_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -242,7 +241,7 @@ def dequantize_fp8_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch
         ValueError: wrong shape, dtype, device or layout.
     """
     op = "dequantize_fp8_rows"
-    _require_dtype(op, dtype)
+    require_one_of(op, "dtype", dtype, _DTYPES)
     return _dequantize_fp8_op(as_bytes(op, "codes", codes, FP8), scale, dtype)
 
 
@@ -269,6 +268,7 @@ def dequantize_nvfp4(
         ValueError: wrong shape, dtype, device or layout.
     """
     op = "dequantize_nvfp4"
-    _require_dtype(op, dtype)
+    require_one_of(op, "dtype", dtype, _DTYPES)
+    require_bool(op, "swizzle", swizzle)
     packed, block_scales = as_bytes(op, "codes", codes, FP4), as_bytes(op, "scales", scales, FP8)
     return _dequantize_nvfp4_op(packed, block_scales, global_scale, dtype, swizzle)

@@ -13,14 +13,20 @@ def _indices(rewards: Tensor, size: int) -> Tensor:
     return rewards.new_empty((*rewards.shape[:1], size), dtype=torch.int64)
 
 
+def _allocate(rewards: Tensor, size: int) -> Tensor:
+    """None of a number that the kernel's check, still to come, names."""
+    most = rewards.shape[-1] if rewards.ndim else 0
+    return _indices(rewards, size if 0 <= size <= most else 0)
+
+
 def _subset_forward(rewards: Tensor, k: int) -> Tensor:
-    indices = _indices(rewards, max(k, 0))  # the kernel's check names a bad number
+    indices = _allocate(rewards, k)
     _C.best_variance_subset(rewards, k, indices, torch.get_num_threads())
     return indices
 
 
 def _top_bottom_forward(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
-    indices = _indices(rewards, max(num_top + num_bottom, 0))
+    indices = _allocate(rewards, num_top + num_bottom)
     _C.top_bottom(rewards, num_top, num_bottom, indices, torch.get_num_threads())
     return indices
 
@@ -54,7 +60,7 @@ def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
     infinite reward, its `k` highest are taken, NaN counting as lower than everything.
 
     Args:
-        rewards: ``[P, G]``, G at most 1024, contiguous; float32 or float64.
+        rewards: ``[P, G]``, G at most 1024, contiguous; float32, bfloat16, float16 or float64.
         k: how many survive, in ``1..G``.
 
     Raises:
@@ -70,7 +76,7 @@ def top_bottom(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
     Of equal rewards those with the lower index come first. NaN counts as lower than everything.
 
     Args:
-        rewards: ``[P, G]``, G at most 1024, contiguous; float32 or float64.
+        rewards: ``[P, G]``, G at most 1024, contiguous; float32, bfloat16, float16 or float64.
         num_top: how many of the best.
         num_bottom: how many of the worst; together 1 to G.
 
@@ -93,7 +99,7 @@ def pareto_fronts(objectives: Tensor) -> Tensor:
     counts as lower than everything. The fronts of ``-objectives`` begin with the worst samples (POCA's ``P-``).
 
     Args:
-        objectives: ``[P, G, R]``, G at most 64 and R at most 8, contiguous; float32 or float64.
+        objectives: ``[P, G, R]``, G at most 64 and R at most 8, contiguous; float32, bfloat16, float16 or float64.
 
     Raises:
         ValueError: wrong shape, dtype, device or layout.

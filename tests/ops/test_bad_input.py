@@ -65,6 +65,8 @@ BAD_STEP_ARGUMENTS = [
     ({"coeffs": torch.zeros(8)}, "coeffs has shape [8], must have [8, 8]"),
     ({"coeffs": torch.zeros(5, 8).double()}, "coeffs has dtype torch.float64, must have torch.float32"),
     ({"coeffs": torch.zeros(0, 8)}, "coeffs is empty: shape [0, 8]"),
+    ({"coeffs": [[0.0] * 8]}, "coeffs is a list, must be a torch.Tensor"),
+    ({"coeffs": torch.zeros(8, 5).T}, "coeffs is not contiguous: shape [5, 8], strides (1, 5), must be"),
     ({"step_index": 5}, "step_index is 5, must be in [0, 5)"),
     ({"step_index": -1}, "step_index is -1, must be in [0, 5)"),
     ({"step_index": 1.0}, "step_index is a float, must be an int or an int64 tensor"),
@@ -179,7 +181,7 @@ def test_a_reference_negative_wants_guidance(case):
         (([3], (4,)), "seed is a list, must be a torch.Tensor"),
         ((torch.zeros(2), (4,)), "seed has dtype torch.float32, must have torch.int64"),
         ((torch.tensor(3), (4,)), "seed has 0 dimension(s), must be [batch]"),
-        ((torch.tensor([3]), (0,)), "out is empty: shape [1, 0]"),
+        ((torch.tensor([3]), (0,)), "shape is [0], must be of sizes of at least 1"),
         ((torch.tensor([3]), (4,), -1), "step is -1, must be in [0, 2^32)"),
         ((torch.tensor([3]), (4,), 1 << 32), "step is 4294967296, must be in [0, 2^32)"),
         ((torch.tensor([3]), (4,), 0.5), "step is a float, must be an int or an int64 tensor"),
@@ -194,5 +196,7 @@ def test_philox_names_the_bad_argument(arguments, message):
 
 
 def test_philox_normal_wants_a_floating_dtype():
-    with pytest.raises(ValueError, match=r"philox_normal: dtype is torch.int64, must be float32"):
+    with pytest.raises(
+        ValueError, match=r"philox_normal: dtype is torch.int64, must be one of torch.float32"
+    ):
         philox_normal(torch.tensor([3]), (4,), dtype=torch.int64)

@@ -45,10 +45,11 @@ def assert_same(left, right):
         assert torch.equal(a, b)
 
 
+@pytest.mark.witness
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(7, 3, 41), (5, 16, 33, 33)], ids=str)
-def test_a_sample_does_not_see_its_batch(case, shape, dtype):
-    c = case(shape, dtype, guided=True, history=True)
+def test_a_sample_does_not_see_its_batch(case, shape, dtype, device):
+    c = case(shape, dtype, guided=True, history=True, device=device)
     whole = run(c, torch.arange(shape[0]))
     order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(3))
     assert_same(run(c, order), [t[order] for t in whole])

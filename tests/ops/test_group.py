@@ -13,6 +13,11 @@ from flowgrpo_fast.ops import Clip, group_advantages, reference
 
 AGGREGATES = ("sum", "per_objective", "gdpo", "separate")
 WEIGHTS = (1.0, 0.5, -2.0)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-6, "atol": 1e-7},  # one rounding of what is computed in float64
+    torch.float64: {"rtol": 1e-11, "atol": 1e-12},
+}
 MODES = [(a, s) for a in AGGREGATES for s in ("group", "batch") if (a, s) != ("gdpo", "batch")]
 
 
@@ -42,17 +47,17 @@ def by_loops(rewards, ids, weights, aggregate, std, eps, hard, soft):
 
 
 @pytest.mark.witness
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("aggregate", "std"), MODES)
 def test_matches_reference_and_loops(device, aggregate, std, dtype):
     rewards, ids = ragged(dtype=dtype)
     clip = Clip(hard=1.5, soft=1.25)
     ours = group_advantages(rewards.to(device), ids.to(device), 5, WEIGHTS, aggregate, std, 1e-4, clip).cpu()
-    assert ours.dtype == dtype
-    tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype is torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
+    assert ours.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    tolerance = TOLERANCE[ours.dtype]
     exact = reference.group_advantages(rewards.double(), ids, 5, WEIGHTS, aggregate, std, 1e-4, clip)
     torch.testing.assert_close(ours.double(), exact, **tolerance)
-    loops = by_loops(rewards.numpy(), ids.numpy(), WEIGHTS, aggregate, std, 1e-4, *clip)
+    loops = by_loops(rewards.double().numpy(), ids.numpy(), WEIGHTS, aggregate, std, 1e-4, *clip)
     torch.testing.assert_close(ours.double(), torch.from_numpy(loops), **tolerance)
 
 
@@ -62,14 +67,16 @@ def test_matches_reference_and_loops(device, aggregate, std, dtype):
     num_rewards=st.integers(1, 16),
     largest=st.integers(1, 70),
     mode=st.sampled_from(MODES),
+    dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 99),
 )
-def test_matches_reference_on_any_groups(num_groups, num_rewards, largest, mode, seed):
-    rewards, ids = ragged(num_groups, num_rewards, torch.float64, largest, seed)
+def test_matches_reference_on_any_groups(num_groups, num_rewards, largest, mode, dtype, seed):
+    rewards, ids = ragged(num_groups, num_rewards, dtype, largest, seed)
     weights = np.random.default_rng(seed).normal(size=num_rewards).tolist()
     ours = group_advantages(rewards, ids, None, weights, *mode, clip=5)
-    exact = reference.group_advantages(rewards, ids, num_groups, weights, *mode, clip=(5, None))
-    torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
+    exact = reference.group_advantages(rewards.double(), ids, num_groups, weights, *mode, clip=(5, None))
+    tolerance = 1e-9 if dtype is torch.float64 else 1e-6
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.witness

@@ -35,6 +35,12 @@ def test_opcheck():
     torch.library.opcheck(OPS.best_variance_subset, (rewards(3, 8), 4))
     torch.library.opcheck(OPS.top_bottom, (rewards(3, 8), 2, 3))
     torch.library.opcheck(OPS.pareto_fronts, (rewards(2, 8, 3),))
+    for dtype in (torch.bfloat16, torch.float16):
+        options = (2, [1.0, 0.5, 2.0], 3, False, 1e-4, 5.0, 0.0)
+        torch.library.opcheck(OPS.group_advantages, (rewards(5, 3).to(dtype), IDS, *options))
+        torch.library.opcheck(OPS.best_variance_subset, (rewards(3, 8).to(dtype), 4))
+        torch.library.opcheck(OPS.top_bottom, (rewards(3, 8).to(dtype), 2, 3))
+        torch.library.opcheck(OPS.pareto_fronts, (rewards(2, 8, 3).to(dtype),))
     buffers = [rewards(5, 3), IDS, rewards(5, 2, 2).bfloat16()]
     torch.library.opcheck(OPS.compact, (IDS, buffers))
     torch.library.opcheck(OPS.compact_out, (IDS, buffers, [torch.empty_like(b) for b in buffers]))
@@ -120,8 +126,8 @@ BAD = [
     (
         group_advantages,
         ADVANTAGES,
-        {"rewards": rewards(5).half()},
-        "rewards has dtype torch.float16, must have float32 or",
+        {"rewards": rewards(5).int()},
+        "rewards has dtype torch.int32, must have float32, bfloat16, float16 or float64",
     ),
     (
         group_advantages,
@@ -159,7 +165,7 @@ BAD = [
         {"aggregate": "mean"},
         "aggregate is 'mean', must be one of sum, per_objective",
     ),
-    (group_advantages, ADVANTAGES, {"std": "none"}, "std is 'none', must be 'group' or 'batch'"),
+    (group_advantages, ADVANTAGES, {"std": "none"}, "std is 'none', must be one of group, batch"),
     (
         group_advantages,
         ADVANTAGES,
@@ -185,7 +191,7 @@ BAD = [
         best_variance_subset,
         SUBSET,
         {"rewards": IDS[None]},
-        "rewards has dtype torch.int64, must have float32 or float64",
+        "rewards has dtype torch.int64, must have float32, bfloat16, float16 or float64",
     ),
     (
         best_variance_subset,
@@ -229,8 +235,8 @@ BAD = [
     (
         pareto_fronts,
         FRONTS,
-        {"objectives": rewards(1, 6, 2).bfloat16()},
-        "objectives has dtype torch.bfloat16",
+        {"objectives": rewards(1, 6, 2).to(torch.float8_e4m3fn)},
+        "objectives has dtype torch.float8_e4m3fn, must have float32, bfloat16, float16 or float64",
     ),
 ]
 

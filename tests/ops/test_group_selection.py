@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from flowgrpo_fast.ops import best_variance_subset, compact, pareto_fronts, reference, top_bottom
 
 NAN, INF = float("nan"), float("inf")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def some_rewards(prompts, candidates, dtype=torch.float32, levels=None):
@@ -39,7 +40,7 @@ def sorted_top_bottom(rewards, num_top, num_bottom):
 
 
 @pytest.mark.witness
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("candidates", "k"), [(1, 1), (8, 3), (24, 12), (96, 24), (300, 299)])
 @pytest.mark.parametrize("levels", [None, 2, 5])
 def test_selections_match_reference(device, candidates, k, levels, dtype):
@@ -125,7 +126,7 @@ def fronts_by_peeling(points):
 
 
 @pytest.mark.witness
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("candidates", "num_objectives"), [(1, 1), (24, 2), (24, 3), (33, 8), (64, 2), (64, 1)]
 )

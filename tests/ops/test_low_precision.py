@@ -22,7 +22,7 @@ from flowgrpo_fast.ops import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-ONE = torch.tensor(1.0)
+ONE, INFINITY = torch.tensor(1.0), float("inf")
 E4M3 = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # 0 to 448
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -105,6 +105,69 @@ def test_e2m1_codes_are_ml_dtypes():
         assert torch.equal(e2m1_codes(x), torch.from_numpy(want))
 
 
+def saturated_e2m1_codes(x, global_scale):
+    """Codes of blocks whose scale is 448 and too small: a last value makes it so."""
+    padded = torch.nn.functional.pad(x.float(), (0, -len(x) % 15)).view(-1, 15)
+    blocks = torch.cat([padded, torch.full((len(padded), 1), 6e4)], dim=1).to(x.dtype)
+    codes, scales, _ = quantize_nvfp4(blocks.view(1, -1), global_scale, swizzle=False)
+    packed = codes.view(torch.uint8)[0]
+    unpacked = torch.stack([packed & 15, packed >> 4], -1).view(-1, 16)[:, :15].flatten()[: len(x)]
+    return unpacked, scales.float().view(-1, 1).expand(-1, 15).flatten()[: len(x)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_e2m1_codes_are_ml_dtypes_beyond_6_and_at_infinity(dtype):
+    """ml_dtypes saturates as well. Of a NaN, which E2M1 lacks, it makes a zero, where here the scale of the whole block
+    is NaN and the code 6, of either sign."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    global_scale = torch.tensor(0.01)
+    x = every_pattern(dtype) if dtype.itemsize == 2 else random_bits(300_000)
+    x = torch.cat([x[~x.isnan()], torch.tensor([INFINITY, -INFINITY], dtype=dtype)])
+    codes, scales = saturated_e2m1_codes(x, global_scale)
+    assert (scales == 448).all()
+    scaled = x.float() * (1 / global_scale / 448)
+    assert (scaled.abs() > 6).float().mean() > 0.1
+    want = scaled.numpy().astype(ml_dtypes.float4_e2m1fn).view("uint8")
+    assert torch.equal(codes, torch.from_numpy(want))
+    nan = torch.tensor([float("nan")], dtype=dtype)
+    codes, scales = saturated_e2m1_codes(torch.cat([nan, torch.zeros(14, dtype=dtype)]), global_scale)
+    assert scales.isnan().all()
+    assert codes[0] & 7 == 7
+    assert nan.float().numpy().astype(ml_dtypes.float4_e2m1fn).view("uint8")[0] & 7 == 0
+
+
+def test_block_scales_are_ml_dtypes_up_to_448_and_stay_there():
+    """Beyond 464, what rounds to no finite E4M3, ml_dtypes gives NaN; a block's scale saturates, and so its codes."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    beyond = torch.cat(
+        [torch.linspace(440, 480, 4001), torch.logspace(2.7, 30, 500), torch.tensor([INFINITY])]
+    )
+    wanted = torch.cat([neighbourhoods(E4M3, 50).abs(), beyond])
+    amax = 6 * wanted[wanted >= 2.0**-6]
+    scales = quantize_nvfp4(amax[:, None] * torch.ones(16), ONE, swizzle=False).scales.view(torch.uint8)[:, 0]
+    exact = amax / 6
+    theirs = torch.from_numpy(exact.numpy().astype(ml_dtypes.float8_e4m3fn).view("uint8"))
+    fits = exact <= 464
+    assert torch.equal(scales[fits], theirs[fits])
+    assert (theirs[~fits] == 0x7F).all()
+    assert (scales[~fits] == 0x7E).all()
+    assert len(scales[~fits]) > 500
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp8_rows_with_infinities_and_nans_are_ml_dtypes(dtype):
+    """Up to the sign of a NaN, which is always written without."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = every_pattern(dtype).view(-1, 64)
+    codes, scale = quantize_fp8_rows(x)
+    with np.errstate(invalid="ignore"):
+        scaled = (x.float().numpy() / scale.numpy()).clip(-448, 448)
+        want = torch.from_numpy(scaled.astype(ml_dtypes.float8_e4m3fn).view("uint8"))
+    is_nan = (want & 0x7F) == 0x7F
+    assert 0 < is_nan.float().mean() < 0.5
+    assert torch.equal(codes.view(torch.uint8), torch.where(is_nan, 0x7F, want))
+
+
 def test_ties_go_to_even():
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     assert E2M1[e2m1_codes(ties).long()].tolist() == [0, 1, 1, 2, 2, 4, 4]
@@ -153,24 +216,27 @@ def test_block_scales_are_torchs():
         assert torch.equal(ours.codes.view(torch.uint8), want[0].view(torch.uint8))
 
 
-TORCHAO = np.load(Path(__file__).parent / "golden" / "torchao.npz")  # recorded with torchao 0.18
+TORCHAO = np.load(Path(__file__).parent / "golden" / "torchao.npz")  # by record_torchao.py there
+KEYS = ("x", "global_scale", "scales", "codes", "fp8_scale", "fp8")
+NAMES = ("random", "ties", "tiny", "patterns", "huge")  # values of bfloat16
+NAMES_AND_DTYPES = [(name, dtype) for name in NAMES for dtype in (torch.float32, torch.bfloat16)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["random", "ties", "tiny", "patterns", "huge"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*NAMES_AND_DTYPES, ("float32", torch.float32), ("float32 ties", torch.float32)],
+    ids=str,
+)
 def test_codes_are_torchaos(name, dtype):
     """NVFP4 and FP8 rows; zeros, and an amax whose scale is subnormal, torchao divides by: NaN there, not here."""
     golden = {key: torch.from_numpy(TORCHAO[f"{name}/{key}"]) for key in KEYS}
-    x = golden["x"].view(torch.bfloat16).to(dtype)
+    x = golden["x"].view(torch.bfloat16 if name in NAMES else torch.float32).to(dtype)
     nvfp4, fp8 = quantize_nvfp4(x, swizzle=False), quantize_fp8_rows(x)
     assert torch.equal(nvfp4.global_scale, golden["global_scale"])
     assert torch.equal(nvfp4.scales.view(torch.uint8), golden["scales"])
     assert torch.equal(nvfp4.codes.view(torch.uint8), golden["codes"])
     assert torch.equal(fp8.scale, golden["fp8_scale"])
     assert torch.equal(fp8.codes.view(torch.uint8), golden["fp8"])
-
-
-KEYS = ("x", "global_scale", "scales", "codes", "fp8_scale", "fp8")
 
 
 DIGEST = """

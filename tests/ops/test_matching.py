@@ -329,13 +329,14 @@ def assert_same(left, right):
         assert torch.equal(a, b)
 
 
+@pytest.mark.witness
 @BETAS
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("shape", "weight"), [((7, 3, 41), "channels last"), ((5, 16, 33, 33), "channels first")]
 )
-def test_a_sample_does_not_see_its_batch(shape, weight, dtype, beta):
-    arguments = make(shape, (dtype,), weight=weight)
+def test_a_sample_does_not_see_its_batch(shape, weight, dtype, beta, device):
+    arguments = make(shape, (dtype,), weight=weight, device=device)
 
     def results(rows):
         chosen = {name: value[rows] for name, value in arguments.items()}

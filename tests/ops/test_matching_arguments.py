@@ -190,6 +190,14 @@ def test_weight_places_far_away(element, shared, inner):
     assert _C.weight_place(element, shared, inner) == outer * inner + rest % inner
 
 
+@pytest.mark.parametrize(
+    ("shared", "inner", "name"), [(0, 1, "shared"), (1, 0, "inner"), (1 << 40, 1 << 40, "shared")]
+)
+def test_weight_places_of_nothing(shared, inner, name):
+    with pytest.raises(ValueError, match=rf"\Aweight_place: {name} is \d+, must be"):
+        _C.weight_place(3, shared, inner)
+
+
 def untouched_zeros(shape, dtype):
     """Zeros that take no memory: pages of a private mapping that are only read are all the same page."""
     count = torch.Size(shape).numel() * dtype.itemsize

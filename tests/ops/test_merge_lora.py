@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,7 +118,7 @@ def test_a_thousand_merges_leave_the_same_codes_in_the_same_place(op):
     same(out[:2], first)
 
 
-def test_rows_and_threads_change_nothing():
+def test_threads_change_nothing():
     weight, lora_a, lora_b = make_lora(203, 272, 6)
     before = torch.get_num_threads()
     results = []
@@ -129,10 +132,43 @@ def test_rows_and_threads_change_nothing():
     for fp8, nvfp4 in zip(results[2::2], results[3::2], strict=True):
         same(fp8, results[0])
         same(nvfp4, results[1])
+
+
+@pytest.mark.witness
+def test_a_row_does_not_see_the_others(device):
+    weight, lora_a, lora_b = make_lora(203, 272, 6, device=device)
+    whole = merge_lora_quantize_(quantize_fp8_rows(weight), weight, lora_a, lora_b)
     for row in (0, 7, 202):
         part = weight[row : row + 1].clone(), lora_a, lora_b[row : row + 1].clone()
         alone = merge_lora_quantize_(quantize_fp8_rows(part[0]), *part)
-        same(alone, [t[row : row + 1].contiguous() for t in results[0]])
+        same(alone, [t[row : row + 1].contiguous() for t in whole])
+
+
+def peak_growth(function):
+    """By how many bytes more than before the process was in memory at once, while `function` ran."""
+
+    def status(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS:")
+    function()
+    return status("VmHWM:") - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: memory not measured")
+def test_no_merged_weight_in_memory():
+    size = 8192
+    weight = torch.ones(size, size, dtype=torch.bfloat16)
+    lora_a, lora_b = torch.ones(1, size), torch.ones(size, 1)
+    out = Fp8Rows(torch.zeros(size, size, dtype=torch.uint8).view(torch.float8_e4m3fn), torch.zeros(size, 1))
+    try:
+        assert peak_growth(lambda: weight.float()) > 4 * size * size - (8 << 20)
+    except OSError:
+        pytest.skip("the peak cannot be reset here: memory not measured")
+    assert peak_growth(lambda: merge_lora_quantize_(out, weight, lora_a, lora_b)) < 32 << 20
+    assert (out.scale == 2 / 448).all()
 
 
 def test_a_non_finite_factor_spoils_its_row_only():

@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from flowgrpo_fast import _C
@@ -39,6 +41,42 @@ def test_words_follow_the_counter_layout(count, device):
         key = (seed & ONES, (seed >> 32) & ONES)
         blocks = [reference.philox4x32_10((block, 0, step, stream), key) for block in range(-(-count // 4))]
         assert row == [word for block in blocks for word in block][:count]
+
+
+SEEDS = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=3)
+WORD = st.integers(0, ONES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seeds=SEEDS,
+    shape=st.lists(st.integers(1, 9), max_size=3),
+    step=WORD,
+    stream=WORD,
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.float64)),
+    per_sample=st.booleans(),
+)
+def test_any_shape_seed_step_and_stream(seeds, shape, step, stream, dtype, per_sample):
+    """Words against Philox in Python integers, normals against Box-Muller in float64 of these words."""
+    count = torch.Size(shape).numel()
+    steps = [(step + row) % 2**32 for row in range(len(seeds))] if per_sample else [step] * len(seeds)
+    seed, given_step = torch.tensor(seeds), torch.tensor(steps) if per_sample else step
+    words = []
+    for one, at in zip(seeds, steps, strict=True):
+        key = (one & ONES, (one >> 32) & ONES)
+        blocks = [reference.philox4x32_10((block, 0, at, stream), key) for block in range(-(-count // 4))]
+        words.append([word for block in blocks for word in block])
+    words = torch.tensor(words)
+    ours = philox_uint32(seed, shape, given_step, stream)
+    assert ours.shape == (len(seeds), *shape)
+    assert torch.equal(ours.view(len(seeds), -1), words[:, :count])
+    exact = reference.normal_of_words(words)
+    radius = exact.unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True).expand(-1, -1, 2).flatten(1)[:, :count]
+    normal = philox_normal(seed, shape, given_step, stream).view(len(seeds), -1)
+    assert ((normal - exact[:, :count]).abs() <= 4 * radius * 2.0**-24).all()
+    assert torch.equal(
+        philox_normal(seed, shape, given_step, stream, dtype).view(normal.shape), normal.to(dtype)
+    )
 
 
 def test_normals_match_box_muller_in_float64():

@@ -13,6 +13,7 @@ from torch.nn.functional import avg_pool2d, avg_pool3d
 
 from benchmarks.cases import Size
 from benchmarks.cases.preview import cases as preview_cases
+from flowgrpo_fast import _C
 from flowgrpo_fast.ops import Guidance, preview, reference
 from flowgrpo_fast.ops._binding import Transition
 
@@ -117,6 +118,21 @@ def test_gram_is_that_of_the_centred_features(case, shape, group_size, device):
     assert torch.equal(gram, gram.transpose(1, 2))
 
 
+def test_gram_of_several_rounds_is_that_of_one():
+    """Of many samples the CPU takes few features at a time: sums go on from round to round."""
+    generator = torch.Generator().manual_seed(2)
+    pooled = torch.randn(2 * 1030, 700, generator=generator)  # 3 tiles, one of which fills a round
+    whole, part = torch.empty(2, 1030, 1030), torch.empty(103, 20, 20)
+    _C.gram(pooled, torch.empty_like(pooled), whole, torch.get_num_threads())
+    features = pooled.double().view(2, 1030, 700)
+    features = features - features.mean(1, keepdim=True)
+    torch.testing.assert_close(whole.double(), features @ features.mT, rtol=1e-5, atol=1e-4)
+    _C.gram(pooled, torch.empty_like(pooled), part, torch.get_num_threads())
+    alone = torch.empty(1, 20, 20)
+    _C.gram(pooled[-20:], torch.empty(20, 700), alone, 1)
+    assert torch.equal(part[-1:], alone)
+
+
 def test_gram_keeps_small_distances_under_a_large_mean(case):
     """Candidates 1e-3 apart around features of 1e3: a Gram matrix of the raw features would have lost them."""
     c = case((4, 3, 8, 8))
@@ -152,9 +168,10 @@ def rows_of(c, rows, **options):
     return preview(c.latents[rows], c.velocity[rows], c.coeffs, c.step_index[rows], 3, guidance, **options)
 
 
+@pytest.mark.witness
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_sample_does_not_see_its_batch(case, dtype):
-    c = case((6, 16, 33, 33), dtype, guided=True)
+def test_a_sample_does_not_see_its_batch(case, dtype, device):
+    c = case((6, 16, 33, 33), dtype, guided=True, device=device)
     whole, gram = rows_of(c, torch.arange(6), group_size=3)
     order = torch.tensor([3, 4, 5, 0, 1, 2])
     moved, moved_gram = rows_of(c, order, group_size=3)
@@ -228,6 +245,34 @@ IMAGE = (2, 3, 8, 6)
         ),
         (IMAGE, {"velocity": torch.zeros(2, 3, 8, 6).int()}, "velocity has dtype torch.int32, must have"),
         (IMAGE, {"step_index": 9}, "step_index is 9, must be in [0, 5)"),
+        (IMAGE, {"coeffs": None}, "coeffs is a NoneType, must be a torch.Tensor"),
+        (IMAGE, {"coeffs": torch.zeros(5, 7)}, "coeffs has shape [5, 7], must have [5, 8]"),
+        (
+            IMAGE,
+            {"coeffs": torch.zeros(5, 8).half()},
+            "coeffs has dtype torch.float16, must have torch.float32",
+        ),
+        (IMAGE, {"coeffs": torch.zeros(8, 5).T}, "coeffs is not contiguous: shape [5, 8], strides (1, 5)"),
+        (
+            IMAGE,
+            {"guidance": Guidance(1.0, 2.0)},
+            "guidance.negative_velocity is a float, must be a torch.Tensor",
+        ),
+        (
+            IMAGE,
+            {"guidance": Guidance(torch.zeros(2, 3, 8, 5), 2.0)},
+            "guidance.negative_velocity has shape [2, 3, 8, 5], must have [2, 3, 8, 6] as latents has",
+        ),
+        (
+            IMAGE,
+            {"guidance": Guidance(torch.zeros(IMAGE).half(), 2.0)},
+            "guidance.negative_velocity has dtype torch.float16, must have torch.float32",
+        ),
+        (
+            IMAGE,
+            {"guidance": Guidance(torch.zeros(2, 3, 6, 8).transpose(2, 3), 2.0)},
+            "guidance.negative_velocity is not contiguous",
+        ),
         (IMAGE, {"guidance": 2.0}, "guidance is a float, must be Guidance(negative_velocity, scale)"),
         (IMAGE, {"pool": 4}, "pool is [1, 4, 4], must divide the grid [1, 8, 6]"),
         (IMAGE, {"pool": (2, 2, 2)}, "pool is [2, 2, 2], must divide the grid [1, 8, 6]"),

@@ -37,9 +37,10 @@ def as_bytes(*tensors):
     return [t.view(torch.uint8) if t.dtype in (FP8, FP4) else t for t in tensors]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "lora"])
-def test_opcheck(with_lora):
-    weight, lora_a, lora_b = lora()
+def test_opcheck(with_lora, dtype):
+    weight, lora_a, lora_b = (tensor.to(dtype) for tensor in lora())
     flat = (weight, lora_a, lora_b, 0.5) if with_lora else (weight, None, None, 0.0)
     torch.library.opcheck(OPS.quantize_fp8_rows, (*flat, *as_bytes(*quantize_fp8_rows(weight))))
     outputs = as_bytes(*quantize_nvfp4(weight))
@@ -49,8 +50,9 @@ def test_opcheck(with_lora):
 
 def test_opcheck_of_the_way_back():
     fp8, nvfp4 = as_bytes(*quantize_fp8_rows(matrix())), as_bytes(*quantize_nvfp4(matrix()))
-    torch.library.opcheck(OPS.dequantize_fp8_rows, (*fp8, torch.bfloat16))
-    torch.library.opcheck(OPS.dequantize_nvfp4, (*nvfp4, torch.float32, True))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.library.opcheck(OPS.dequantize_fp8_rows, (*fp8, dtype))
+        torch.library.opcheck(OPS.dequantize_nvfp4, (*nvfp4, dtype, True))
 
 
 @pytest.mark.slow
@@ -140,6 +142,12 @@ def test_bad_matrices(x, message):
             op(x)
 
 
+def fp4(*shape):
+    return torch.zeros(shape, dtype=torch.uint8).view(FP4)
+
+
+NVFP4 = quantize_nvfp4(matrix())
+
 BAD_CALLS = [
     (lambda: quantize_nvfp4(matrix(4, 24)), "quantize_nvfp4", "x has 24 columns, must have a multiple of 16"),
     (
@@ -195,12 +203,88 @@ BAD_CALLS = [
     (
         lambda: dequantize_fp8_rows(*quantize_fp8_rows(matrix()), torch.float64),
         "dequantize_fp8_rows",
-        "dtype is torch.float64, must be float32, bfloat16 or float16",
+        "dtype is torch.float64, must be one of torch.float32, torch.bfloat16, torch.float16",
     ),
     (
         lambda: dequantize_nvfp4(*quantize_nvfp4(matrix()), swizzle=False),
         "dequantize_nvfp4",
         "scales has shape [128, 4], must have [4, 2]",
+    ),
+    (
+        lambda: quantize_nvfp4(matrix(), out=NVFP4._replace(codes=torch.zeros(4, 16))),
+        "quantize_nvfp4",
+        "out.codes has dtype torch.float32, must have torch.float4_e2m1fn_x2",
+    ),
+    (
+        lambda: quantize_nvfp4(matrix(), out=NVFP4._replace(codes=fp4(4, 24))),
+        "quantize_nvfp4",
+        "codes has shape [4, 24], must have [4, 16]",
+    ),
+    (
+        lambda: quantize_nvfp4(matrix(), out=NVFP4._replace(scales=torch.zeros(128, 4))),
+        "quantize_nvfp4",
+        "out.scales has dtype torch.float32, must have torch.float8_e4m3fn",
+    ),
+    (
+        lambda: quantize_nvfp4(matrix(), out=NVFP4._replace(global_scale=None)),
+        "quantize_nvfp4",
+        "global_scale is a NoneType, must be a torch.Tensor",
+    ),
+    (
+        lambda: quantize_nvfp4(matrix(), out=NVFP4._replace(global_scale=torch.zeros(1))),
+        "quantize_nvfp4",
+        "global_scale has shape [1], must have []",
+    ),
+    (
+        lambda: quantize_nvfp4(matrix(), out=NVFP4._replace(global_scale=torch.zeros(()).half())),
+        "quantize_nvfp4",
+        "global_scale has dtype torch.float16, must have torch.float32",
+    ),
+    (
+        lambda: dequantize_nvfp4(torch.zeros(4, 16), *NVFP4[1:]),
+        "dequantize_nvfp4",
+        "codes has dtype torch.float32, must have torch.float4_e2m1fn_x2",
+    ),
+    (
+        lambda: dequantize_nvfp4(fp4(4, 12), *NVFP4[1:]),
+        "dequantize_nvfp4",
+        "codes has 12 columns, must have a multiple of 8",
+    ),
+    (lambda: dequantize_nvfp4(fp4(0, 16), *NVFP4[1:]), "dequantize_nvfp4", "codes is empty: shape [0, 16]"),
+    (
+        lambda: dequantize_nvfp4(fp4(16), *NVFP4[1:]),
+        "dequantize_nvfp4",
+        "codes has shape [16], must have [1, 16]",
+    ),
+    (
+        lambda: dequantize_nvfp4(fp4(16, 4).view(torch.uint8).T.view(FP4), *NVFP4[1:]),
+        "dequantize_nvfp4",
+        "codes is not contiguous: shape [4, 16], strides (1, 4)",
+    ),
+    (
+        lambda: dequantize_nvfp4(*NVFP4[:2], 0.5),
+        "dequantize_nvfp4",
+        "global_scale is a float, must be a torch.Tensor",
+    ),
+    (
+        lambda: dequantize_nvfp4(*NVFP4[:2], torch.ones(1)),
+        "dequantize_nvfp4",
+        "global_scale has shape [1], must have []",
+    ),
+    (
+        lambda: dequantize_nvfp4(*NVFP4[:2], torch.ones(()).double()),
+        "dequantize_nvfp4",
+        "global_scale has dtype torch.float64, must have torch.float32",
+    ),
+    (
+        lambda: dequantize_nvfp4(*NVFP4, torch.float64),
+        "dequantize_nvfp4",
+        "dtype is torch.float64, must be one of torch.float32, torch.bfloat16, torch.float16",
+    ),
+    (
+        lambda: dequantize_nvfp4(*NVFP4, "float32"),
+        "dequantize_nvfp4",
+        "dtype is a str, must be one of torch.float32, torch.bfloat16, torch.float16",
     ),
 ]
 
@@ -231,6 +315,33 @@ BAD_MERGES = [
 def test_bad_merges(bad, message):
     weight, lora_a, lora_b = lora()
     arguments = {"out": quantize_fp8_rows(weight), "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    with pytest.raises(ValueError, match=one_line("merge_lora_quantize_", message)):
+        merge_lora_quantize_(**{**arguments, **bad})
+
+
+BAD_NVFP4_MERGES = [
+    ({"weight": matrix(4, 24), "lora_a": matrix(3, 24)}, "weight has 24 columns, must have a multiple of 16"),
+    ({"global_scale": 0.5}, "global_scale is a float, must be a torch.Tensor"),
+    ({"global_scale": torch.ones(1)}, "global_scale has shape [1], must have []"),
+    (
+        {"global_scale": torch.ones(()).double()},
+        "global_scale has dtype torch.float64, must have torch.float32",
+    ),
+    ({"swizzle": False}, "scales has shape [128, 4], must have [4, 2]"),
+    ({"out": quantize_nvfp4(matrix(), swizzle=False)}, "scales has shape [4, 2], must have [128, 4]"),
+    ({"out": NVFP4._replace(global_scale=None)}, "global_scale is a NoneType, must be a torch.Tensor"),
+    (
+        {"out": NVFP4._replace(codes=matrix())},
+        "out.codes has dtype torch.float32, must have torch.float4_e2m1fn_x2",
+    ),
+    ({"out": tuple(NVFP4)}, "out is a tuple, must be Fp8Rows or Nvfp4"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_NVFP4_MERGES, ids=[m for _, m in BAD_NVFP4_MERGES])
+def test_bad_merges_into_nvfp4(bad, message):
+    weight, lora_a, lora_b = lora()
+    arguments = {"out": quantize_nvfp4(weight), "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     with pytest.raises(ValueError, match=one_line("merge_lora_quantize_", message)):
         merge_lora_quantize_(**{**arguments, **bad})
 

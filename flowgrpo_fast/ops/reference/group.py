@@ -53,7 +53,8 @@ def group_advantages(
 def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
     """Ascending indices of the i lowest and k - i highest rewards for the i of the largest variance, ``[P, k]``."""
     ascending = rewards.sort(dim=1, stable=True)
-    values = (ascending.values - ascending.values[:, [rewards.shape[1] // 2]]).double()
+    values = ascending.values.double()
+    values = values - values[:, [rewards.shape[1] // 2]]
     places = torch.arange(k, device=rewards.device)
     num_bottom = torch.arange(k + 1, device=rewards.device)[:, None]
     # Row i: the places of the i lowest, then those of the k - i highest.
