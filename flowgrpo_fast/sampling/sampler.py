@@ -177,7 +177,9 @@ def rollout(
                 num_groups=len(draws.prompt_index),
                 grid=getattr(model, "latent_grid", None),
             )
-            whole = walk = walk.rows(survivors(seen, schedule.cuts[step + 1], recipe.prune, score))  # frees the others
+            whole = walk = walk.rows(
+                survivors(seen, schedule.cuts[step + 1], recipe.prune, score)
+            )  # frees the others
     check_finite(*log_probs, walk.log_prob)
     return Trajectory(
         sigmas=schedule.sigmas,
