@@ -259,11 +259,16 @@ static inline void add_squares(const Stored* next, const Stored* mean, Real* lan
   }
 }
 
-// Whether a tile needs no guidance, history or padding and has one dtype, so that its mean can be formed in registers.
-static inline bool is_plain(const Transition& transition, const Buffer& next, int count) {
+// Whether a tile needs no guidance or padding and has one dtype, so that its mean can be formed in registers.
+static inline bool is_plain_but_history(const Transition& transition, const Buffer& next, int count) {
   const DType dtype = transition.latents.dtype;
   return count == kTile && dtype != DType::kFloat16 && transition.velocity.dtype == dtype && next.dtype == dtype &&
-         !transition.negative_velocity.data && !transition.x0_prev;
+         !transition.negative_velocity.data;
+}
+
+// The same, of a mean that is of latents and velocity alone.
+static inline bool is_plain(const Transition& transition, const Buffer& next, int count) {
+  return is_plain_but_history(transition, next, count) && !transition.x0_prev;
 }
 
 // A plain tile: its arrays as they are stored, and how far the next latents are from the mean. The operations are those

@@ -188,12 +188,11 @@ class _Samples:
 
     @property
     def _most(self) -> int:
-        """Samples of a prompt that exist together in a rollout: all at first, and those before and after a cut."""
+        """Samples of a prompt that exist together in a rollout: at most those before and after a cut."""
         recipe = self.recipe
         if not isinstance(recipe.prune, Prune):
             return recipe.group_size
-        first, *rest = (*recipe.prune.sizes, recipe.group_size)
-        return first + max([rest[0], *(before + after for before, after in pairwise(rest))])
+        return max(before + after for before, after in pairwise((*recipe.prune.sizes, recipe.group_size)))
 
     @property
     def _scouts(self) -> int:

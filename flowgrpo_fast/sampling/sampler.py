@@ -163,12 +163,12 @@ def rollout(
             result = take_step(stepper, given, coeffs, step, shape, recipe)
         if shape.size > 1:
             walk = walk.spread_over(whole)
-        last, walk = walk, walk.move(step, schedule.kept, result)
+        latents, walk = walk.latents, walk.move(step, schedule.kept, result)
         if step + 1 in schedule.cuts:
             log_probs.append(walk.log_prob)
             assert result.velocity is not None
             seen = Candidates(
-                latents=last.latents,
+                latents=latents,
                 velocity=result.velocity,
                 guidance=result.guidance,
                 coeffs=coeffs,
@@ -177,7 +177,9 @@ def rollout(
                 num_groups=len(draws.prompt_index),
                 grid=getattr(model, "latent_grid", None),
             )
-            walk = walk.rows(survivors(seen, schedule.cuts[step + 1], recipe.prune, score))
+            whole = walk = walk.rows(
+                survivors(seen, schedule.cuts[step + 1], recipe.prune, score)
+            )  # frees the others
     check_finite(*log_probs, walk.log_prob)
     return Trajectory(
         sigmas=schedule.sigmas,

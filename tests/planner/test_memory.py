@@ -99,7 +99,7 @@ def test_a_rollout_holds_its_candidates_and_both_sides_of_a_cut() -> None:
     assert plain["working buffers"] == 0.25e9
     assert "gradients" not in plain
     pruned = parts(recipe=replace(RECIPE, prune=Prune(at=(3, 5), sizes=(24, 16))), phase="rollout")
-    assert (pruned[name], pruned[embeddings]) == (4 * (24 + 16 + 8) * state, 4 * (24 + 16 + 8) * 2e5)
+    assert (pruned[name], pruned[embeddings]) == (4 * (24 + 16) * state, 4 * (24 + 16) * 2e5)
     once = parts(recipe=replace(RECIPE, prune=Prune(at=(3,), sizes=(24,))), phase="rollout")
     assert once[name] == 4 * (24 + 8) * state
     scouted = parts(recipe=replace(RECIPE, explore=Scouts(num_scouts=30)), phase="rollout")  # no transitions

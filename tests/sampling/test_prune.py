@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from itertools import combinations
 
@@ -23,6 +24,7 @@ from flowgrpo_fast.recipe import (
     Scouts,
     SlidingWindow,
 )
+from flowgrpo_fast.sampling import sampler
 from flowgrpo_fast.sampling.prune import choose, spread_subset
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
@@ -168,6 +170,26 @@ def test_the_batch_shrinks_and_micro_batches_stay_full(toy_recipe) -> None:
     assert trajectory.evaluations == sum(model.sizes) == 4 * (12 * 2 + 8 * 2 + 4 * 2)
     guided, _ = run(replace(recipe, guidance_scale=2.0))
     assert guided.evaluations == 2 * trajectory.evaluations
+
+
+def test_a_cut_frees_what_the_others_held(toy_recipe, monkeypatch) -> None:
+    """Until the next one at the latest; the planner counts both sides of a cut."""
+    made, begin = [], sampler._start
+
+    def start(*arguments):
+        walk = begin(*arguments)
+        made.extend(weakref.ref(tensor) for tensor in (walk.before, walk.after))
+        return walk
+
+    alive = []
+
+    def score(x0_pred):
+        alive.append([ref() is not None for ref in made])
+        return first(x0_pred)
+
+    monkeypatch.setattr(sampler, "_start", start)
+    run(toy_recipe(group_size=4, prune=FUNNEL, window=AllSteps()), score=score)
+    assert alive == [[True, True], [False, False]]
 
 
 @pytest.mark.parametrize("select", ["variance", "top_bottom"])
