@@ -133,6 +133,7 @@ FAMILIES = [
     SANA,
     HUNYUAN_VIDEO15,
 ]
+FIRST = [SD3, FLUX, QWEN_IMAGE, WAN]  # for what takes long and depends little on the family
 ONE_EACH = [family for family in FAMILIES if not family.variant]
 
 

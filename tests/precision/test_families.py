@@ -38,9 +38,13 @@ def test_two_steps_where_the_multiplication_is_native(family, mode, tiny_recipe,
     two_steps(tiny_recipe(family, precision="bf16", rollout_precision=part, train=train))
 
 
-@pytest.mark.parametrize("mode", MODES)
+CHANGES = ({"checkpointing": "full"}, {"checkpointing": "selective"}, {"compile": True})
+
+
 @pytest.mark.parametrize(
-    "changes", [{"checkpointing": "full"}, {"checkpointing": "selective"}, {"compile": True}], ids=str
+    ("mode", "changes"),
+    [(m, c) for m in MODES for c in CHANGES if "compile" not in c or m in ("merged", "shared_base")],
+    ids=str,
 )
 def test_checkpointed_and_compiled(mode, changes, tiny_recipe) -> None:
     part = LowPrecision(mode=mode)
