@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here: GPU code not run"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap() -> None:
+    """What earlier modules left stays; the garbage collector, which loading a model calls, need not walk it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=sorted(path.name for path in GOLDEN.glob("*.npz")))

@@ -91,3 +91,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def case() -> Callable[..., Case]:
     return make_case
+
+
+@pytest.fixture(params=[((3, 8, 8), False), ((2, 3, 8, 6), True), ((16, 4), False)], ids=str)
+def benchmark_sample(request, monkeypatch) -> tuple[int, ...]:
+    """Shape of one sample for a benchmark's contenders; only the videos', which takes seconds, are compiled."""
+    sample, compiled = request.param
+    torch._dynamo.reset()
+    if not compiled:
+        monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda later: later))
+    return sample

@@ -306,9 +306,8 @@ def test_names_the_bad_argument(case, shape, options, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sample", [(3, 8, 8), (2, 3, 8, 6), (16, 4)], ids=str)
-def test_the_contenders_of_the_benchmark_agree(sample):
-    (case,) = preview_cases(Size("toy", 4, sample), torch.float32, torch.device("cpu"))
+def test_the_contenders_of_the_benchmark_agree(benchmark_sample):
+    (case,) = preview_cases(Size("toy", 4, benchmark_sample), torch.float32, torch.device("cpu"))
     ours = case.contenders["ours"]()
     for name in ("eager", "compiled"):
         for left, right in zip(case.contenders[name](), ours, strict=True):
