@@ -183,9 +183,8 @@ def test_clips():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_flushing_subnormals_changes_nothing(dtype):
-    rewards = (torch.arange(1.0, 9) * 3 * torch.finfo(dtype).smallest_normal / 32).to(
-        dtype
-    )  # all are subnormal
+    subnormal = torch.finfo(dtype).smallest_normal * torch.arange(1.0, 9) * 3 / 32
+    rewards = subnormal.to(dtype)
     ids = torch.arange(8) // 4
     expected = group_advantages(rewards, ids, 2, eps=0.0)
     if not torch.set_flush_denormal(True):
