@@ -115,6 +115,7 @@ void copy_piece(const CompactArgs& args, int64_t piece) {
 }  // namespace
 
 void group_advantages(const GroupAdvantagesArgs& given, int num_threads) {
+  const DefaultFloatMode mode;
   GroupAdvantagesArgs args = given;
   const bool is_gdpo = args.aggregate == Aggregate::kGdpo;
   const int64_t columns = num_columns(args), elements = args.batch * args.num_rewards;

@@ -148,9 +148,12 @@ FLOWGRPO_HD int64_t order_key(double value) {
 }
 
 // Of the subsets of `size` values with maximal variance, all of which are the i lowest and the size - i highest for
-// some i: the i, the smallest that reaches the maximum. `sorted` ascends. Where a value is not finite: 0.
+// some i: the i, the smallest that reaches the maximum but for rounding. `sorted` ascends. Where a value is not finite:
+// 0.
 FLOWGRPO_HD int best_num_bottom(const double* sorted, int candidates, int size) {
   const double centre = sorted[candidates / 2];
+  const double lowest = sorted[0] - centre, highest = sorted[candidates - 1] - centre, width = size;
+  const double rounding = 1e-15 * width * width * width * (lowest * lowest + highest * highest);  // ten times the worst
   double sum = 0.0, squares = 0.0;
   for (int i = candidates - size; i < candidates; ++i) {
     const double value = sorted[i] - centre;
@@ -164,7 +167,7 @@ FLOWGRPO_HD int best_num_bottom(const double* sorted, int candidates, int size) 
     sum += enters - leaves;
     squares += enters * enters - leaves * leaves;
     const double score = size * squares - sum * sum;
-    if (score > best) {
+    if (score > best + rounding) {
       best = score;
       best_i = i;
     }

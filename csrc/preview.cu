@@ -104,9 +104,10 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ 
 template <typename Real>
 void launch(const PreviewArgs& args, void* stream) {
   const bool vector = can_vectorize(args.transition) && args.width * args.inner % kGroup == 0;
-  const int64_t rows = args.transition.batch * preview_rows(args), a_block = rows_a_block(args);
+  const int64_t rows = args.transition.batch * preview_rows(args);
   checked_count("preview_kernel", "rows", rows);
   checked_count("preview_kernel", "columns", args.width * args.inner);
+  const int64_t a_block = rows_a_block(args);
   const auto row_kernel = vector ? preview_kernel<Real, true> : preview_kernel<Real, false>;
   FLOWGRPO_LAUNCH(row_kernel, (rows + a_block - 1) / a_block, kPreviewThreads, stream, args);
 }

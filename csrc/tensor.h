@@ -82,6 +82,7 @@ class Tensor {
   bool is_none() const { return object_ == Py_None; }
   bool is_tensor() const { return api_ != nullptr; }
   bool is_readable() const { return readable_; }  // false for meta, sparse and the like
+  bool has_memory() const { return view_.data != nullptr; }
   PyObject* object() const { return object_; }
   int ndim() const { return view_.ndim; }
   int64_t size(int axis) const { return view_.shape[axis]; }
@@ -173,6 +174,7 @@ class Checker {
            "be a dense tensor on a CPU or a CUDA device");
     }
     if (tensor.numel() == 0) fail(argument, "is empty: shape " + shape_of(tensor), "have at least one element");
+    if (!tensor.has_memory()) fail(argument, "has no memory", "have storage that was not resized to 0");
     if (!tensor.is_contiguous()) {
       fail(argument,
            "is not contiguous: shape " + shape_of(tensor) + ", strides " +

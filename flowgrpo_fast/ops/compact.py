@@ -24,6 +24,7 @@ def _forward(indices: Tensor, buffers: Sequence[Tensor]) -> list[Tensor]:
 
 def _forward_out(indices: Tensor, buffers: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     _C.compact(indices, tuple(buffers), tuple(out), torch.get_num_threads())
+    torch.autograd.graph.increment_version(out)
 
 
 def _allocate_nothing(indices: Tensor, buffers: Sequence[Tensor], out: Sequence[Tensor]) -> None:
@@ -64,6 +65,10 @@ def compact(indices: Tensor, *buffers: Tensor, out: Sequence[Tensor] | None = No
     for name, tensors in (("buffers", buffers), ("out", out or ())):
         for number, tensor in enumerate(tensors):
             require_tensor("compact", f"{name}[{number}]", tensor)
+            if not torch.compiler.is_compiling() and (tensor.is_conj() or tensor.is_neg()):
+                raise ValueError(
+                    f"compact: {name}[{number}] is a conjugate or negative view, must be resolved (call .clone())"
+                )
             if name == "buffers" and tensor.ndim == 0:
                 raise ValueError(f"compact: buffers[{number}] has 0 dimensions, must be [rows, ...]")
     if out is None:

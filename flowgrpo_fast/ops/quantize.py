@@ -62,6 +62,7 @@ _MATRIX_SCHEMA = "Tensor x, Tensor? lora_a, Tensor? lora_b, float lora_scale"
 def _fp8_forward(*flat: Any) -> None:
     *matrix, codes, scale = flat
     _C.quantize_fp8_rows(tuple(matrix), codes, scale, torch.get_num_threads())
+    torch.autograd.graph.increment_version((codes, scale))
 
 
 fp8_op = bind(
@@ -80,6 +81,7 @@ def _nvfp4_forward(*flat: Any) -> None:
     workspace = x.new_empty(MAX_PARTIALS, dtype=torch.float32) if needs_workspace else None
     outputs = (codes, scales, static_scale if is_static else global_scale, workspace)
     _C.quantize_nvfp4(tuple(matrix), outputs, is_static, swizzle, torch.get_num_threads())
+    torch.autograd.graph.increment_version((codes, scales) if is_static else (codes, scales, global_scale))
 
 
 nvfp4_op = bind(

@@ -55,9 +55,9 @@ def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
     r"""The `k` samples of each prompt whose rewards vary most, ``[P, k]`` int64, ascending.
 
     Pro-GRPO's survivors. The subset of maximal variance is always the ``i`` lowest and the ``k - i`` highest rewards
-    for some ``i``, so after one sort a scan over ``i`` with running sums finds it. Of equally good ``i`` the smallest
-    is taken, that is the most high rewards; of equal rewards, those with the lower index. Where a prompt has a NaN or
-    infinite reward, its `k` highest are taken, NaN counting as lower than everything.
+    for some ``i``, so after one sort a scan over ``i`` with running sums finds it. Of ``i`` that are equally good but
+    for rounding the smallest is taken, that is the most high rewards; of equal rewards, those with the lower index.
+    Where a prompt has a NaN or infinite reward, its `k` highest are taken, NaN counting as lower than everything.
 
     Args:
         rewards: ``[P, G]``, G at most 1024, contiguous; float32, bfloat16, float16 or float64.

@@ -103,6 +103,16 @@ def test_flow_step_names_the_bad_argument(case, bad, message):
         flow_step(**{**step_arguments(case), **bad})
 
 
+@pytest.mark.parametrize("argument", ["latents", "velocity", "coeffs", "seed"])
+def test_memory_given_back_is_not_read(case, argument):
+    arguments = step_arguments(case)
+    arguments[argument].untyped_storage().resize_(0)  # as sharding frees a parameter that keeps its shape
+    with pytest.raises(
+        ValueError, match=one_line("flow_step", f"{argument} has no memory, must have storage")
+    ):
+        flow_step(**arguments)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [pair for pair in BAD_STEP_ARGUMENTS if "seed" not in pair[0]],

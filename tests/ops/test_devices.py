@@ -228,9 +228,10 @@ def test_a_tensor_elsewhere_is_named(monkeypatch, make, expected):
 
 
 class Vast:
-    """Says it has 2^45 elements on a GPU; nobody may look at them."""
+    """Says it has that many elements on a GPU; nobody may look at them."""
 
-    shape = (ctypes.c_int64 * 2)(1, 1 << 45)
+    def __init__(self, elements: int) -> None:
+        self.shape = (ctypes.c_int64 * 2)(1, elements)
 
 
 def _view_of_vast(value: Vast, out: recorded_calls.TensorView) -> None:
@@ -245,7 +246,15 @@ Vast.__dlpack_c_exchange_api__ = recorded_calls.capsule_of(_view_of_vast)
 def test_more_blocks_than_a_launch_has(host_module):
     message = r"\Aflowgrpo_fast: philox_kernel has 8589934592 blocks, must have at most 2147483647: split the batch\Z"
     with pytest.raises(ValueError, match=message):
-        host_module.philox(OnCuda(SEED[:1]), 0, 0, Vast(), 1)
+        host_module.philox(OnCuda(SEED[:1]), 0, 0, Vast(1 << 45), 1)
+
+
+def test_a_row_of_more_columns_than_a_preview_counts(host_module):
+    row = Vast(1 << 32)  # in 32 bits: none
+    fields = (row, row, OnCuda(COEFFS), 0, None, None, 1.0, None)
+    message = r"\Aflowgrpo_fast: preview_kernel has 4294967296 columns, must have at most 2147483647"
+    with pytest.raises(ValueError, match=message):
+        host_module.preview(fields, (1, 1, 1, 1 << 32, 1), (1, 1, 1), row, 1)
 
 
 def test_every_op_is_among_them():

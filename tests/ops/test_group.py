@@ -181,6 +181,20 @@ def test_clips():
     assert group_advantages(rewards, ids, 1, clip=Clip(5.0, 3.0))[0] == pytest.approx(3 * np.tanh(5 / 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_flushing_subnormals_changes_nothing(dtype):
+    subnormal = torch.finfo(dtype).smallest_normal * torch.arange(1.0, 9) * 3 / 32
+    rewards = subnormal.to(dtype)
+    ids = torch.arange(8) // 4
+    expected = group_advantages(rewards, ids, 2, eps=0.0)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        assert torch.equal(group_advantages(rewards, ids, 2, eps=0.0), expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("aggregate", "std"), MODES)
 def test_in_a_cuda_graph(aggregate, std):

@@ -74,6 +74,24 @@ def test_best_variance_of_many():
 
 
 @pytest.mark.witness
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_of_equal_variances_the_one_with_more_high_rewards(device, dtype):
+    """Whatever rounding says: single samples have variance 0, and two values vary as much m : n as n : m."""
+    rewards = some_rewards(100, 24, dtype)
+    best = best_variance_subset(rewards.to(device), 1)[:, 0].cpu()
+    assert torch.equal(best, rewards.argmax(1))
+    number = torch.arange(24)
+    for low, high in ((0.1, 0.7), (0.2, 0.3), (-1.1, 2.3)):
+        rewards = torch.where(number[:, None] > number[None], high, low).to(dtype)[
+            8:17
+        ]  # from 8 to 16 high ones
+        for k in (3, 5, 7, 15):
+            chosen = rewards.gather(1, best_variance_subset(rewards.to(device), k).cpu())
+            assert ((chosen == rewards.max()).sum(1) == (k + 1) // 2).all()
+            assert torch.equal(chosen, rewards.gather(1, reference.best_variance_subset(rewards, k)))
+
+
+@pytest.mark.witness
 def test_ties_go_to_the_lower_index(device):
     rewards = torch.tensor(
         [[1.0, 0, 1, 0, 1, 0], [2, 2, 2, 2, 2, 2], [-0.0, 0, 1, 0, -0.0, 1]], device=device
@@ -220,6 +238,24 @@ def test_compact_into_given_buffers(device):
     assert [r.data_ptr() for r in returned] == pointers
     for ours, fresh in zip(out, compact(indices, *buffers), strict=True):
         assert torch.equal(ours.view(torch.uint8), fresh.view(torch.uint8))
+
+
+def test_a_buffer_needed_by_a_backward_is_not_overwritten_unseen():
+    values, out = torch.ones(2, requires_grad=True), torch.ones(2)
+    loss = (values * out).sum()
+    compact(torch.tensor([1, 0]), torch.arange(3.0), out=(out,))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        compact(torch.tensor([1]), torch.arange(3.0), out=(torch.empty(1),))
+
+
+def test_compact_of_a_view_that_is_not_what_its_bytes_say():
+    rows = torch.ones(3, 2, dtype=torch.complex64)
+    with pytest.raises(
+        ValueError, match=r"\Acompact: buffers\[1\] is a conjugate or negative view, must be resolved"
+    ):
+        compact(torch.tensor([1]), rows, rows.conj())
 
 
 @pytest.mark.witness

@@ -356,6 +356,21 @@ def test_bad_output_of_a_merge():
         merge_lora_quantize_(short, weight, lora_a, lora_b)
 
 
+def test_autograd_knows_what_was_written():
+    """A backward that needs the old codes or scales raises instead of reading the new ones."""
+    weight, lora_a, lora_b = lora()
+    fp8, nvfp4 = quantize_fp8_rows(weight), quantize_nvfp4(weight)
+    given = torch.tensor(0.5)
+    before = [t._version for t in (*fp8, *nvfp4)]
+    quantize_fp8_rows(weight, out=fp8)
+    merge_lora_quantize_(fp8, weight, lora_a, lora_b)
+    quantize_nvfp4(weight, out=nvfp4)
+    merge_lora_quantize_(nvfp4, weight, lora_a, lora_b, global_scale=given)
+    after = [t._version for t in (*fp8, *nvfp4)]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [2, 2, 2, 2, 1]
+    assert given._version == 0
+
+
 @pytest.mark.slow
 def test_contenders_compute_the_same():
     for case in quantize_cases(Size("toy", 64, (64,)), torch.bfloat16, torch.device("cpu")):

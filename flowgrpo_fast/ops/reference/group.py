@@ -61,7 +61,9 @@ def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
     chosen = torch.where(places < num_bottom, places, rewards.shape[1] - k + places)
     taken = values[:, chosen]  # [P, k + 1, k]
     score = k * taken.square().sum(2) - taken.sum(2).square()
-    return _top_bottom_places(rewards, k - score.argmax(1), score.argmax(1), k).sort(dim=1).values
+    rounding = 1e-15 * k**3 * values[:, [0, -1]].square().sum(1, keepdim=True)
+    best = (score >= score.amax(1, keepdim=True) - rounding).int().argmax(1)  # the first of equals
+    return _top_bottom_places(rewards, k - best, best, k).sort(dim=1).values
 
 
 def top_bottom(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
