@@ -148,8 +148,8 @@ FLOWGRPO_HD int64_t order_key(double value) {
 }
 
 // Of the subsets of `size` values with maximal variance, all of which are the i lowest and the size - i highest for
-// some i: the i, the smallest that reaches the maximum but for rounding. `sorted` ascends. Where a value is not finite:
-// 0.
+// some i: the i, the smallest that reaches the maximum but for rounding; 0 where a value is not finite. `sorted`
+// ascends.
 FLOWGRPO_HD int best_num_bottom(const double* sorted, int candidates, int size) {
   const double centre = sorted[candidates / 2];
   const double lowest = sorted[0] - centre, highest = sorted[candidates - 1] - centre, width = size;
