@@ -46,9 +46,9 @@ def train(
     """Trains a model with a recipe; without arguments, MixGRPO on handwritten digits.
 
     Args:
-        recipe: its name, mix_grpo if left out; `flowgrpo-fast recipes` lists them.
+        recipe: a recipe's name, mix_grpo if left out; `flowgrpo-fast recipes` lists them.
         overrides: field=value, e.g. group_size=12 window.size=2 dynamics=CPS optimizer.lr=1e-4.
-        from_: start from the recipe of an earlier run folder instead of a named one.
+        from_: start from a run file, or from the recipe of an earlier run folder, instead of a named recipe.
         resume: go on with an interrupted run, from its last checkpoint.
         out: the run folder; default runs/<recipe>-<date>-<time>.
         device: auto, cpu, cuda or cuda:N.
@@ -129,7 +129,7 @@ def plan(
 
     Args:
         model: a published name, e.g. sd3.5-medium, its name on the hub, or a diffusers pipeline's folder.
-        recipe: its name; it is planned in bf16 unless overridden.
+        recipe: a recipe's name; it is planned in bf16 unless overridden.
         overrides: field=value, e.g. network.height=720 network.train=FullFineTuning.
         gpu: h100, h200, b200, a100 or 4090, which the tables of work, memory and levers are for.
         gpus: how many of them share a step's samples.
