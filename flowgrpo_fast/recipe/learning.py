@@ -47,9 +47,8 @@ class NFT:
 
     beta: float = 1.0  # how far the implicit policies lie from the old one
     kl_beta: float = 0.0  # weight of the mean square distance of velocities from the start weights'
-    fraction: float = (
-        0.99  # of the schedule's sigmas: each sample trains on that many, drawn without repetition
-    )
+    # Of the schedule's sigmas: each sample trains on that many, drawn without repetition.
+    fraction: float = 0.99
     old_decay_start: int = 0
     old_decay_rate: float = 0.001
     old_decay_max: float = 0.5  # 0 = the old policy is the one before the update

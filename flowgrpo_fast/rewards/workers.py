@@ -38,9 +38,7 @@ class RewardWorkers:
     ) -> Future[Tensor]:
         """Starts one reward on images `[B, C, H, W]`; its result is `[B]`, wherever it was computed."""
         if term.where == "thread":
-            lock = self._locks[
-                term.function
-            ]  # a function sees one call at a time, as in the sequential order
+            lock = self._locks[term.function]  # one call of a function at a time, as without threads
 
             def call() -> Tensor:
                 with lock, torch.no_grad():
