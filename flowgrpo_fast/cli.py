@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -247,6 +248,21 @@ def pretrain_digits(*, out: str = "digits.safetensors", seed: int = 0) -> None:
     pretrain(Path(out), seed=seed)
 
 
+def _words_first(arguments: list[str]) -> list[str]:
+    """Names and field=value before the options, which the parser asks for; a user may write them in any order."""
+    words: list[str] = []
+    options: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        if not argument.startswith("-"):
+            words.append(argument)
+            continue
+        options.append(argument)
+        if "=" not in argument and argument not in ("-h", "--help", "--json", "--no-json"):
+            options += islice(left, 1)
+    return words + options
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a user's mistake is one line on stderr and exit code 2."""
     commands: dict[str, Callable[..., None]] = {
@@ -259,8 +275,9 @@ def main(arguments: list[str] | None = None) -> None:
         "report": report,
         "pretrain-digits": pretrain_digits,
     }
+    words = _words_first(sys.argv[1:] if arguments is None else arguments)
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="flowgrpo-fast", args=arguments)
+        tyro.extras.subcommand_cli_from_dict(commands, prog="flowgrpo-fast", args=words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

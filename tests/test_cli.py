@@ -82,11 +82,10 @@ def test_from_an_earlier_run_gives_the_same_numbers(finished: Path, tmp_path: Pa
 
 
 def test_from_with_an_override(finished: Path, tmp_path: Path) -> None:
-    main(
-        ["train", "num_steps=1", "--from", str(finished), "--out", str(tmp_path / "short"), "--device", "cpu"]
-    )
+    main(["train", "--from", str(finished), "num_steps=1", "--out", str(tmp_path / "short"), "task.judge="])
     assert json.loads((tmp_path / "short/recipe.json").read_text())["num_steps"] == 1
     assert json.loads((tmp_path / "short/recipe.json").read_text())["group_size"] == 4
+    assert json.loads((tmp_path / "short/recipe.json").read_text())["task"]["judge"] == ""
 
 
 def test_ctrl_c_saves_everything_and_the_run_resumes(tmp_path: Path, capsys) -> None:
@@ -160,6 +159,7 @@ def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--device", "gpu"], "device 'gpu' is not one"),
         (["train", "task.model=digit"], "there is no module 'flowgrpo_fast.models.digit'"),
         (["train", "task.prompts=none.txt"], "cannot read prompts from 'none.txt'"),
+        (["plan", "sd3.5-medium", "--json", "flow_gpo"], "unknown recipe 'flow_gpo'"),
         (["sample", "nowhere"], "no recipe at"),
         (["report", "nowhere"], "holds no run"),
     ],

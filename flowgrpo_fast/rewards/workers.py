@@ -70,6 +70,15 @@ class RewardWorkers:
         return self._pool
 
 
+def require_tensor(path: str, values: object, num_samples: int) -> None:
+    """Raises ValueError for a reward that returned something else, a list or an array say."""
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"reward {path!r} returned a {type(values).__name__} for {num_samples} images; "
+            f"it must return a tensor of shape {(num_samples,)}"
+        )
+
+
 def _result(pool: ProcessPoolExecutor, path: str, images: NDArray[Any], prompts: list[str]) -> Tensor:
     try:
         return torch.from_numpy(pool.submit(_call, path, images, prompts).result())
@@ -142,6 +151,7 @@ def _call(path: str, images: NDArray[Any], prompts: list[str]) -> NDArray[np.flo
     try:
         with torch.no_grad():
             values = _function(path)(torch.from_numpy(images), prompts)
+        require_tensor(path, values, len(prompts))
         array: NDArray[np.float32] = values.detach().to("cpu", torch.float32).numpy()
         return array
     except ValueError as error:
