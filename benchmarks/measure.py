@@ -193,7 +193,7 @@ def main() -> int:
             result = measure(level, options)
             failed |= bool(result["failed"])
             if not (result["rows"] or result["failed"] or result["left"]):
-                parser.error(f"no case of {level} has {arguments.only!r} in its name")
+                parser.exit(2, f"error: no case of {level} has {arguments.only!r} in its name\n")
         write(result)
         show(level, result)
     return int(failed)

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,9 +47,9 @@ def train(
     """Trains a model with a recipe; without arguments, MixGRPO on handwritten digits.
 
     Args:
-        recipe: its name, mix_grpo if left out; `flowgrpo-fast recipes` lists them.
+        recipe: a recipe's name, mix_grpo if left out; `flowgrpo-fast recipes` lists them.
         overrides: field=value, e.g. group_size=12 window.size=2 dynamics=CPS optimizer.lr=1e-4.
-        from_: start from the recipe of an earlier run folder instead of a named one.
+        from_: start from a run file, or from the recipe of an earlier run folder, instead of a named recipe.
         resume: go on with an interrupted run, from its last checkpoint.
         out: the run folder; default runs/<recipe>-<date>-<time>.
         device: auto, cpu, cuda or cuda:N.
@@ -129,7 +130,7 @@ def plan(
 
     Args:
         model: a published name, e.g. sd3.5-medium, its name on the hub, or a diffusers pipeline's folder.
-        recipe: its name; it is planned in bf16 unless overridden.
+        recipe: a recipe's name; it is planned in bf16 unless overridden.
         overrides: field=value, e.g. network.height=720 network.train=FullFineTuning.
         gpu: h100, h200, b200, a100 or 4090, which the tables of work, memory and levers are for.
         gpus: how many of them share a step's samples.
@@ -247,6 +248,21 @@ def pretrain_digits(*, out: str = "digits.safetensors", seed: int = 0) -> None:
     pretrain(Path(out), seed=seed)
 
 
+def _words_first(arguments: list[str]) -> list[str]:
+    """Names and field=value before the options, which the parser asks for; a user may write them in any order."""
+    words: list[str] = []
+    options: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        if not argument.startswith("-"):
+            words.append(argument)
+            continue
+        options.append(argument)
+        if "=" not in argument and argument not in ("-h", "--help", "--json", "--no-json"):
+            options += islice(left, 1)
+    return words + options
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a user's mistake is one line on stderr and exit code 2."""
     commands: dict[str, Callable[..., None]] = {
@@ -259,8 +275,9 @@ def main(arguments: list[str] | None = None) -> None:
         "report": report,
         "pretrain-digits": pretrain_digits,
     }
+    words = _words_first(sys.argv[1:] if arguments is None else arguments)
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="flowgrpo-fast", args=arguments)
+        tyro.extras.subcommand_cli_from_dict(commands, prog="flowgrpo-fast", args=words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -48,6 +48,8 @@ class Run:
         Raises:
             ValueError: a user's mistake or a failed run, in one line. What was finished is saved.
         """
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every is {self.checkpoint_every}; it must be at least 1")
         window_steps(self.recipe.window, self.recipe.sigmas.num_inference_steps, 0)  # refuse early
         check_memory(self.recipe, self.device, memory_of(self.device))
         one_line = out_of_memory_in_one_line(self.recipe, self.device)
@@ -87,7 +89,9 @@ class Run:
         report = self._conclude(cost)
         if stop.requested:
             self.console.print(
-                f"stopped after step {engine.step}; continue with: flowgrpo-fast train --resume {self.folder}"
+                f"stopped after step {engine.step}; continue with: flowgrpo-fast train --resume {self.folder}",
+                highlight=False,
+                soft_wrap=True,
             )
         return report
 
@@ -116,9 +120,18 @@ class Run:
             f"{device_name(self.device)}\n{floor or 'floor unknown: the operations of this model cannot be counted'}\n"
             f"{self.folder}",
             highlight=False,
+            soft_wrap=True,
         )
+        if engine.step >= recipe.num_steps:
+            self.console.print(
+                f"nothing to train: step {engine.step} of {recipe.num_steps} is done; to go on, raise num_steps",
+                highlight=False,
+                soft_wrap=True,
+            )
         if engine.low_precision is not None:
-            self.console.print(f"low precision: {engine.low_precision.description}", highlight=False)
+            self.console.print(
+                f"low precision: {engine.low_precision.description}", highlight=False, soft_wrap=True
+            )
 
     def _record(
         self, engine: Engine, report: StepReport, floor: Floor | None, last: bool

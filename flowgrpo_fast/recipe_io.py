@@ -8,7 +8,8 @@ import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from flowgrpo_fast import recipe as parts
 from flowgrpo_fast.recipe import Recipe
@@ -21,7 +22,7 @@ _PARTS = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest of `known`, or the whole list where nothing is close."""
+    """`did you mean 'x'?` for the closest of `known`, or the whole list where nothing is close."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
@@ -41,20 +42,30 @@ def from_dict(value: Any) -> Any:
     """Inverse of `to_dict`.
 
     Raises:
-        ValueError: an unknown part or field, with the nearest known name.
+        ValueError: an unknown part or field, with the nearest known name; a missing field, or one of another type.
     """
     if isinstance(value, list):
         return tuple(from_dict(item) for item in value)
     if not isinstance(value, Mapping):
         return value
     kind = value.get("is")
+    if not isinstance(kind, str):
+        raise ValueError(f'{json.dumps(value)} has no "is" that names its part, such as "RewardTerm"')
     if kind not in _PARTS:
-        raise ValueError(f"unknown recipe part {kind!r}; {nearest(str(kind), _PARTS)}")
-    known = {f.name for f in dataclasses.fields(_PARTS[kind])}
-    for name in value:
-        if name != "is" and name not in known:
-            raise ValueError(f"{kind} has no field {name!r}; {nearest(name, known)}")
-    return _PARTS[kind](**{k: from_dict(v) for k, v in value.items() if k != "is"})
+        raise ValueError(f"unknown recipe part {kind!r}; {nearest(kind, _PARTS)}")
+    fields, hints = dataclasses.fields(_PARTS[kind]), get_type_hints(_PARTS[kind])
+    values = {name: from_dict(item) for name, item in value.items() if name != "is"}
+    for name, item in values.items():
+        if name not in hints:
+            raise ValueError(f"{kind} has no field {name!r}; {nearest(name, hints)}")
+        if not _fits(item, hints[name]):
+            raise ValueError(
+                f"{kind}.{name} is {_as_text(item)}; it must be a value of type {_described(hints[name])}"
+            )
+    for field in fields:
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{kind} needs a value for {field.name!r}")
+    return _PARTS[kind](**values)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -75,8 +86,6 @@ def load_recipe(path: Path) -> Recipe:
         raise ValueError(f"no recipe at {str(file)!r}; give a run folder or its recipe.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(file)!r} is not a JSON recipe: {error}") from None
-    except TypeError as error:
-        raise ValueError(f"{str(file)!r} holds a value of the wrong type: {error}") from None
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{str(file)!r} holds a {type(recipe).__name__}, not a Recipe")
     return recipe
@@ -105,31 +114,68 @@ def _assign(part: Any, path: list[str], text: str, full: str) -> Any:
     if path[0] not in known:
         raise ValueError(f"{type(part).__name__} has no field {path[0]!r}; {nearest(path[0], known)}")
     old = getattr(part, path[0])
-    new = _assign(old, path[1:], text, full) if len(path) > 1 else _parse(text, old, full)
+    hint = get_type_hints(type(part))[path[0]]
+    new = _assign(old, path[1:], text, full) if len(path) > 1 else _parse(text, hint, old, full)
     return dataclasses.replace(part, **{path[0]: new})  # type: ignore[type-var]
 
 
-def _parse(text: str, old: Any, full: str) -> Any:
-    if dataclasses.is_dataclass(old):
-        if text in _PARTS:
-            return _PARTS[text]()
-        if not isinstance(old, parts.DynamicShift):
-            raise ValueError(f"{full} is a part; {text!r} is not one, {nearest(text, _PARTS)}")
-    if isinstance(old, float) and text in _PARTS:
-        return _PARTS[text]()
+def _parse(text: str, hint: Any, old: Any, full: str) -> Any:
+    kinds = {kind.__name__: kind for kind in _alternatives(hint) if kind in _PARTS.values()}
+    if text in kinds:
+        return kinds[text]()
+    if len(kinds) == len(_alternatives(hint)):
+        raise ValueError(f"{full} is a part; {text!r} is not one of its kind, {nearest(text, kinds)}")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
     if isinstance(value, list | dict):
         value = from_dict(value)
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+    if float in _alternatives(hint) and type(value) is int:
         value = float(value)
-    if old is not None and not isinstance(old, parts.DynamicShift) and type(value) is not type(old):
-        raise ValueError(
-            f"{full} is {text!r}; it must be a value of type {type(old).__name__}, such as {old!r}"
-        )
+    if not _fits(value, hint):
+        example = "" if old is None else f", such as {_as_text(old)}"
+        raise ValueError(f"{full} is {text!r}; it must be a value of type {_described(hint)}{example}")
     return value
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types a field may have: the members of a union, or the one."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a field's type. An int may stand for a float; which word is known, the part says."""
+    if len(_alternatives(hint)) > 1:
+        return any(_fits(value, one) for one in _alternatives(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and _items_fit(value, get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _items_fit(values: tuple[Any, ...], hints: tuple[Any, ...]) -> bool:
+    if hints[-1] is Ellipsis:
+        hints = hints[:1] * len(values)
+    return len(values) == len(hints) and all(map(_fits, values, hints))
+
+
+def _described(hint: Any) -> str:
+    """A field's type as a message names it."""
+    if len(_alternatives(hint)) > 1:
+        return " or ".join(map(_described, _alternatives(hint)))
+    if get_origin(hint) is tuple:
+        items = ("..." if item is Ellipsis else _described(item) for item in get_args(hint))
+        return f"[{', '.join(items)}]"
+    if get_origin(hint) is Literal:
+        return "str"
+    return "null" if hint is NoneType else str(hint.__name__)
+
+
+def _as_text(value: Any) -> str:
+    """A value as a run file and an override spell it."""
+    return json.dumps(to_dict(value))
 
 
 def resolve(path: str) -> Any:

@@ -110,9 +110,8 @@ class TrainBatch:
     conditioning: Conditioning  # one row per sample [B, ...]
     advantages: Tensor  # [B] fp32
     weight: Tensor  # [B] fp32: 0 drops a sample from the loss, else 1
-    step_position: (
-        Tensor  # [B, N] int64: which of the K kept steps (NFT: of the T sigmas) each sample trains on
-    )
+    # [B, N] int64: which of the K kept steps (NFT: of the T sigmas) each sample trains on
+    step_position: Tensor
     live: tuple[bool, ...] = ()  # [B] on the host: which weights are above 0; empty = all
 
 

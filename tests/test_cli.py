@@ -82,14 +82,13 @@ def test_from_an_earlier_run_gives_the_same_numbers(finished: Path, tmp_path: Pa
 
 
 def test_from_with_an_override(finished: Path, tmp_path: Path) -> None:
-    main(
-        ["train", "num_steps=1", "--from", str(finished), "--out", str(tmp_path / "short"), "--device", "cpu"]
-    )
+    main(["train", "--from", str(finished), "num_steps=1", "--out", str(tmp_path / "short"), "task.judge="])
     assert json.loads((tmp_path / "short/recipe.json").read_text())["num_steps"] == 1
     assert json.loads((tmp_path / "short/recipe.json").read_text())["group_size"] == 4
+    assert json.loads((tmp_path / "short/recipe.json").read_text())["task"]["judge"] == ""
 
 
-def test_ctrl_c_saves_everything_and_the_run_resumes(tmp_path: Path) -> None:
+def test_ctrl_c_saves_everything_and_the_run_resumes(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run"
     small = [*SMALL[1:], "num_steps=400"]
     process = subprocess.Popen(
@@ -113,6 +112,8 @@ def test_ctrl_c_saves_everything_and_the_run_resumes(tmp_path: Path) -> None:
     assert "eval/judge" in lines[-1]
     assert (folder / "checkpoints" / f"step_{last:06d}" / "state.json").exists()
     assert (folder / "report.html").exists()
+    main(["train", f"num_steps={last}", "--resume", str(folder), "--device", "cpu"])
+    assert f"nothing to train: step {last} of {last} is done; to go on, raise" in capsys.readouterr().out
     main(["train", f"num_steps={last + 2}", "--resume", str(folder), "--device", "cpu"])
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(last + 3))
@@ -148,6 +149,8 @@ def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "group_size=1"], "needs at least 2 samples per prompt"),
         (["train", "sigmas.num_inference_steps=1"], "must be at least 2"),
         (["train", "window.size=20"], "outside the schedule"),
+        (["train", "--checkpoint-every", "0"], "checkpoint_every is 0; it must be at least 1"),
+        (["plan", "sd3.5-mediun"], "no folder with a model_index.json; did you mean 'sd3.5-medium'?"),
         (["train", "--from", "nowhere"], "no recipe at 'nowhere'"),
         (["train", "--resume", "nowhere"], "no recipe at"),
         (["train", "--resume", "a", "--from", "b"], "exclude each other"),
@@ -156,6 +159,7 @@ def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--device", "gpu"], "device 'gpu' is not one"),
         (["train", "task.model=digit"], "there is no module 'flowgrpo_fast.models.digit'"),
         (["train", "task.prompts=none.txt"], "cannot read prompts from 'none.txt'"),
+        (["plan", "sd3.5-medium", "--json", "flow_gpo"], "unknown recipe 'flow_gpo'"),
         (["sample", "nowhere"], "no recipe at"),
         (["report", "nowhere"], "holds no run"),
     ],

@@ -83,6 +83,16 @@ def test_overrides_reach_nested_fields_and_swap_parts() -> None:
         ("group_size", "not an assignment"),
         ("group_size=many", "must be a value of type int"),
         ("group_size=2.5", "must be a value of type int"),
+        ("graphs=True", "graphs is 'True'; it must be a value of type bool, such as false"),
+        ("optimizer.betas=[0.9]", "must be a value of type [float, float], such as [0.9, 0.999]"),
+        ("optimizer.betas=[0.9, 1.5]", "Optimizer.betas is (0.9, 1.5); both must be in [0, 1)"),
+        ("optimizer.weight_decay=-1", "Optimizer.weight_decay is -1.0; it must be at least 0"),
+        ("window=FlowSDE", "window is a part; 'FlowSDE' is not one of its kind, known: AllSteps, Determin"),
+        ("sigmas.shift=abc", "must be a value of type float or DynamicShift"),
+        ("task.rewards=[1]", "must be a value of type [RewardTerm, ...]"),
+        ('task.rewards=[{"function": "a:f"}]', '{"function": "a:f"} has no "is" that names its part'),
+        ('task.rewards=[{"is": "RewardTerm"}]', "RewardTerm needs a value for 'function'"),
+        ("seed=-1", "Recipe.seed is -1; it must be at least 0"),
         ("group_size.x=2", "goes into a plain value"),
         ("group_size=1", "Recipe.group_size is 1; an advantage needs at least 2"),
         ("sigmas.num_inference_steps=1", "Sigmas.num_inference_steps is 1; it must be at least 2"),
@@ -144,6 +154,14 @@ def test_loading_names_what_is_wrong_with_the_file(tmp_path: Path) -> None:
         load_recipe(tmp_path)
     with pytest.raises(ValueError, match="unknown recipe part 'Flowsde'; did you mean 'FlowSDE'"):
         from_dict({"is": "Flowsde"})
+    values = {**to_dict(mix_grpo()), "group_size": "12"}
+    with pytest.raises(ValueError, match=r'Recipe.group_size is "12"; it must be a value of type int'):
+        from_dict(values)
+    values = {**to_dict(mix_grpo()), "window": to_dict(parts.CPS())}
+    with pytest.raises(ValueError, match=r"Recipe.window is .* of type Deterministic or AllSteps or"):
+        from_dict(values)
+    with pytest.raises(ValueError, match=r"RandomWindow.high is 2.5; it must be a value of type int or null"):
+        from_dict({"is": "RandomWindow", "high": 2.5})
 
 
 def test_rows_of_a_forward_follow_the_geometry() -> None:

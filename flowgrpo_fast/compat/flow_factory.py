@@ -39,14 +39,8 @@ __all__ = ["FlowMatchEulerDiscreteSDEScheduler", "SDESchedulerMixin", "SDESchedu
 
 _KINDS: dict[str, Kind] = {"Flow-SDE": FlowSDE, "Dance-SDE": DanceSDE, "CPS": CPS, "ODE": Euler}
 _FIELDS = ("next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred")  # of the record
-_TUPLE = (
-    "next_latents",
-    "next_latents_mean",
-    "noise_pred",
-    "log_prob",
-    "std_dev_t",
-    "dt",
-)  # without return_dict
+# What comes back without return_dict.
+_TUPLE = ("next_latents", "next_latents_mean", "noise_pred", "log_prob", "std_dev_t", "dt")
 
 
 @dataclass

@@ -82,9 +82,8 @@ def set_attention(transformer: Any, name: str) -> None:
             f"Network.attention is {name!r}; {type(transformer).__name__} takes {', '.join(_NATIVE)}"
         )
     elif _NATIVE[name] is not None:
-        for (
-            module
-        ) in transformer.modules():  # each by itself: a checkpointed block runs again in the backward
+        # Each module by itself: a checkpointed block runs again in the backward.
+        for module in transformer.modules():
             if getattr(module, "processor", None) is not None:
                 module.forward = functools.partial(_with_kernel, _NATIVE[name], type(module).forward, module)
 

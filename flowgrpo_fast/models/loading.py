@@ -53,9 +53,8 @@ def load_parts(
     empty = {name for name, value in index.items() if isinstance(value, list) and value[0] is None}
     without = dict.fromkeys(empty | {name for name in leave_out if name in index})
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # its new name, `dtype`, means nothing to the oldest diffusers we take
+        # The new name, `dtype`, means nothing to the oldest diffusers we take.
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
             return pipeline.from_pretrained(str(folder), torch_dtype=dtypes, **without)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:

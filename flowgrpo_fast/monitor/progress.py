@@ -62,4 +62,5 @@ class TrainingProgress:
         self._progress.update(self._task, completed=record["step"], numbers=numbers)
         last = record["step"] == self._num_steps
         if not self._console.is_terminal and (record["step"] % self._plain_every == 0 or last):
-            self._console.print(f"step {record['step']:4d}/{self._num_steps}  {numbers}", highlight=False)
+            line = f"step {record['step']:4d}/{self._num_steps}  {numbers}"
+            self._console.print(line, highlight=False, soft_wrap=True)

@@ -136,8 +136,8 @@ def architecture(model: str) -> Architecture:
     key = by_name.get(model.lower())
     if key is None:
         raise ValueError(
-            f"unknown model {model!r}, and no pipeline's folder either; {nearest(model.lower(), by_name)}; "
-            f"planned are {', '.join(PUBLISHED)}"
+            f"unknown model {model!r}, and no folder with a model_index.json; "
+            f"{nearest(model.lower().rpartition('/')[2], PUBLISHED)}"
         )
     entry = PUBLISHED[key]
     fields = ("transformer", "vae", "text_encoders", "tokens", "experts", "sources", "token_times")

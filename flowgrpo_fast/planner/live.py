@@ -188,7 +188,6 @@ def out_of_memory_in_one_line(recipe: Recipe, device: torch.device) -> Iterator[
             advice = (
                 f"the largest part is {largest.name}, about {largest.bytes / 1e9:.1f} GB: {largest.remedy}"
             )
-        reason = ". ".join(str(error).split(". ")[:2]).rstrip(
-            "."
-        )  # what was asked for; the rest is statistics
+        # What was asked for; the rest is statistics.
+        reason = ". ".join(str(error).split(". ")[:2]).rstrip(".")
         raise ValueError(f"out of memory on {device}: {reason}; {advice}") from error

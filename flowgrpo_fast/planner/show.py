@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
@@ -94,7 +94,10 @@ def _table(*columns: str, words: tuple[str, ...] = ()) -> Table:
     """Numbers to the right; the first column and those of `words` to the left."""
     table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 or column in words else "right")
+        justify: Literal["left", "right"] = "left" if index == 0 or column in words else "right"
+        table.add_column(
+            column, justify=justify, overflow="fold"
+        )  # a setting that is cut off cannot be typed
     return table
 
 

@@ -21,12 +21,10 @@ class Execution:
 
     uncond_gradient: bool = False  # the unconditional half goes through autograd, for nothing
     recompute_old_log_prob: bool = False  # one forward more for each trained step
-    recompute_unconditional: bool = (
-        False  # that half again in the update, where its weights are still the rollout's
-    )
-    num_frozen_forwards: int = (
-        -1
-    )  # policies beside the trained one in a loss that matches velocities; -1: the loss's
+    # that half again in the update, where its weights are still the rollout's
+    recompute_unconditional: bool = False
+    # policies beside the trained one in a loss that matches velocities; -1: the loss's
+    num_frozen_forwards: int = -1
     trained_steps: int = 0  # steps a sample trains on; 0: the window's
     trained_of_group: int = 0  # finished samples of a group that the update takes; 0: all
     share_prefix: bool = True  # steps before the window once a group, where the start noise is shared
@@ -241,9 +239,8 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, schedule: Sche
     each = forwards * work.forward + with_gradient * work.backward(counts.trained_share)
     samples = recipe.num_prompts * (execution.trained_of_group or recipe.group_size)
     steps = execution.trained_steps or schedule.num_trained
-    if (
-        matches and not execution.trained_steps
-    ):  # on finished samples, noised to a share of the schedule's sigmas
+    if matches and not execution.trained_steps:
+        # On finished samples, noised to a share of the schedule's sigmas.
         steps = max(1, int(getattr(recipe.loss, "fraction", 1.0) * schedule.num_steps))
     evaluations = samples * steps
     if execution.share_first_step and _shares_first(recipe, schedule):

@@ -81,9 +81,8 @@ class Format(ABC):
     ) -> Tensor:
         """`x [M, K]` times the stored weight: `[M, N]` of `dtype`, natively or emulated."""
         bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # a CPU's scaled_mm would round its operands to bf16
+        # Under autocast a CPU's scaled_mm would round its operands to bf16.
+        with torch.autocast(x.device.type, enabled=False):
             if not native:
                 return F.linear(self.rounded(x, dtype), self.values(stored, dtype), bias)
             if bias is None or dtype is not torch.float32:

@@ -31,9 +31,8 @@ class QuantizedLinear(nn.Module):
         stored = form.empty(self.out_features, self.in_features, source.weight.device)
         for name, value in stored._asdict().items():
             self.register_buffer(name, value, persistent=False)
-        self.native = form.is_native(
-            source.weight.device
-        )  # asked once: a compiled forward cannot ask the driver
+        # Asked once: a compiled forward cannot ask the driver.
+        self.native = form.is_native(source.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """As every module; another device may have other formats."""

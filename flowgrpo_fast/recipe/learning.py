@@ -47,9 +47,8 @@ class NFT:
 
     beta: float = 1.0  # how far the implicit policies lie from the old one
     kl_beta: float = 0.0  # weight of the mean square distance of velocities from the start weights'
-    fraction: float = (
-        0.99  # of the schedule's sigmas: each sample trains on that many, drawn without repetition
-    )
+    # Of the schedule's sigmas: each sample trains on that many, drawn without repetition.
+    fraction: float = 0.99
     old_decay_start: int = 0
     old_decay_rate: float = 0.001
     old_decay_max: float = 0.5  # 0 = the old policy is the one before the update
@@ -82,7 +81,14 @@ class Optimizer:
     ema_every: int = 1  # optimiser steps between two averages
 
     def __post_init__(self) -> None:
-        """Rates are positive, the average's decay below 1."""
+        """Rates are positive, decays not negative, those of averages below 1."""
         positive(self, lr=self.lr, max_grad_norm=self.max_grad_norm)
         positive(self, num_updates=self.num_updates, ema_every=self.ema_every)
         require(0 <= self.ema_decay < 1, f"Optimizer.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"Optimizer.betas is {self.betas}; both must be in [0, 1)",
+        )
+        require(
+            self.weight_decay >= 0, f"Optimizer.weight_decay is {self.weight_decay}; it must be at least 0"
+        )

@@ -34,9 +34,8 @@ class Sigmas:
     shift: float | DynamicShift = 3.0
     # "linear": 1, 1 - 1/T, ..., 0 before the shift. "diffusers": SD3's grid, which ends at its sigma_min.
     spacing: Literal["linear", "diffusers"] = "linear"
-    terminal: float = (
-        0.0  # the shifted schedule is stretched to end here before 0 (Qwen-Image: 0.02); 0 = not
-    )
+    # The shifted schedule is stretched to end here before 0 (Qwen-Image: 0.02); 0 = not.
+    terminal: float = 0.0
 
     def __post_init__(self) -> None:
         """At least two steps: one alone leaves nothing between noise and sample."""

@@ -44,9 +44,8 @@ class Recipe:
     share_start_noise: bool = False  # one start noise for a group
     share_prefix: bool = True  # what such a group has in common is computed once, in rollout and update
     guidance_scale: float = 1.0
-    reuse_unconditional: bool = (
-        True  # the rollout's, in the update until its first optimiser step: same weights
-    )
+    # The rollout's unconditional half serves the update until its first optimiser step: same weights.
+    reuse_unconditional: bool = True
     group_size: int = 24  # samples a prompt that are trained on; pruning and scouts start from more
     num_prompts: int = 48  # per training step
     credit: Credit = field(default_factory=Credit)
@@ -56,9 +55,8 @@ class Recipe:
     explore: Exploring = field(default_factory=NoScouts)
     prune: Pruning = field(default_factory=KeepAll)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the network's matrix products
-    rollout_precision: RolloutPrecision = field(
-        default_factory=TrainingPrecision
-    )  # of steps without a log-prob
+    # Of steps without a log-prob.
+    rollout_precision: RolloutPrecision = field(default_factory=TrainingPrecision)
     rows_per_forward: int = 0  # samples per forward in rollout and replay; 0 = as many as one update takes
     prompts_per_chunk: int = 0  # that are rolled out, then scored meanwhile (RewardTerm.where); 0 = all
     graphs: bool = False  # rollout steps as captured CUDA graphs
@@ -75,6 +73,7 @@ class Recipe:
             f"Recipe.group_size is {self.group_size}; an advantage needs at least 2 samples per prompt",
         )
         positive(self, num_prompts=self.num_prompts, num_steps=self.num_steps)
+        require(self.seed >= 0, f"Recipe.seed is {self.seed}; it must be at least 0")
         require(
             self.num_prompts * self.group_size % self.optimizer.num_updates == 0,
             f"Optimizer.num_updates is {self.optimizer.num_updates}; it must divide "

@@ -38,9 +38,7 @@ class RewardWorkers:
     ) -> Future[Tensor]:
         """Starts one reward on images `[B, C, H, W]`; its result is `[B]`, wherever it was computed."""
         if term.where == "thread":
-            lock = self._locks[
-                term.function
-            ]  # a function sees one call at a time, as in the sequential order
+            lock = self._locks[term.function]  # one call of a function at a time, as without threads
 
             def call() -> Tensor:
                 with lock, torch.no_grad():
@@ -70,6 +68,15 @@ class RewardWorkers:
                 initargs=(torch.get_num_threads(),),
             )
         return self._pool
+
+
+def require_tensor(path: str, values: object, num_samples: int) -> None:
+    """Raises ValueError for a reward that returned something else, a list or an array say."""
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"reward {path!r} returned a {type(values).__name__} for {num_samples} images; "
+            f"it must return a tensor of shape {(num_samples,)}"
+        )
 
 
 def _result(pool: ProcessPoolExecutor, path: str, images: NDArray[Any], prompts: list[str]) -> Tensor:
@@ -144,6 +151,7 @@ def _call(path: str, images: NDArray[Any], prompts: list[str]) -> NDArray[np.flo
     try:
         with torch.no_grad():
             values = _function(path)(torch.from_numpy(images), prompts)
+        require_tensor(path, values, len(prompts))
         array: NDArray[np.float32] = values.detach().to("cpu", torch.float32).numpy()
         return array
     except ValueError as error:

@@ -20,8 +20,6 @@ from torch import Tensor
 from flowgrpo_fast.recipe import CPS, DanceSDE, DPMSolver2M, Dynamics, Euler, FlowSDE, Solver
 from flowgrpo_fast.sampling.sigmas import Array
 
-ROW_FIELDS = ("sigma", "a", "b", "c", "d", "inv_var", "log_norm", "reserved")
-
 Row = tuple[float, float, float, float, float, float, float, float]
 
 

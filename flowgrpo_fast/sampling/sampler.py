@@ -177,9 +177,8 @@ def rollout(
                 num_groups=len(draws.prompt_index),
                 grid=getattr(model, "latent_grid", None),
             )
-            whole = walk = walk.rows(
-                survivors(seen, schedule.cuts[step + 1], recipe.prune, score)
-            )  # frees the others
+            # Both names: the others' memory is free.
+            whole = walk = walk.rows(survivors(seen, schedule.cuts[step + 1], recipe.prune, score))
     check_finite(*log_probs, walk.log_prob)
     return Trajectory(
         sigmas=schedule.sigmas,

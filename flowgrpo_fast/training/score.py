@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.recipe import RewardTerm
+from flowgrpo_fast.rewards.workers import require_tensor
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.types import Draws, PreviewScore, RewardOutput, Trajectory
 
@@ -27,7 +28,7 @@ class Scoring:
         """Every reward and their weighted sum; waits for what is under way.
 
         Raises:
-            ValueError: a reward has the wrong shape, or is not finite.
+            ValueError: a reward is no tensor, has the wrong shape, or is not finite.
         """
         engine, prompts = self.engine, self.prompts
         objectives: dict[str, Tensor] = {}
@@ -62,6 +63,7 @@ class Scoring:
 
 
 def _check(term: RewardTerm, values: Tensor, num_samples: int) -> None:
+    require_tensor(term.function, values, num_samples)
     if values.shape != (num_samples,):
         raise ValueError(
             f"reward {term.function!r} returned shape {tuple(values.shape)} for {num_samples} images; "
@@ -98,7 +100,7 @@ def score(engine: Engine, trajectory: Trajectory) -> RewardOutput:
     """Decodes the samples and runs every reward.
 
     Raises:
-        ValueError: a reward has the wrong shape, or is not finite.
+        ValueError: a reward is no tensor, has the wrong shape, or is not finite.
     """
     return start_scoring(engine, trajectory).result()
 

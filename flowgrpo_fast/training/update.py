@@ -43,9 +43,8 @@ def update(engine: Engine, batch: TrainBatch) -> dict[str, float]:
         engine.optimizer.step()
         engine.optimizer.zero_grad(set_to_none=True)
         _average(engine)
-        batch = replace(
-            batch, trajectory=replace(batch.trajectory, unconditional=None)
-        )  # of the weights before
+        # What the rollout kept of guidance is of the weights before.
+        batch = replace(batch, trajectory=replace(batch.trajectory, unconditional=None))
     if isinstance(recipe.loss, NFT):
         assert engine.old is not None
         engine.old.average(old_decay(recipe.loss, engine.step + 1))

@@ -210,6 +210,7 @@ def test_equal_rewards_everywhere_stop_the_run_at_once(toy_recipe, toy_module) -
             r"returned shape \(3,\) for 32 images; it must return \(32,\)",
         ),
         (lambda images, prompts: torch.full((len(images),), float("nan")), "of sample 0 is nan"),
+        (lambda images, prompts: [0.0] * 32, r"returned a list for 32 images; it must return a tensor"),
     ],
 )
 def test_bad_rewards_are_named(toy_recipe, function, message) -> None:

@@ -155,6 +155,10 @@ def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
         ("refuses", r"^image 3 is no image$"),
         ("nan", r"^reward 'tests.training.rewards_elsewhere:nan' of sample 0 is nan$"),
         ("too_few", r"^reward '.*:too_few' returned shape \(3,\) for 8 images; it must return \(8,\)$"),
+        (
+            "listed",
+            r"^reward '.*:listed' returned a list for 8 images; it must return a tensor of shape \(8,\)$",
+        ),
     ],
 )
 def test_the_same_mistakes_in_the_same_words(job, where, name, message) -> None:

@@ -63,17 +63,17 @@ def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
     score = k * taken.square().sum(2) - taken.sum(2).square()
     rounding = 1e-15 * k**3 * values[:, [0, -1]].square().sum(1, keepdim=True)
     best = (score >= score.amax(1, keepdim=True) - rounding).int().argmax(1)  # the first of equals
-    return _top_bottom_places(rewards, k - best, best, k).sort(dim=1).values
+    return _top_bottom_places(rewards, k - best, k).sort(dim=1).values
 
 
 def top_bottom(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
     """Indices of the highest, highest first, then of the lowest of the others, lowest first."""
     top = rewards.new_full((rewards.shape[0],), num_top, dtype=torch.int64)
-    return _top_bottom_places(rewards, top, torch.full_like(top, num_bottom), num_top + num_bottom)
+    return _top_bottom_places(rewards, top, num_top + num_bottom)
 
 
-def _top_bottom_places(rewards: Tensor, num_top: Tensor, num_bottom: Tensor, size: int) -> Tensor:
-    """`top_bottom` with numbers of each prompt, ``[P]`` each and `size` together."""
+def _top_bottom_places(rewards: Tensor, num_top: Tensor, size: int) -> Tensor:
+    """`top_bottom` of `size` members, of which `num_top`, ``[P]``, are the highest."""
     descending = rewards.argsort(dim=1, descending=True, stable=True)
     from_top = descending.argsort(dim=1)
     is_top = from_top < num_top[:, None]
