@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flowgrpo_fast.models.loading import one_line
+from flowgrpo_fast.precision.formats import SCALED_MM
 from flowgrpo_fast.recipe import Network
 
 _aten = torch.ops.aten
@@ -29,6 +30,7 @@ _KEPT = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_mm.default,  # FP8 and FP4 products
     _aten._scaled_mm_v2.default,
+    SCALED_MM,
 }
 _KEPT_ELSEWHERE = ("flash_attn", "sageattention")  # in the names of other packages' attention kernels
 # diffusers' names for torch's own kernels, for families whose attention does not go through its dispatcher.
