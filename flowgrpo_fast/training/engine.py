@@ -112,6 +112,8 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         ValueError: a name that does not resolve, an empty prompt file, or what the model cannot be.
     """
     check_recipe(recipe)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # also for what asks for the current one: torch, rewards
     check_training_precision(recipe, device)
     task, part = recipe.task, recipe.rollout_precision
     prompts = tuple(_read_lines(task.prompts, "prompt") if task.prompts else _own_prompts(task.model))
