@@ -24,6 +24,7 @@ from flowgrpo_fast.recipe import NFT, LoRA, LowPrecision, Recipe, Scouts
 from flowgrpo_fast.recipe_io import resolve
 from flowgrpo_fast.rewards.workers import RewardWorkers
 from flowgrpo_fast.sampling.graphs import Graphs
+from flowgrpo_fast.sampling.prune import check_pool
 from flowgrpo_fast.training.snapshots import Snapshot, Through, WithoutAdapter, trained_parameters
 from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
 
@@ -118,6 +119,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     task, part = recipe.task, recipe.rollout_precision
     prompts = tuple(_read_lines(task.prompts, "prompt") if task.prompts else _own_prompts(task.model))
     model = load_model(recipe, device)
+    check_pool(recipe.prune, model)
     check_masters(model.module)
     model.module.eval()  # no dropout: rollout and replay must agree to the bit
     with torch.no_grad():

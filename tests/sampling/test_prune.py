@@ -25,7 +25,7 @@ from flowgrpo_fast.recipe import (
     SlidingWindow,
 )
 from flowgrpo_fast.sampling import sampler
-from flowgrpo_fast.sampling.prune import choose, spread_subset
+from flowgrpo_fast.sampling.prune import check_pool, choose, spread_subset
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.draws import draw
@@ -132,6 +132,26 @@ def test_with_a_real_transformer_survivors_differ_by_its_rounding_at_most(rows) 
     assert torch.equal(part.latents[:, 0], whole.latents[rows, 0])  # start noise
     assert (part.x0 - whole.x0[rows]).abs().max() <= 2e-5
     assert (part.log_prob - whole.log_prob[rows]).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "pool", "message"),
+    [
+        (Images(), 3, r"^Prune.pool is 3; it must divide the latents' height and width, 4 x 4: set 1, say$"),
+        (Packed(), 4, r"^Prune.pool is 4; .* height and width, 2 x 4: set 2, say$"),
+        (
+            ToyModel(),
+            1,
+            r"^Prune.score is 'latents', but the model's are \[6\], which have no height and width",
+        ),
+    ],
+)
+def test_cells_that_do_not_tile_are_refused_beforehand(model, pool, message) -> None:
+    part = replace(FUNNEL, score="latents", pool=pool)
+    with pytest.raises(ValueError, match=message):
+        check_pool(part, model)
+    check_pool(replace(part, score="reward"), model)
+    check_pool(replace(part, pool=2), Packed())
 
 
 def test_packed_latents_are_pooled_on_the_models_grid(toy_recipe) -> None:
