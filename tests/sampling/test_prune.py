@@ -347,6 +347,23 @@ def test_a_broken_candidate_stops_the_run_even_if_it_is_pruned(toy_recipe) -> No
             },
             "may be step 4; cut no earlier than at 6",
         ),
+        (  # what fits this iteration's window, but not those of all others
+            {
+                "prune": Prune(at=(5,), sizes=(12,)),
+                "window": RandomWindow(size=1, low=0, high=5),
+                "solver": DPMSolver2M(keep=0.4),
+            },
+            r"Prune.at is \(5,\), outside the schedule; with 3 steps",
+        ),
+        (
+            {
+                "share_start_noise": True,
+                "prune": Prune(at=(2,), sizes=(12,)),
+                "window": SlidingWindow(size=1),
+                "solver": DPMSolver2M(keep=0.2),
+            },
+            "may be step 4; cut no earlier than at 6",
+        ),
     ],
 )
 def test_cuts_that_do_not_fit_the_schedule(toy_recipe, changes, message) -> None:
