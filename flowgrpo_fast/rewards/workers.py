@@ -72,6 +72,12 @@ class RewardWorkers:
         return self._pool
 
 
+def check_tensor(path: str, values: object) -> None:
+    """Raises ValueError for a reward that is no tensor: a list, an array, nothing."""
+    if not isinstance(values, Tensor):
+        raise ValueError(f"reward {path!r} returned a {type(values).__name__}; it must return a tensor [B]")
+
+
 def _result(pool: ProcessPoolExecutor, path: str, images: NDArray[Any], prompts: list[str]) -> Tensor:
     try:
         return torch.from_numpy(pool.submit(_call, path, images, prompts).result())
@@ -144,6 +150,7 @@ def _call(path: str, images: NDArray[Any], prompts: list[str]) -> NDArray[np.flo
     try:
         with torch.no_grad():
             values = _function(path)(torch.from_numpy(images), prompts)
+        check_tensor(path, values)
         array: NDArray[np.float32] = values.detach().to("cpu", torch.float32).numpy()
         return array
     except ValueError as error:

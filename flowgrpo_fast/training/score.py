@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.recipe import RewardTerm
+from flowgrpo_fast.rewards.workers import check_tensor
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.types import Draws, PreviewScore, RewardOutput, Trajectory
 
@@ -27,14 +28,15 @@ class Scoring:
         """Every reward and their weighted sum; waits for what is under way.
 
         Raises:
-            ValueError: a reward has the wrong shape, or is not finite.
+            ValueError: a reward is no tensor, has the wrong shape, or is not finite.
         """
         engine, prompts = self.engine, self.prompts
         objectives: dict[str, Tensor] = {}
         total = torch.zeros(len(prompts), device=engine.device)
         for term, function in zip(engine.recipe.task.rewards, engine.rewards, strict=True):
             running = self.elsewhere.get(term.function)
-            values = function(self._decoded(), prompts) if running is None else running.result()
+            with torch.no_grad():  # as in a thread or a process: nothing of a reward network is kept
+                values = function(self._decoded(), prompts) if running is None else running.result()
             _check(term, values, len(prompts))
             values = values.to(engine.device, torch.float32)
             objectives[term.function.rpartition(":")[2]] = values
@@ -62,6 +64,7 @@ class Scoring:
 
 
 def _check(term: RewardTerm, values: Tensor, num_samples: int) -> None:
+    check_tensor(term.function, values)
     if values.shape != (num_samples,):
         raise ValueError(
             f"reward {term.function!r} returned shape {tuple(values.shape)} for {num_samples} images; "

@@ -155,12 +155,19 @@ def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
         ("refuses", r"^image 3 is no image$"),
         ("nan", r"^reward 'tests.training.rewards_elsewhere:nan' of sample 0 is nan$"),
         ("too_few", r"^reward '.*:too_few' returned shape \(3,\) for 8 images; it must return \(8,\)$"),
+        ("a_list", r"^reward '.*:a_list' returned a list; it must return a tensor \[B\]$"),
     ],
 )
 def test_the_same_mistakes_in_the_same_words(job, where, name, message) -> None:
     engine = job(where, name, prompts_per_chunk=1)
     with pytest.raises(ValueError, match=message):
         train_step(engine)
+
+
+@pytest.mark.parametrize("where", ["here", "thread", "process"])
+def test_nothing_is_kept_for_a_gradient_of_rewards(job, where) -> None:
+    """A reward network's parameters may ask for one; its activations would stay through the update."""
+    train_step(job(where, "without_gradient"))
 
 
 def test_other_failures_of_a_process_are_one_line(job) -> None:
