@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from flowgrpo_fast.models.adapters import add_lora
-from flowgrpo_fast.models.execution import prepare
+from flowgrpo_fast.models.execution import check_kernel, prepare
 from flowgrpo_fast.models.loading import freeze, load_parts, pipeline_folder
 from flowgrpo_fast.models.text_cache import Embedding, Encoder, embed, fill, fingerprint
 from flowgrpo_fast.recipe import LoRA, Network, Recipe
@@ -75,6 +75,7 @@ class PipelineModel(ABC):
         network = recipe.network
         folder = pipeline_folder(network.path, cls.pipeline_class, cls.family())
         base = _dtype(recipe)
+        check_kernel(network.attention, device, base)
         dtypes = {"default": base}
         if not isinstance(network.train, LoRA):
             dtypes |= dict.fromkeys(cls.transformer_parts, torch.float32)
