@@ -156,6 +156,13 @@ def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--device", "gpu"], "device 'gpu' is not one"),
         (["train", "task.model=digit"], "there is no module 'flowgrpo_fast.models.digit'"),
         (["train", "task.prompts=none.txt"], "cannot read prompts from 'none.txt'"),
+        (["train", "seed=-1"], "Recipe.seed is -1; it must be at least 0"),
+        (["train", "optimizer.betas=[0.9]"], "Optimizer.betas is (0.9,); it must be two numbers in [0, 1)"),
+        (["train", "task.judge=math:pi"], "judge 'math:pi' is a float, which cannot be called"),
+        (
+            ["train", 'task.rewards=[{"is": "RewardTerm", "function": "math:pi"}]'],
+            "reward 'math:pi' is a float, which cannot be called",
+        ),
         (["sample", "nowhere"], "no recipe at"),
         (["report", "nowhere"], "holds no run"),
     ],

@@ -24,6 +24,7 @@ from flowgrpo_fast.types import FlowModel, at_step
 _MEASURING = 0.25  # seconds of matrix products, after the first
 _SIDE = {"cpu": 768, "cuda": 8192}
 _OWN_CONTEXT = 0.5e9  # bytes CUDA takes to answer; a plan leaves room for them itself
+_NO_HOST_MEMORY = "DefaultCPUAllocator: "  # a CPU says it by a plain RuntimeError
 _OUTSIDE = ("evaluation", "self_test")  # phases of a step that are no part of the recipe
 
 
@@ -179,7 +180,9 @@ def out_of_memory_in_one_line(recipe: Recipe, device: torch.device) -> Iterator[
     """Turns the device's out-of-memory error into one line that names what to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and _NO_HOST_MEMORY not in str(error):
+            raise
         memory = planned_memory(recipe)
         rows = recipe.replay_rows or recipe.rollout_rows
         advice = f"lower rows_per_forward (now {rows})"

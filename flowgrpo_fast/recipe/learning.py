@@ -85,4 +85,8 @@ class Optimizer:
         """Rates are positive, the average's decay below 1."""
         positive(self, lr=self.lr, max_grad_norm=self.max_grad_norm)
         positive(self, num_updates=self.num_updates, ema_every=self.ema_every)
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"Optimizer.betas is {self.betas}; it must be two numbers in [0, 1)",
+        )
         require(0 <= self.ema_decay < 1, f"Optimizer.ema_decay is {self.ema_decay}; it must be in [0, 1)")

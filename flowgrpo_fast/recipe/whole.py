@@ -75,6 +75,7 @@ class Recipe:
             f"Recipe.group_size is {self.group_size}; an advantage needs at least 2 samples per prompt",
         )
         positive(self, num_prompts=self.num_prompts, num_steps=self.num_steps)
+        require(self.seed >= 0, f"Recipe.seed is {self.seed}; it must be at least 0")
         require(
             self.num_prompts * self.group_size % self.optimizer.num_updates == 0,
             f"Optimizer.num_updates is {self.optimizer.num_updates}; it must divide "

@@ -171,6 +171,18 @@ def test_a_pipeline_that_cannot_be_counted_is_not_refused(toy_recipe, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def test_a_cpu_out_of_memory_is_one_line_too(toy_recipe) -> None:
+    with (
+        pytest.raises(
+            ValueError, match=r"^out of memory on cpu: .*DefaultCPUAllocator: .*; lower rows_per_forward"
+        ),
+        live.out_of_memory_in_one_line(toy_recipe(), CPU),
+    ):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="of its own"), live.out_of_memory_in_one_line(toy_recipe(), CPU):
+        raise RuntimeError("of its own")
+
+
 def test_a_plan_is_compared_with_what_others_left_free(monkeypatch) -> None:
     """Free memory no longer holds the CUDA context of the process that asks; the plan takes it off by itself."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30e9, 80e9))
