@@ -292,7 +292,7 @@ def check_frame_groups(network: Network, group: int, family: str) -> None:
 def denormalised(latents: Tensor, vae: Any) -> Tensor:
     """Latents `[B, C, F, H, W]` on the autoencoder's own scale: its configuration holds a mean and std a channel."""
     mean, std = (
-        torch.tensor(values, dtype=latents.dtype).view(1, -1, 1, 1, 1).to(latents.device)
+        torch.tensor(values, dtype=latents.dtype).view(1, -1, 1, 1, 1).to(latents.device, non_blocking=True)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return latents * std + mean
