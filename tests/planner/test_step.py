@@ -250,6 +250,15 @@ def test_low_precision_covers_only_steps_without_a_log_prob() -> None:
         assert sum(seconds for _, seconds in low.phases(h100).values()) == pytest.approx(low.floor(h100))
 
 
+def test_a_shared_base_is_low_in_every_forward() -> None:
+    h100 = GPUS["h100"]
+    shared = plan_step(SIMPLE, recipe(rollout_precision=LowPrecision(mode="shared_base")))
+    assert shared.total == plan_step(SIMPLE, recipe()).total
+    saved = 12 * (6 + 2) * 8.0 * (1 / h100.rate() - 1 / h100.rate("fp8"))
+    assert plan_step(SIMPLE, recipe()).floor(h100) - shared.floor(h100) == pytest.approx(saved)
+    assert sum(s for _, s in shared.phases(h100).values()) == pytest.approx(shared.floor(h100))
+
+
 def test_a_moving_window_is_averaged_over_the_run() -> None:
     """MixGRPO rests 25 iterations at each of 12 places in 300: 5.5 steps before the window on the mean."""
     sliding = replace(mix_grpo(), num_prompts=2, group_size=2, optimizer=Optimizer())
