@@ -160,6 +160,11 @@ def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "task.model=digit"], "there is no module 'flowgrpo_fast.models.digit'"),
         (["train", "task.prompts=none.txt"], "cannot read prompts from 'none.txt'"),
         (["plan", "sd3.5-medium", "--json", "flow_gpo"], "unknown recipe 'flow_gpo'"),
+        (["train", "task.judge=math:pi"], "judge 'math:pi' is a float, which cannot be called"),
+        (
+            ["train", 'task.rewards=[{"is": "RewardTerm", "function": "math:pi"}]'],
+            "reward 'math:pi' is a float, which cannot be called",
+        ),
         (["sample", "nowhere"], "no recipe at"),
         (["report", "nowhere"], "holds no run"),
     ],

@@ -85,7 +85,7 @@ def test_overrides_reach_nested_fields_and_swap_parts() -> None:
         ("group_size=2.5", "must be a value of type int"),
         ("graphs=True", "graphs is 'True'; it must be a value of type bool, such as false"),
         ("optimizer.betas=[0.9]", "must be a value of type [float, float], such as [0.9, 0.999]"),
-        ("optimizer.betas=[0.9, 1.5]", "Optimizer.betas is (0.9, 1.5); both must be in [0, 1)"),
+        ("optimizer.betas=[0.9, 1.5]", "Optimizer.betas is (0.9, 1.5); it must be two numbers in [0, 1)"),
         ("optimizer.weight_decay=-1", "Optimizer.weight_decay is -1.0; it must be at least 0"),
         ("window=FlowSDE", "window is a part; 'FlowSDE' is not one of its kind, known: AllSteps, Determin"),
         ("sigmas.shift=abc", "must be a value of type float or DynamicShift"),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flowgrpo_fast.models.loading import one_line
+from flowgrpo_fast.precision.formats import SCALED_MM
 from flowgrpo_fast.recipe import Network
 
 _aten = torch.ops.aten
@@ -29,6 +32,7 @@ _KEPT = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_mm.default,  # FP8 and FP4 products
     _aten._scaled_mm_v2.default,
+    SCALED_MM,
 }
 _KEPT_ELSEWHERE = ("flash_attn", "sageattention")  # in the names of other packages' attention kernels
 # diffusers' names for torch's own kernels, for families whose attention does not go through its dispatcher.
@@ -86,6 +90,27 @@ def set_attention(transformer: Any, name: str) -> None:
         for module in transformer.modules():
             if getattr(module, "processor", None) is not None:
                 module.forward = functools.partial(_with_kernel, _NATIVE[name], type(module).forward, module)
+
+
+def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Tries one of torch's own kernels on a small attention, before anything is loaded; other backends are passed over.
+
+    Raises:
+        ValueError: the device has no such kernel for this dtype.
+    """
+    kernel = _NATIVE.get(name)
+    if kernel is None:
+        return
+    x = torch.zeros(1, 1, 128, 64, device=device, dtype=dtype)
+    try:
+        with sdpa_kernel(kernel), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # why each kernel is passed over
+            functional.scaled_dot_product_attention(x, x, x)
+    except RuntimeError as error:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"Network.attention is {name!r}, a kernel that {device} lacks for {kind}; leave it empty for the default"
+        ) from error
 
 
 def _with_kernel(kernel: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -41,6 +41,7 @@ class Flux2Klein(PipelineModel):
     def lay_out(self, network: Network) -> None:
         """Positions of the image's tokens and of the text's, whose number is fixed."""
         self.rows, self.columns = network.height // self.multiple(), network.width // self.multiple()
+        self.latent_grid = (self.rows, self.columns)
         self.image_seq_len = self.rows * self.columns
         self.latent_shape = (self.image_seq_len, self.pipe.transformer.config.in_channels)
         grid, words = torch.empty(1, 1, self.rows, self.columns), torch.empty(1, self._text_length, 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torch import nn
 
 
@@ -57,7 +58,7 @@ def load_parts(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
             return pipeline.from_pretrained(str(folder), torch_dtype=dtypes, **without)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ValueError(f"Network.path {str(folder)!r} cannot be loaded: {one_line(error)}") from error
 
 
@@ -82,11 +83,13 @@ def _download(path: str) -> Path:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError):  # no JSON, or no text
+        index = None
+    if not isinstance(index, dict):
         raise ValueError(
             f"Network.path {str(folder)!r} holds no readable model_index.json; it is not a diffusers pipeline"
-        ) from None
+        )
     return index
 
 

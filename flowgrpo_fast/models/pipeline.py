@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from flowgrpo_fast.models.adapters import add_lora
-from flowgrpo_fast.models.execution import prepare
+from flowgrpo_fast.models.execution import check_kernel, prepare
 from flowgrpo_fast.models.loading import freeze, load_parts, pipeline_folder
 from flowgrpo_fast.models.text_cache import Embedding, Encoder, embed, fill, fingerprint
 from flowgrpo_fast.recipe import LoRA, Network, Recipe
@@ -75,6 +75,7 @@ class PipelineModel(ABC):
         network = recipe.network
         folder = pipeline_folder(network.path, cls.pipeline_class, cls.family())
         base = _dtype(recipe)
+        check_kernel(network.attention, device, base)
         dtypes = {"default": base}
         if not isinstance(network.train, LoRA):
             dtypes |= dict.fromkeys(cls.transformer_parts, torch.float32)
@@ -291,7 +292,7 @@ def check_frame_groups(network: Network, group: int, family: str) -> None:
 def denormalised(latents: Tensor, vae: Any) -> Tensor:
     """Latents `[B, C, F, H, W]` on the autoencoder's own scale: its configuration holds a mean and std a channel."""
     mean, std = (
-        torch.tensor(values, dtype=latents.dtype).view(1, -1, 1, 1, 1).to(latents.device)
+        torch.tensor(values, dtype=latents.dtype).view(1, -1, 1, 1, 1).to(latents.device, non_blocking=True)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return latents * std + mean

@@ -15,10 +15,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowgrpo_fast.precision.formats import SCALED_MM
+
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.bmm, _aten.baddbmm)
 # What selective checkpointing keeps, beside attention.
 _KEPT = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution)
+
+
+def _scaled_mm_flops(x: list[int], *other: Any, out_shape: list[int], **rest: Any) -> int:
+    return 2 * math.prod(out_shape) * x[-1]
+
+
+# torch counts the product that came before this one.
+_LOW_PRECISION = dict.fromkeys((_aten._scaled_mm_v2, SCALED_MM.overloadpacket), _scaled_mm_flops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +125,7 @@ def count_work(call: Callable[[], Any], adapted: Mapping[str, nn.Linear] | None 
         in_adapted[0] += 2.0 * output.numel() * layer.in_features
 
     handles = [layer.register_forward_hook(add) for layer in (adapted or {}).values()]
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_LOW_PRECISION)
     attention = _Attention(counter)
     try:
         with counter, attention:

@@ -17,6 +17,7 @@ from flowgrpo_fast.planner.devices import recognised_gpu
 from flowgrpo_fast.planner.memory import Memory, plan_memory
 from flowgrpo_fast.planner.published import PUBLISHED
 from flowgrpo_fast.planner.step import plan_step
+from flowgrpo_fast.precision import QuantizedLinear
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.training.engine import Engine, PromptRows
 from flowgrpo_fast.types import FlowModel, at_step
@@ -24,6 +25,7 @@ from flowgrpo_fast.types import FlowModel, at_step
 _MEASURING = 0.25  # seconds of matrix products, after the first
 _SIDE = {"cpu": 768, "cuda": 8192}
 _OWN_CONTEXT = 0.5e9  # bytes CUDA takes to answer; a plan leaves room for them itself
+_NO_HOST_MEMORY = "DefaultCPUAllocator: "  # a CPU says it by a plain RuntimeError
 _OUTSIDE = ("evaluation", "self_test")  # phases of a step that are no part of the recipe
 
 
@@ -90,17 +92,19 @@ def count_model(
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     weights = [layer.weight for layer in model.module.modules() if isinstance(layer, layers)]
     moved = sum(w.numel() for w in weights if w.requires_grad)
+    quantized = [layer for layer in model.module.modules() if isinstance(layer, QuantizedLinear)]
+    linear = sum(w.numel() for w in weights) + sum(q.in_features * q.out_features for q in quantized)
     parameters = list(model.module.parameters())
     return Counts(
         name=type(model).__name__,
         size="x".join(map(str, model.latent_shape)),
         forward=forward,
-        trained_share=moved / max(1, sum(w.numel() for w in weights)),
+        trained_share=moved / max(1, linear),
         decode=decode.forward,
         text=0.0,
         reward=0.0,
         parameters=sum(p.numel() for p in parameters),
-        linear_parameters=sum(w.numel() for w in weights),
+        linear_parameters=linear,
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         latent_elements=latents.numel(),
         sequence=sequence,
@@ -179,7 +183,9 @@ def out_of_memory_in_one_line(recipe: Recipe, device: torch.device) -> Iterator[
     """Turns the device's out-of-memory error into one line that names what to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and _NO_HOST_MEMORY not in str(error):
+            raise
         memory = planned_memory(recipe)
         rows = recipe.replay_rows or recipe.rollout_rows
         advice = f"lower rows_per_forward (now {rows})"

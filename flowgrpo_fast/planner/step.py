@@ -39,7 +39,7 @@ class Flops:
     """FLOPs by the precision they may run in."""
 
     training: float = 0.0  # in the training precision
-    low: float = 0.0  # linear layers of steps without a log-prob: what LowPrecision covers
+    low: float = 0.0  # linear layers of steps without a log-prob, or of all: what LowPrecision covers
     window: float = 0.0  # linear layers of the rollout's other steps
 
     @property
@@ -59,6 +59,7 @@ class StepFlops:
     rollout: Flops
     scouts: Flops
     update: float
+    update_low: float  # of it, what runs in low precision: the forwards' linear layers on a shared base
     decode: float
     text: float
     reward: float
@@ -74,9 +75,10 @@ class StepFlops:
 
     def seconds(self, rate: float, low_rate: float | None = None, scout_rate: float | None = None) -> float:
         """GPU-seconds at these rates in FLOP/s: all matrix work at `rate`, but what the recipe runs lower."""
-        low = self.rollout.low / (low_rate or rate)
+        low_flops = self.rollout.low + self.update_low
+        low = low_flops / (low_rate or rate)
         scout_linear = self.scouts.low / (scout_rate or rate)
-        rest = self.total - self.rollout.low - self.scouts.low
+        rest = self.total - low_flops - self.scouts.low
         return rest / rate + low + scout_linear
 
     def floor(self, gpu: Gpu) -> float:
@@ -93,7 +95,9 @@ class StepFlops:
         ):
             seconds = (flops.training + flops.window) / rate + flops.low / gpu.rate(form)
             values[name] = (flops.total, seconds)
-        for name in ("update", "decode", "text", "reward"):
+        low = self.update_low
+        values["update"] = (self.update, (self.update - low) / rate + low / gpu.rate(self.low_format))
+        for name in ("decode", "text", "reward"):
             flops_here = getattr(self, name)
             values[name] = (flops_here, flops_here / rate)
         return {name: value for name, value in values.items() if value[0] or name == "text"}
@@ -106,14 +110,15 @@ def plan_step(counts: Counts, recipe: Recipe, execution: Execution | None = None
         ValueError: the window does not fit the schedule.
     """
     execution = execution or Execution()
-    rollout, forwards, update = Flops(), 0.0, 0.0
+    rollout, forwards, update, update_low = Flops(), 0.0, 0.0, 0.0
     regenerate = not isinstance(recipe.explore, Scouts) or recipe.explore.regenerate
     for schedule, weight in _schedules(recipe, counts.sequence):
         if regenerate:
             part, evaluations = _rollout(counts, recipe, execution, schedule)
             scaled = Flops(part.training * weight, part.low * weight, part.window * weight)
             rollout, forwards = rollout + scaled, forwards + evaluations * weight
-        update += weight * _update(counts, recipe, execution, schedule)
+        whole, low = _update(counts, recipe, execution, schedule)
+        update, update_low = update + weight * whole, update_low + weight * low
     scouts, scout_forwards, scouted = _scouts(counts, recipe)
     samples = recipe.num_prompts * recipe.group_size
     previewed = _previewed(recipe)
@@ -122,6 +127,7 @@ def plan_step(counts: Counts, recipe: Recipe, execution: Execution | None = None
         rollout=rollout,
         scouts=scouts,
         update=update,
+        update_low=update_low,
         decode=scored * counts.decode,
         text=samples * counts.text if execution.text_each_sample else 0.0,
         reward=scored * counts.reward * execution.num_reward_towers,
@@ -190,7 +196,7 @@ def _rollout(counts: Counts, recipe: Recipe, execution: Execution, schedule: Sch
         rows = recipe.num_prompts * (1 if shared else size) * _halves(recipe)
         evaluations += rows
         training += rows * (work.forward - work.linear)
-        if step in schedule.kept:
+        if step in schedule.kept and not _shares_base(recipe):
             window += rows * work.linear
         else:
             low += rows * share * work.linear
@@ -218,8 +224,17 @@ def _scouts(counts: Counts, recipe: Recipe) -> tuple[Flops, float, int]:
     return Flops(attention + (1 - share) * linear, share * linear), rows, samples
 
 
-def _update(counts: Counts, recipe: Recipe, execution: Execution, schedule: Schedule) -> float:
-    """FLOPs of the update: forwards with and without gradient, backwards, what checkpointing computes again."""
+def _shares_base(recipe: Recipe) -> bool:
+    """Whether all steps, and the update's forwards, run one base in low precision."""
+    part = recipe.rollout_precision
+    return isinstance(part, LowPrecision) and part.mode == "shared_base"
+
+
+def _update(counts: Counts, recipe: Recipe, execution: Execution, schedule: Schedule) -> tuple[float, float]:
+    """FLOPs of the update: forwards with and without gradient, backwards, what checkpointing computes again.
+
+    And those of them that run in low precision.
+    """
     work, halves = counts.forward, _halves(recipe)
     matches = not isinstance(recipe.loss, ClippedRatio)
     with_gradient = halves if execution.uncond_gradient else 1
@@ -245,7 +260,7 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, schedule: Sche
     evaluations = samples * steps
     if execution.share_first_step and _shares_first(recipe, schedule):
         evaluations -= samples - recipe.num_prompts
-    return evaluations * each
+    return evaluations * each, evaluations * forwards * work.linear * _shares_base(recipe)
 
 
 def as_dict(step: StepFlops) -> dict[str, float]:

@@ -8,7 +8,7 @@ are quantised on the way in, with scales of their own values (dynamic). The prod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from flowgrpo_fast.ops import (
     quantize_fp8_rows,
     quantize_nvfp4,
 )
+from flowgrpo_fast.ops._binding import bind
 
 BLOCK = 128  # rows and columns of a block of `BlockScales`
 FP8, FP4 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
@@ -51,6 +52,7 @@ class Format(ABC):
     name: str
     multiples: tuple[int, int]  # N and K of a weight must be divisible by them
     scale_of_batch: bool  # an activation's scale comes from the whole batch, not from its own row
+    opaque = False  # to the compiler, whose own `scaled_mm` knows no swizzled or padded scales
 
     @abstractmethod
     def empty(self, rows: int, columns: int, device: torch.device) -> Stored:
@@ -86,8 +88,14 @@ class Format(ABC):
             if not native:
                 return F.linear(self.rounded(x, dtype), self.values(stored, dtype), bias)
             if bias is None or dtype is not torch.float32:
-                return self.scaled_mm(x, stored, bias, dtype)
-            return self.scaled_mm(x, stored, None, dtype) + bias  # CUDA takes no bias with fp32 results
+                return self._product(x, stored, bias, dtype)
+            return self._product(x, stored, None, dtype) + bias  # CUDA takes no bias with fp32 results
+
+    def _product(self, x: Tensor, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if not self.opaque:
+            return self.scaled_mm(x, stored, bias, dtype)
+        result: Tensor = _scaled_mm_op(x, *stored, bias, dtype, self.name)
+        return result
 
 
 def merged(weight: Tensor, lora: Lora | None) -> Tensor:
@@ -218,6 +226,7 @@ class BlockScales(Format):
     name = "fp8_blocks"
     multiples = (BLOCK, BLOCK)
     scale_of_batch = False
+    opaque = True
 
     def empty(self, rows: int, columns: int, device: torch.device) -> Stored:
         """Codes `[N, K]`; scales `[N / 128, K / 128]`, columns padded to a multiple of 4 as cuBLASLt reads them."""
@@ -275,6 +284,7 @@ class FourBits(Format):
     name = "nvfp4"
     multiples = (16, 32)
     scale_of_batch = True
+    opaque = True
 
     def empty(self, rows: int, columns: int, device: torch.device) -> Stored:
         """Codes `[N, K / 2]`, swizzled scales, one global scale."""
@@ -327,3 +337,21 @@ class FourBits(Format):
 FORMATS: dict[str, Format] = {
     each.name: each for each in (RowScales(), TensorScale(), BlockScales(), FourBits())
 }
+
+
+def _scaled_mm(x: Tensor, *flat: Any) -> Tensor:
+    *stored, bias, dtype, name = flat
+    return FORMATS[name].scaled_mm(x, Stored(*stored), bias, dtype)
+
+
+def _allocate(x: Tensor, codes: Tensor, *flat: Any) -> Tensor:
+    return x.new_empty((len(x), len(codes)), dtype=flat[-2])
+
+
+_scaled_mm_op = bind(
+    "scaled_mm",
+    "(Tensor x, Tensor codes, Tensor scale, Tensor global_scale, Tensor? bias, ScalarType dtype, str name) -> Tensor",
+    _scaled_mm,
+    _allocate,
+)
+SCALED_MM = torch.ops.flowgrpo_fast.scaled_mm.default

@@ -84,11 +84,11 @@ class Optimizer:
         """Rates are positive, decays not negative, those of averages below 1."""
         positive(self, lr=self.lr, max_grad_norm=self.max_grad_norm)
         positive(self, num_updates=self.num_updates, ema_every=self.ema_every)
-        require(0 <= self.ema_decay < 1, f"Optimizer.ema_decay is {self.ema_decay}; it must be in [0, 1)")
         require(
-            all(0 <= beta < 1 for beta in self.betas),
-            f"Optimizer.betas is {self.betas}; both must be in [0, 1)",
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"Optimizer.betas is {self.betas}; it must be two numbers in [0, 1)",
         )
+        require(0 <= self.ema_decay < 1, f"Optimizer.ema_decay is {self.ema_decay}; it must be in [0, 1)")
         require(
             self.weight_decay >= 0, f"Optimizer.weight_decay is {self.weight_decay}; it must be at least 0"
         )

@@ -113,7 +113,7 @@ def _on_its_way(images: Tensor) -> Callable[[], NDArray[Any]]:
     host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
     host.copy_(images.detach(), non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(images.device))
 
     def wait() -> NDArray[Any]:
         copied.synchronize()

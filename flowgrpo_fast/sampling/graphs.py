@@ -59,10 +59,9 @@ class StepGraph:
     graph: torch.cuda.CUDAGraph | None = None
     result: StepResult | None = None
 
-    def capture(self, pool: Any) -> None:
-        """Records one run, after a few on a side stream. Other threads, say rewards, may use the device meanwhile."""
-        device = self.given.latents.device
-        main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    def capture(self, pool: Any, side: torch.cuda.Stream) -> None:
+        """Records one run, after a few, on a side stream. Other threads, say rewards, may use the device meanwhile."""
+        main = torch.cuda.current_stream(self.given.latents.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
@@ -70,7 +69,8 @@ class StepGraph:
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            # torch's own stream for captures is of whichever device was current first.
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 result = self.run()
         finally:
             torch.cuda.set_stream(main)  # a capture that fails stays on its own
@@ -93,6 +93,7 @@ class Graphs:
     _buffers: dict[tuple[Any, ...], _Buffers] = field(default_factory=dict)
     _now: tuple[_Buffers, tuple[Any, ...]] | None = None
     _pool: Any = None
+    _side: torch.cuda.Stream | None = None  # of all captures, as the pool is
     _refused: bool = False
 
     def begin(
@@ -180,8 +181,9 @@ class Graphs:
         graph = StepGraph(model, given, run)
         if _on_cuda(given) and not self._refused:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._side = self._side or torch.cuda.Stream(given.latents.device)
             try:
-                graph.capture(self._pool)
+                graph.capture(self._pool, self._side)
             except RuntimeError as error:  # the driver's and torch's own are
                 self._refused = True
                 line = str(_first(error)).strip().splitlines()[0]

@@ -5,6 +5,7 @@ How many survive is known on the host; who does, only on the device. Nothing her
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flowgrpo_fast.ops import Guidance, PreviewOutput, best_variance_subset, preview, top_bottom
 from flowgrpo_fast.recipe import Prune, Pruning
-from flowgrpo_fast.types import PreviewScore
+from flowgrpo_fast.types import FlowModel, PreviewScore
 
 Choice: TypeAlias = Literal["variance", "top_bottom", "random"]
 
@@ -30,6 +31,27 @@ class Candidates:
     x0_pred: Tensor | None  # [R, *S] what the step would jump to
     num_groups: int
     grid: tuple[int, ...] | None  # of packed latents
+
+
+def check_pool(part: Pruning, model: FlowModel) -> None:
+    """Refuses cells that do not tile the model's latents, before anything is sampled.
+
+    Raises:
+        ValueError: names the latents' size, or that they have none.
+    """
+    if not isinstance(part, Prune) or part.score != "latents":
+        return
+    sides = (getattr(model, "latent_grid", None) or model.latent_shape[1:])[-2:]
+    if len(sides) < 2:
+        raise ValueError(
+            f"Prune.score is 'latents', but the model's are {list(model.latent_shape)}, which have no height and width "
+            "(a model with packed ones says its grid by latent_grid); use score='reward'"
+        )
+    if any(side % part.pool for side in sides):
+        raise ValueError(
+            f"Prune.pool is {part.pool}; it must divide the latents' height and width, {sides[0]} x {sides[1]}: "
+            f"set {math.gcd(*sides, part.pool)}, say"
+        )
 
 
 def survivors(seen: Candidates, size: int, part: Pruning, score: PreviewScore | None) -> Tensor:

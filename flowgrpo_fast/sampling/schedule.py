@@ -10,7 +10,7 @@ from torch import Tensor
 from flowgrpo_fast.recipe import NFT, DPMSolver2M, Dynamics, Euler, Prune, Recipe, Sigmas, Solver
 from flowgrpo_fast.sampling.dynamics import coefficients
 from flowgrpo_fast.sampling.sigmas import Array, make_sigmas, resolve_shift, respaced_tail
-from flowgrpo_fast.sampling.windows import latest_start, window_steps
+from flowgrpo_fast.sampling.windows import earliest_end, latest_start, window_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,12 @@ def resolve_schedule(recipe: Recipe, iteration: int, seq_len: int | None = None)
     sigmas = make_sigmas(recipe.sigmas, seq_len)
     end = window.stochastic[-1] + 1 if window.stochastic else 0
     solver = recipe.solver
+    fewest = len(sigmas) - 1
     if isinstance(solver, DPMSolver2M) and solver.keep < 1:
-        num_tail = max(1, int((len(sigmas) - 1 - end) * solver.keep))
-        sigmas = respaced_tail(sigmas, end, num_tail, resolve_shift(recipe.sigmas, seq_len))
+        first_end = earliest_end(recipe.window, fewest)
+        fewest = first_end + _tail_steps(solver, fewest - first_end)
+        tail_steps = _tail_steps(solver, len(sigmas) - 1 - end)
+        sigmas = respaced_tail(sigmas, end, tail_steps, resolve_shift(recipe.sigmas, seq_len))
     rules: list[Dynamics | Solver] = [
         recipe.dynamics if step in window.stochastic else (Euler() if step < end else solver)
         for step in range(len(sigmas) - 1)
@@ -56,7 +59,7 @@ def resolve_schedule(recipe: Recipe, iteration: int, seq_len: int | None = None)
     kept, num_trained = window.stochastic, window.num_trained
     if isinstance(recipe.loss, NFT):
         kept, num_trained = (), 0
-    return _schedule(sigmas, rules, kept, num_trained, _cuts(recipe, len(rules)))
+    return _schedule(sigmas, rules, kept, num_trained, _cuts(recipe, fewest))
 
 
 def ode_schedule(sigmas: Sigmas, seq_len: int | None = None, solver: Solver | None = None) -> Schedule:
@@ -83,17 +86,22 @@ def _schedule(
     )
 
 
-def _cuts(recipe: Recipe, num_steps: int) -> dict[int, int]:
-    """Step -> size of a group from there on."""
+def _tail_steps(solver: DPMSolver2M, num_steps: int) -> int:
+    """How many of the steps after the window a solver keeps."""
+    return max(1, int(num_steps * solver.keep))
+
+
+def _cuts(recipe: Recipe, fewest: int) -> dict[int, int]:
+    """Step -> size of a group from there on. `fewest`: steps of the shortest schedule of all iterations."""
     prune = recipe.prune
     if not isinstance(prune, Prune):
         return {}
-    if prune.at[-1] > num_steps:
+    if prune.at[-1] > fewest:
         raise ValueError(
-            f"Prune.at is {prune.at}, outside the schedule; with {num_steps} steps the last cut is at "
-            f"{num_steps}, of finished samples"
+            f"Prune.at is {prune.at}, outside the schedule; with {fewest} steps the last cut is at "
+            f"{fewest}, of finished samples"
         )
-    start = latest_start(recipe.window, num_steps)
+    start = latest_start(recipe.window, recipe.sigmas.num_inference_steps)
     if recipe.share_start_noise and prune.at[0] < start + 2:
         raise ValueError(
             f"Prune.at is {prune.at}, but share_start_noise makes a group's candidates equal until a stochastic "

@@ -86,6 +86,21 @@ def latest_start(window: Window, num_steps: int) -> int:
             return usable - window.size
 
 
+def earliest_end(window: Window, num_steps: int) -> int:
+    """The least step at which the window may be over, over all iterations."""
+    match window:
+        case Deterministic():
+            return 0
+        case AllSteps() | FractionOfSteps():
+            return num_steps - 1
+        case FrozenWindow():
+            return window.start + window.size
+        case RandomWindow():
+            return window.low + window.size
+        case SlidingWindow():
+            return window.size
+
+
 def sliding_start(window: SlidingWindow, last_start: int, iteration: int) -> int:
     """Where MixGRPO's window starts at `iteration`, `last_start` being the last start that fits."""
     start, left = 0, iteration

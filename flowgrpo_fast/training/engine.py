@@ -24,6 +24,7 @@ from flowgrpo_fast.recipe import NFT, LoRA, LowPrecision, Recipe, Scouts
 from flowgrpo_fast.recipe_io import resolve
 from flowgrpo_fast.rewards.workers import RewardWorkers
 from flowgrpo_fast.sampling.graphs import Graphs
+from flowgrpo_fast.sampling.prune import check_pool
 from flowgrpo_fast.training.snapshots import Snapshot, Through, WithoutAdapter, trained_parameters
 from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
 
@@ -112,10 +113,15 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         ValueError: a name that does not resolve, an empty prompt file, or what the model cannot be.
     """
     check_recipe(recipe)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # also for what asks for the current one: torch, rewards
     check_training_precision(recipe, device)
     task, part = recipe.task, recipe.rollout_precision
     prompts = tuple(_read_lines(task.prompts, "prompt") if task.prompts else _own_prompts(task.model))
+    rewards = tuple(_function(term.function, "reward") for term in task.rewards)
+    judge = _function(task.judge, "judge") if task.judge else None
     model = load_model(recipe, device)
+    check_pool(recipe.prune, model)
     check_masters(model.module)
     model.module.eval()  # no dropout: rollout and replay must agree to the bit
     with torch.no_grad():
@@ -136,8 +142,8 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         model=model,
         prompts=prompts,
         conditioning=conditioning,
-        rewards=tuple(resolve(term.function) for term in task.rewards),
-        judge=resolve(task.judge)() if task.judge else None,
+        rewards=rewards,
+        judge=judge() if judge else None,
         optimizer=optimizer,
         reference=_start_of(model, recipe) if recipe.loss.kl_beta > 0 else None,
         averaged=Snapshot(model) if recipe.optimizer.ema_decay > 0 else None,
@@ -216,6 +222,13 @@ def _model_part(name: str, part: str) -> Callable[..., Any]:
         module, _, function = name.partition(":")
         return resolve(f"{module}:{function if part == 'load' else part}")
     return resolve(f"flowgrpo_fast.models.{name}:{part}")
+
+
+def _function(path: str, what: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = resolve(path)
+    if not callable(found):
+        raise ValueError(f"{what} {path!r} is a {type(found).__name__}, which cannot be called")
+    return found
 
 
 def _read_lines(path: str, what: str) -> list[str]:

@@ -35,7 +35,8 @@ class Scoring:
         total = torch.zeros(len(prompts), device=engine.device)
         for term, function in zip(engine.recipe.task.rewards, engine.rewards, strict=True):
             running = self.elsewhere.get(term.function)
-            values = function(self._decoded(), prompts) if running is None else running.result()
+            with torch.no_grad():  # as in a thread or a process: nothing of a reward network is kept
+                values = function(self._decoded(), prompts) if running is None else running.result()
             _check(term, values, len(prompts))
             values = values.to(engine.device, torch.float32)
             objectives[term.function.rpartition(":")[2]] = values

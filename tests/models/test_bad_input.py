@@ -74,8 +74,16 @@ def test_missing_folders_and_broken_parts(tiny_recipe, broken) -> None:
 
 
 def test_weights_that_cannot_be_read(tiny_recipe, broken) -> None:
+    recipe = with_network(tiny_recipe(SD3), path=str(broken))
+    encoder = broken / "text_encoder" / "model.safetensors"  # by transformers, in words of their own
+    whole = encoder.read_bytes()
+    encoder.write_bytes(whole[:100])
+    refused(recipe, "cannot be loaded: ")
+    encoder.write_bytes(whole)
     (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"half a file")
-    refused(with_network(tiny_recipe(SD3), path=str(broken)), "cannot be loaded: ")
+    refused(recipe, "cannot be loaded: ")
+    (broken / "model_index.json").write_text("[]")
+    refused(recipe, "holds no readable model_index.json")
 
 
 def test_a_transformer_of_another_shape(tiny_recipe, broken) -> None:
@@ -99,6 +107,15 @@ def test_sizes(tiny_recipe) -> None:
     refused(tiny_recipe(Z_IMAGE, height=20), "z_image needs a multiple of 8, such as 16 or 24")
     refused(tiny_recipe(SANA, height=33), "sana needs a multiple of 4, such as 32 or 36")
     refused(tiny_recipe(SANA, num_frames=5), "sana makes images: set 1")
+
+
+def test_a_kernel_the_device_lacks(tiny_recipe) -> None:
+    for family in (SD3, FLUX):
+        recipe = tiny_recipe(family, attention="_native_cudnn", precision="bf16")
+        refused(
+            recipe,
+            "Network.attention is '_native_cudnn', a kernel that cpu lacks for bfloat16; leave it empty",
+        )
 
 
 def test_lora_targets_that_match_nothing(tiny_recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,14 +14,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowgrpo_fast.models.adapters import ADAPTER_FILE
 from flowgrpo_fast.ops import philox_normal
-from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LoRA, Optimizer
+from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LoRA, Optimizer, Prune
 from flowgrpo_fast.sampling.step import predict
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import build_engine, load_model
 from flowgrpo_fast.training.loop import evaluate, train_step
 from flowgrpo_fast.training.snapshots import trained_parameters
 from tests.models import tiny
-from tests.models.families import FAMILIES, FIRST, ONE_EACH, QWEN_IMAGE, SD3, captured, source_images
+from tests.models.families import (
+    FAMILIES,
+    FIRST,
+    FLUX2_KLEIN,
+    ONE_EACH,
+    QWEN_IMAGE,
+    SD3,
+    captured,
+    source_images,
+)
 
 CPU = torch.device("cpu")
 every_variant = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -167,6 +177,16 @@ def test_the_text_cache_gives_the_same_without_the_encoders(
         assert all(torch.equal(ours.extra[name], other.extra[name]) for name in ours.extra)
     gc.collect()
     assert not [o for o in gc.get_objects() if issubclass(type(o), transformers.PreTrainedModel)]
+
+
+@pytest.mark.parametrize("family", [FLUX2_KLEIN, QWEN_IMAGE, SD3], ids=str)
+def test_candidates_are_pruned_on_pooled_latents(family, tiny_recipe) -> None:
+    """Packed ones as well: the model says their grid. Cells that do not tile it are refused before a sample is made."""
+    prune = Prune(at=(3,), sizes=(4,), score="latents", pool=2)
+    metrics = train_step(build_engine(tiny_recipe(family, prune=prune), CPU)).metrics
+    assert metrics["first_ratio_error"] == 0
+    with pytest.raises(ValueError, match=r"^Prune.pool is 3; it must divide the latents' height and width"):
+        build_engine(tiny_recipe(family, prune=replace(prune, pool=3)), CPU)
 
 
 @pytest.mark.parametrize("family", FIRST, ids=str)

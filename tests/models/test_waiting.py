@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flowgrpo_fast.recipe import ClippedRatio
-from tests.models.families import ONE_EACH, WAN
-from tests.training.test_no_waiting import check
+from flowgrpo_fast.training.engine import load_model
+from tests.models.families import ONE_EACH, QWEN_IMAGE, WAN
+from tests.training.test_no_waiting import CPU, check, waited
 
 SCHEDULE = ("at_step", "expert")  # read the noise levels, which are on the host
 
@@ -24,3 +26,11 @@ def test_families(family, tiny_recipe) -> None:
     )
     # Z-Image takes captions of their own lengths, HunyuanVideo 1.5 sorts its tokens by what is masked.
     check(recipe, spared=(*SCHEDULE, "", "predict") if family.syncs else SCHEDULE)
+
+
+@pytest.mark.parametrize("family", [QWEN_IMAGE, WAN], ids=str)
+def test_decoding(family, tiny_recipe) -> None:
+    """The autoencoder's mean and std come from its configuration, and follow the latents without a wait."""
+    model = load_model(tiny_recipe(family), CPU)
+    _, log = waited(lambda: model.decode(torch.zeros(2, *model.latent_shape)))
+    assert log == []

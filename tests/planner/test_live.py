@@ -17,7 +17,9 @@ from flowgrpo_fast.cli import main
 from flowgrpo_fast.launch import Run
 from flowgrpo_fast.planner import live
 from flowgrpo_fast.planner.architectures import architecture, count
+from flowgrpo_fast.planner.counting import count_work
 from flowgrpo_fast.planner.live import Floor, check_memory, count_model, floor_of, measured_rate
+from flowgrpo_fast.precision import FORMATS, QuantizedLinear
 from flowgrpo_fast.recipe import LowPrecision, Network
 from flowgrpo_fast.recipes import digits, mix_grpo
 from flowgrpo_fast.training.engine import build_engine
@@ -46,6 +48,27 @@ def test_adapters_are_told_from_full_fine_tuning(toy_recipe) -> None:
     engine.model.module[2].requires_grad_(False)
     counts = count_model(engine.model, engine.conditioning, CPU)
     assert counts.trained_share == 8 * 32 / (8 * 32 + 32 * 6)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_products_in_low_precision_are_counted(name, toy_recipe, monkeypatch) -> None:
+    """A shared base leaves no other; native or emulated, seen by the compiler or not."""
+    engine = build_engine(toy_recipe(), CPU)
+    source = nn.Linear(256, 128).requires_grad_(False)
+    quantized = QuantizedLinear(source, FORMATS[name])
+    x = torch.zeros(3, 256)
+    if not quantized.native:
+        assert count_work(lambda: quantized(x)).linear == 2 * 3 * 256 * 128
+        monkeypatch.setattr(
+            type(FORMATS[name]), "scaled_mm", lambda self, x, stored, bias, dtype: x.new_zeros(3, 128)
+        )
+        quantized.native = True
+    assert count_work(lambda: quantized(x)).linear == 2 * 3 * 256 * 128
+    engine.model.module.append(quantized)
+    engine.model.velocity = lambda latents, sigma, conditioning: latents
+    counts = count_model(engine.model, engine.conditioning, CPU)
+    trained = 8 * 32 + 32 * 6
+    assert counts.trained_share == trained / (trained + 256 * 128)
 
 
 def test_the_floor_is_work_over_rate(toy_recipe, monkeypatch) -> None:
@@ -169,6 +192,18 @@ def test_a_pipeline_that_cannot_be_counted_is_not_refused(toy_recipe, monkeypatc
         live.out_of_memory_in_one_line(recipe, CPU),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_cpu_out_of_memory_is_one_line_too(toy_recipe) -> None:
+    with (
+        pytest.raises(
+            ValueError, match=r"^out of memory on cpu: .*DefaultCPUAllocator: .*; lower rows_per_forward"
+        ),
+        live.out_of_memory_in_one_line(toy_recipe(), CPU),
+    ):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="of its own"), live.out_of_memory_in_one_line(toy_recipe(), CPU):
+        raise RuntimeError("of its own")
 
 
 def test_a_plan_is_compared_with_what_others_left_free(monkeypatch) -> None:

@@ -237,7 +237,7 @@ def test_scouts_come_on_top_and_run_in_their_own_precision() -> None:
     b200 = GPUS["b200"]
     plain = plan_step(SIMPLE, recipe(explore=replace(explore, precision=recipe().rollout_precision)))
     saved = 180 * 8.0 * (1 / b200.rate() - 1 / b200.rate("fp4"))
-    assert plain.floor(b200) - step.floor(b200) == pytest.approx(saved)
+    assert plain.floor(b200) - step.floor(b200) == pytest.approx(saved, rel=1e-9, abs=0)
 
 
 def test_low_precision_covers_only_steps_without_a_log_prob() -> None:
@@ -246,8 +246,23 @@ def test_low_precision_covers_only_steps_without_a_log_prob() -> None:
     for mode, linear in (("branch", 8.0), ("merged", 8.0), ("bare_layers", 6.0)):
         low = plan_step(SIMPLE, recipe(rollout_precision=LowPrecision(mode=mode)))
         saved = 12 * 4 * linear * (1 / h100.rate() - 1 / h100.rate("fp8"))
-        assert plain - low.floor(h100) == pytest.approx(saved), mode
-        assert sum(seconds for _, seconds in low.phases(h100).values()) == pytest.approx(low.floor(h100))
+        assert plain - low.floor(h100) == pytest.approx(saved, rel=1e-9, abs=0), mode
+        assert sum(seconds for _, seconds in low.phases(h100).values()) == pytest.approx(
+            low.floor(h100), rel=1e-9, abs=0
+        )
+
+
+def test_a_shared_base_is_low_in_every_forward() -> None:
+    h100 = GPUS["h100"]
+    shared = plan_step(SIMPLE, recipe(rollout_precision=LowPrecision(mode="shared_base")))
+    assert shared.total == plan_step(SIMPLE, recipe()).total
+    saved = 12 * (6 + 2) * 8.0 * (1 / h100.rate() - 1 / h100.rate("fp8"))
+    assert plan_step(SIMPLE, recipe()).floor(h100) - shared.floor(h100) == pytest.approx(
+        saved, rel=1e-9, abs=0
+    )
+    assert sum(s for _, s in shared.phases(h100).values()) == pytest.approx(
+        shared.floor(h100), rel=1e-9, abs=0
+    )
 
 
 def test_a_moving_window_is_averaged_over_the_run() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowgrpo_fast.ops import reference
 from flowgrpo_fast.ops.reference.quantize import merged_weight
@@ -196,3 +197,38 @@ def test_what_each_device_has(capability, cuda, native, monkeypatch) -> None:
     monkeypatch.setattr(formats_room, "capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     assert {name for name in NAMES if FORMATS[name].is_native(torch.device("cuda"))} == native
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compiler_lowers_only_the_products_it_can(name) -> None:
+    """Its own lowering of `scaled_mm` refuses swizzled scales, and on CUDA scales padded to a multiple of four."""
+    _, quantized = layer(name, columns=640)
+    quantized.native = True
+    with torch.no_grad():
+        graph = make_fx(quantized, tracing_mode="fake", _allow_non_fake_inputs=True)(
+            torch.randn(8, 640)
+        ).graph
+    seen = {str(node.target) for node in graph.nodes}
+    assert ("aten._scaled_mm_v2.default" in seen) == (name in ("fp8_rows", "fp8_tensor"))
+    assert ("flowgrpo_fast.scaled_mm.default" in seen) == (name in ("fp8_blocks", "nvfp4"))
+
+
+@pytest.mark.parametrize("name", ["fp8_blocks", "nvfp4"])
+def test_the_product_the_compiler_does_not_see_is_the_native_one(name, monkeypatch) -> None:
+    form = FORMATS[name]
+
+    def product(self, x, stored, bias, dtype):
+        return nn.functional.linear(self.rounded(x, dtype), self.values(stored, dtype), bias)
+
+    monkeypatch.setattr(type(form), "scaled_mm", product)
+    _, quantized = layer(name)
+    x = torch.randn(5, 384, dtype=torch.bfloat16)
+    emulated = quantized(x)
+    quantized.native = True
+    assert torch.equal(quantized(x), emulated)
+    assert torch.equal(torch.compile(quantized, backend="aot_eager", fullgraph=True)(x), emulated)
+    torch.library.opcheck(
+        formats_room.SCALED_MM,
+        (x, *quantized.stored, None, torch.bfloat16, name),
+        test_utils=("test_schema", "test_faketensor"),
+    )

@@ -303,3 +303,17 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch) -> None:
     check_training_precision(replace(recipe, precision="bf16"), CPU)
     with pytest.raises(ValueError, match="precision is 'bf16', which Tesla T4 lacks; set precision=fp32"):
         check_training_precision(replace(recipe, precision="bf16"), gpu)
+
+
+def test_a_gpu_that_is_not_the_first_becomes_the_current_one(monkeypatch) -> None:
+    """Before anything asks for the current device: streams, events, captures and rewards' own `cuda()` do."""
+
+    class ReachedError(Exception):
+        pass
+
+    def reached(device) -> None:
+        raise ReachedError(str(device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", reached)
+    with pytest.raises(ReachedError, match=r"^cuda:1$"):
+        build_engine(Recipe(name="any", precision="bf16"), torch.device("cuda:1"))

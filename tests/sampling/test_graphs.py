@@ -205,7 +205,7 @@ def test_the_oldest_layout_makes_room(small, monkeypatch) -> None:
 def test_a_capture_that_fails_says_so_once(small, monkeypatch) -> None:
     """As on a device where something in the step cannot be captured."""
 
-    def fail(graph, pool):
+    def fail(graph, pool, side):
         try:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         except RuntimeError:
@@ -214,6 +214,7 @@ def test_a_capture_that_fails_says_so_once(small, monkeypatch) -> None:
     monkeypatch.setattr(StepGraph, "capture", fail)
     monkeypatch.setattr(module, "_on_cuda", lambda given: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     engine, plain = small(graphs=True, share_start_noise=True), small(share_start_noise=True)
     with pytest.warns(RuntimeWarning) as caught:
         metrics = [train_step(engine).metrics for _ in range(2)]
@@ -232,7 +233,7 @@ class Driver:
         self.graphs: list[StepGraph] = []
         cuda = torch.cuda
         for name in ("current_stream", "Stream"):
-            monkeypatch.setattr(cuda, name, lambda device=None, name=name: Stream(name))
+            monkeypatch.setattr(cuda, name, lambda device, name=name: Stream(f"{name} of {device}"))
         monkeypatch.setattr(cuda, "set_stream", lambda stream: self.log.append(f"back to {stream.name}"))
         monkeypatch.setattr(cuda, "stream", lambda stream: self.scope(stream.name))
         monkeypatch.setattr(cuda, "CUDAGraph", lambda: self.Graph(self))
@@ -245,8 +246,8 @@ class Driver:
             self.log.append("run")
             return take(*arguments)
 
-        def captured(graph, pool) -> None:
-            capture(graph, pool)
+        def captured(graph, pool, side) -> None:
+            capture(graph, pool, side)
             graph.graph.owner = graph
             self.graphs.append(graph)
 
@@ -296,8 +297,9 @@ def test_a_capture_warms_up_aside_and_lets_other_threads_be(small, monkeypatch) 
     driver = Driver(monkeypatch)
     engine = small(graphs=True, share_start_noise=True)
     sample(engine, draw(engine.recipe, 10, 0, CPU), resolve_schedule(engine.recipe, 0))
-    how = {"pool": "pool", "capture_error_mode": "thread_local"}
-    one = ["Stream", "run", "run", "run", how, "run", "back to current_stream"]
+    side = engine.graphs._side  # the one of all, on the latents' device, whichever device is the current one
+    how = {"pool": "pool", "stream": side, "capture_error_mode": "thread_local"}
+    one = ["Stream of cpu", "run", "run", "run", how, "run", "back to current_stream of cpu"]
     assert driver.log[: 3 * len(one)] == 3 * one
     assert len(driver.log) == 3 * len(one) + 6  # six steps, each one replay, which here runs again
 

@@ -25,7 +25,7 @@ from flowgrpo_fast.recipe import (
     SlidingWindow,
 )
 from flowgrpo_fast.sampling import sampler
-from flowgrpo_fast.sampling.prune import choose, spread_subset
+from flowgrpo_fast.sampling.prune import check_pool, choose, spread_subset
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.draws import draw
@@ -132,6 +132,26 @@ def test_with_a_real_transformer_survivors_differ_by_its_rounding_at_most(rows) 
     assert torch.equal(part.latents[:, 0], whole.latents[rows, 0])  # start noise
     assert (part.x0 - whole.x0[rows]).abs().max() <= 2e-5
     assert (part.log_prob - whole.log_prob[rows]).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "pool", "message"),
+    [
+        (Images(), 3, r"^Prune.pool is 3; it must divide the latents' height and width, 4 x 4: set 1, say$"),
+        (Packed(), 4, r"^Prune.pool is 4; .* height and width, 2 x 4: set 2, say$"),
+        (
+            ToyModel(),
+            1,
+            r"^Prune.score is 'latents', but the model's are \[6\], which have no height and width",
+        ),
+    ],
+)
+def test_cells_that_do_not_tile_are_refused_beforehand(model, pool, message) -> None:
+    part = replace(FUNNEL, score="latents", pool=pool)
+    with pytest.raises(ValueError, match=message):
+        check_pool(part, model)
+    check_pool(replace(part, score="reward"), model)
+    check_pool(replace(part, pool=2), Packed())
 
 
 def test_packed_latents_are_pooled_on_the_models_grid(toy_recipe) -> None:
@@ -324,6 +344,23 @@ def test_a_broken_candidate_stops_the_run_even_if_it_is_pruned(toy_recipe) -> No
                 "share_start_noise": True,
                 "prune": Prune(at=(4,), sizes=(12,)),
                 "window": SlidingWindow(size=1),
+            },
+            "may be step 4; cut no earlier than at 6",
+        ),
+        (  # what fits this iteration's window, but not those of all others
+            {
+                "prune": Prune(at=(5,), sizes=(12,)),
+                "window": RandomWindow(size=1, low=0, high=5),
+                "solver": DPMSolver2M(keep=0.4),
+            },
+            r"Prune.at is \(5,\), outside the schedule; with 3 steps",
+        ),
+        (
+            {
+                "share_start_noise": True,
+                "prune": Prune(at=(2,), sizes=(12,)),
+                "window": SlidingWindow(size=1),
+                "solver": DPMSolver2M(keep=0.2),
             },
             "may be step 4; cut no earlier than at 6",
         ),

@@ -167,6 +167,12 @@ def test_the_same_mistakes_in_the_same_words(job, where, name, message) -> None:
         train_step(engine)
 
 
+@pytest.mark.parametrize("where", ["here", "thread", "process"])
+def test_nothing_is_kept_for_a_gradient_of_rewards(job, where) -> None:
+    """A reward network's parameters may ask for one; its activations would stay through the update."""
+    train_step(job(where, "without_gradient"))
+
+
 def test_other_failures_of_a_process_are_one_line(job) -> None:
     with pytest.raises(ValueError, match=r"^reward '.*:breaks' raised KeyError: 'missing\\nand more'$"):
         train_step(job("process", "breaks"))
