@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from benchmarks.cases import Size
-from benchmarks.counters import KERNELS, Counter, count
+from benchmarks.counters import KERNELS, PRODUCTS, Counter, count
 from benchmarks.loops import SyntheticModel, rollout_case, synthetic_recipe
 from benchmarks.suite import Maker, requests
+from flowgrpo_fast.precision.formats import SCALED_MM
 
 CPU = torch.device("cpu")
-COUNTED = Size(
-    "counted x24", 24, (16, 16, 16)
-)  # large enough that a coefficient table is no part of its bytes
+COUNTED = Size("counted x24", 24, (16, 16, 16))  # a coefficient table is no part of its bytes: large enough
 REQUESTS = requests(((COUNTED, torch.float32), (COUNTED, torch.bfloat16)))
 LATENT_SIZED = 1 << 18
 SMALL = 1024  # bytes of a seed and an index a sample
@@ -75,7 +74,9 @@ def test_a_rollout_waits_once_and_the_trainers_loop_at_every_step():
 
 def test_every_op_and_nothing_else_states_its_kernels():
     schemas = [s.name.partition("::") for s in torch._C._jit_get_all_schemas()]
-    assert {name for space, _, name in schemas if space == "flowgrpo_fast"} == set(KERNELS)
+    names = {name for space, _, name in schemas if space == "flowgrpo_fast"}
+    assert SCALED_MM.overloadpacket.__name__ in PRODUCTS
+    assert names == {*KERNELS, *PRODUCTS}
 
 
 def test_every_op_is_measured(made):
