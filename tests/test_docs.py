@@ -57,6 +57,7 @@ def test_the_readme_demo_is_the_checked_in_one() -> None:
     assert first["seed"] == 0
     for number in (f"{100 * first['judge_before']:.1f} %", f"{100 * first['judge_after']:.1f} %"):
         assert number in README
+    assert f"takes {first['seconds']:.0f} s" in README
     log = (ROOT / "docs/log.md").read_text()
     results["runs"] += json.loads((ROOT / "benchmarks/results/recipes_cpu.json").read_text())["runs"]
     for run in results["runs"]:
