@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json as json_text
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
@@ -248,7 +249,18 @@ def pretrain_digits(*, out: str = "digits.safetensors", seed: int = 0) -> None:
     pretrain(Path(out), seed=seed)
 
 
-def _words_first(arguments: list[str]) -> list[str]:
+def _flags(commands: Collection[Callable[..., None]]) -> set[str]:
+    """The options that take no value."""
+    switches = {
+        name.replace("_", "-")
+        for command in commands
+        for name, parameter in inspect.signature(command).parameters.items()
+        if parameter.annotation == "bool"
+    }
+    return {"-h", "--help"} | {f"--{sign}{name}" for name in switches for sign in ("", "no-")}
+
+
+def _words_first(arguments: list[str], flags: Collection[str]) -> list[str]:
     """Names and field=value before the options, which the parser asks for; a user may write them in any order."""
     words: list[str] = []
     options: list[str] = []
@@ -258,7 +270,7 @@ def _words_first(arguments: list[str]) -> list[str]:
             words.append(argument)
             continue
         options.append(argument)
-        if "=" not in argument and argument not in ("-h", "--help", "--json", "--no-json"):
+        if "=" not in argument and argument not in flags:
             options += islice(left, 1)
     return words + options
 
@@ -275,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
         "report": report,
         "pretrain-digits": pretrain_digits,
     }
-    words = _words_first(sys.argv[1:] if arguments is None else arguments)
+    words = _words_first(sys.argv[1:] if arguments is None else arguments, _flags(commands.values()))
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="flowgrpo-fast", args=words)
     except (ValueError, OSError) as error:
