@@ -88,12 +88,14 @@ class Run:
             log.close()
         report = self._conclude(cost)
         if stop.requested:
-            self.console.print(
-                f"stopped after step {engine.step}; continue with: flowgrpo-fast train --resume {self.folder}",
-                highlight=False,
-                soft_wrap=True,
+            self._say(
+                f"stopped after step {engine.step}; continue with: flowgrpo-fast train --resume {self.folder}"
             )
         return report
+
+    def _say(self, text: str) -> None:
+        """Prints lines that are not broken at a terminal's width, and no numbers coloured."""
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def _prepare_folder(self, engine: Engine) -> None:
         if self.resume:
@@ -114,24 +116,18 @@ class Run:
     def _announce(self, engine: Engine, floor: Floor | None) -> None:
         recipe = self.recipe
         parameters = sum(p.numel() for p in engine.model.module.parameters() if p.requires_grad)
-        self.console.print(
+        self._say(
             f"[bold]{recipe.name}[/] on {recipe.task.model}: {parameters:,} trained parameters, "
             f"{recipe.num_prompts} prompts x {recipe.group_size} samples a step, {recipe.precision}\n"
             f"{device_name(self.device)}\n{floor or 'floor unknown: the operations of this model cannot be counted'}\n"
-            f"{self.folder}",
-            highlight=False,
-            soft_wrap=True,
+            f"{self.folder}"
         )
         if engine.step >= recipe.num_steps:
-            self.console.print(
-                f"nothing to train: step {engine.step} of {recipe.num_steps} is done; to go on, raise num_steps",
-                highlight=False,
-                soft_wrap=True,
+            self._say(
+                f"nothing to train: step {engine.step} of {recipe.num_steps} is done; to go on, raise num_steps"
             )
         if engine.low_precision is not None:
-            self.console.print(
-                f"low precision: {engine.low_precision.description}", highlight=False, soft_wrap=True
-            )
+            self._say(f"low precision: {engine.low_precision.description}")
 
     def _record(
         self, engine: Engine, report: StepReport, floor: Floor | None, last: bool

@@ -95,9 +95,8 @@ def _table(*columns: str, words: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         justify: Literal["left", "right"] = "left" if index == 0 or column in words else "right"
-        table.add_column(
-            column, justify=justify, overflow="fold"
-        )  # a setting that is cut off cannot be typed
+        # Folded: a setting that is cut off cannot be typed.
+        table.add_column(column, justify=justify, overflow="fold")
     return table
 
 
