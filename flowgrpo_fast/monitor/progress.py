@@ -56,7 +56,9 @@ class TrainingProgress:
         # Ratio on the step's own rollout, before its first update: exactly 1 is the promise.
         if "first_ratio_error" in record:
             numbers += f"  |ratio-1| {record['first_ratio_error']:.1e}"
-        numbers += f"  {record['seconds_step']:.2f} s/step"
+        # Most steps go without an evaluation; those that are printed may all have one.
+        seconds = record["seconds_step"] - record.get("seconds/evaluation", 0.0)
+        numbers += f"  {seconds:.2f} s/step"
         if "time_over_floor" in record:  # measured time over what the step's own FLOPs need here
             numbers += f"  {record['time_over_floor']:.3g}x floor"
         self._progress.update(self._task, completed=record["step"], numbers=numbers)

@@ -73,9 +73,12 @@ def test_the_bar_shows_reward_judge_ratio_and_seconds() -> None:
 def test_without_a_terminal_lines_take_the_bars_place() -> None:
     console = Console(file=io.StringIO(), width=140)
     with TrainingProgress(console, 4, plain_every=2) as progress:
-        for record in RECORDS:
+        for record in RECORDS[:3]:
             progress.show(record)
+        evaluated = {"seconds_step": 0.75, "seconds/evaluation": 0.25}  # which is no part of a step's time
+        progress.show({**RECORDS[3], **evaluated})
     lines = console.file.getvalue().strip().splitlines()
+    assert all("0.50 s/step" in line for line in lines)
     assert [line.split("reward")[0].strip() for line in lines] == ["step    2/4", "step    4/4"]
 
 
