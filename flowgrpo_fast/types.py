@@ -1,15 +1,22 @@
-"""The records that flow through a training step, one way: conditioning -> trajectory -> rewards -> batch.
+"""The records that flow through a training step, one way: conditioning -> trajectory -> scores -> credit -> batch.
 
-Dimensions: B samples, P prompts, G group, T steps, K kept steps, *S latent shape, L tokens, C channels.
+Dimensions: P prompts, B samples, T steps, K kept steps, *S latent shape, L tokens, C channels; of one kept step, H rows
+before it and E edges after it, `fan = E // H` children of each row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, TypeAlias
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from flowgrpo_fast.ops import Guidance
+from flowgrpo_fast.schedule.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +60,29 @@ def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
     return values.index_select(0, index)
 
 
+class Predicted(NamedTuple):
+    """A velocity, and the unconditional half where the policy guides; the kernels mix the two on their way."""
+
+    velocity: Tensor  # [B, *S]
+    guidance: Guidance | None = None
+
+    @property
+    def mixed(self) -> Tensor:
+        """`negative + scale * (velocity - negative)`, for code that differentiates it in plain torch."""
+        if self.guidance is None:
+            return self.velocity
+        negative, scale = self.guidance
+        return negative + scale * (self.velocity - negative)
+
+
 @dataclass(frozen=True, slots=True)
 class Draws:
     """What a rollout starts from. Group members are adjacent rows and live on one rank."""
 
     prompt_index: Tensor  # [P] int64, which prompts of the set
     group_id: Tensor  # [B] int64, 0..P-1
-    seed: Tensor  # [B] int64, noise of the stochastic steps
+    seed: Tensor  # [B] int64; an edge's noise is that of the first sample behind it
     start_seed: Tensor  # [B] int64, start noise; equal within a group that shares it
-    shares_start: bool = False  # every group does, and all have one size
 
     def rows(self, index: Tensor | slice) -> Draws:
         """Some of the samples, in that order."""
@@ -72,26 +93,217 @@ class Draws:
             start_seed=self.start_seed[index].contiguous(),
         )
 
+    def of_prompts(self, first: int, num_prompts: int) -> Draws:
+        """The samples of some neighbouring prompts, whose groups count from 0 again."""
+        group_size = len(self.group_id) // len(self.prompt_index)
+        rows = self.rows(slice(first * group_size, (first + num_prompts) * group_size))
+        return replace(
+            rows,
+            prompt_index=self.prompt_index[first : first + num_prompts],
+            group_id=rows.group_id - first,
+        )
 
-@dataclass(frozen=True, slots=True)
+
+def spread(values: Tensor, fan: int) -> Tensor:
+    """Each row `fan` times, neighbours: rows before a step for the edges after it; a row's gradient is their sum."""
+    if fan == 1:
+        return values
+    return values.unsqueeze(1).expand(-1, fan, *values.shape[1:]).flatten(0, 1).contiguous()
+
+
+def spread_guidance(guidance: Guidance | None, fan: int) -> Guidance | None:
+    """The same for the unconditional half."""
+    return None if guidance is None else Guidance(spread(guidance.negative_velocity, fan), guidance.scale)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transitions:
+    """One kept step: H rows before it, E edges after it. Edges of a row are neighbours."""
+
+    row: Tensor  # [E] int64, rows of the plan's table
+    latents: Tensor  # [H, *S]
+    next_latents: Tensor  # [E, *S] as stored
+    log_prob: Tensor  # [E] fp32, of the policy that sampled; the mean over latent elements
+    samples: Tensor  # [E, m] int64 -> B, the samples behind an edge; it reads the credit of the first
+    samples_host: NDArray[np.int64]  # the same on the host
+    sigma: Tensor  # [H] fp32
+    offsets: NDArray[np.int64]  # [P+1] host: the rows of prompt p are offsets[p] to offsets[p+1]
+    # Of the unconditional half of guidance, [H, *S], where the update takes it from here instead of asking again.
+    unconditional: Tensor | None = None
+    # Host: the sigma that all rows are at, which a model of several experts picks one by; None where they differ.
+    level: Tensor | None = None
+    fan: int = 1  # E // H
+    place: int = 0  # of the step in the plan
+    rows: int = 0  # of the forwards that measured it, which the update repeats
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return len(self.latents)
+
+    @property
+    def parent(self) -> Tensor:
+        """`[E]` int64 -> H."""
+        return torch.arange(self.num_heads, device=self.row.device).repeat_interleave(self.fan)
+
+    def heads(self, rows: slice) -> Transitions:
+        """Some rows with all their edges: views. What they say of samples and prompts is unchanged."""
+        edges = slice(rows.start * self.fan, rows.stop * self.fan)
+        return replace(
+            self,
+            row=self.row[edges],
+            latents=self.latents[rows],
+            next_latents=self.next_latents[edges],
+            log_prob=self.log_prob[edges],
+            samples=self.samples[edges],
+            samples_host=self.samples_host[edges],
+            sigma=self.sigma[rows],
+            unconditional=None if self.unconditional is None else self.unconditional[rows],
+        )
+
+    def of_samples(self, rows: slice, num_samples: int) -> Transitions:
+        """The part of some neighbouring samples, counted from 0 again; of `num_samples` in all.
+
+        Samples are whole groups, or, where each has a row of its own, any neighbours.
+        """
+        num_prompts = len(self.offsets) - 1
+        group_size = num_samples // num_prompts
+        if rows.start % group_size == 0 and rows.stop % group_size == 0:
+            offsets = self.offsets[rows.start // group_size : rows.stop // group_size + 1]
+        else:
+            assert self.num_heads == num_samples, "members of a group share rows that an optimiser step splits"
+            offsets = np.array([rows.start, rows.stop])
+        part = self.heads(slice(int(offsets[0]), int(offsets[-1])))
+        return replace(
+            part,
+            samples=part.samples - rows.start,
+            samples_host=part.samples_host - rows.start,
+            offsets=offsets - offsets[0],
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Transitions | None], num_prompts: int, num_samples: int) -> Transitions:
+        """The same kept step of several chunks, each of `num_prompts` prompts and `num_samples` samples.
+
+        None stands for a chunk none of whose prompts has an edge there.
+        """
+        here = [(place, part) for place, part in enumerate(parts) if part is not None]
+        if len(parts) == len(here) == 1:
+            return here[0][1]
+        tensors = ["row", "latents", "next_latents", "log_prob", "sigma"]
+        tensors += ["unconditional"] if here[0][1].unconditional is not None else []
+        counts = [np.zeros(num_prompts, int) if part is None else np.diff(part.offsets) for part in parts]
+        return replace(
+            here[0][1],
+            **{name: torch.cat([getattr(part, name) for _, part in here]) for name in tensors},
+            samples=torch.cat([part.samples + place * num_samples for place, part in here]),
+            samples_host=np.concatenate([part.samples_host + place * num_samples for place, part in here]),
+            offsets=np.cumsum([0, *np.concatenate(counts)]),
+        )
+
+
+    @staticmethod
+    def side_by_side(steps: Sequence[Transitions]) -> Transitions:
+        """The same rows at several steps as the rows of one forward; none of them branches."""
+        first = steps[0]
+        tensors = ["row", "latents", "next_latents", "log_prob", "sigma", "samples"]
+        tensors += ["unconditional"] if first.unconditional is not None else []
+        return replace(
+            first,
+            **{name: torch.cat([getattr(step, name) for step in steps]) for name in tensors},
+            samples_host=np.concatenate([step.samples_host for step in steps]),
+        )
+
+    def picked(self, own: Sequence[Transitions], choice: NDArray[np.int64]) -> Transitions:
+        """Of several steps of the same B rows, for each row that of step `choice[b]` (host)."""
+        names = ["row", "latents", "next_latents", "log_prob", "sigma"]
+        names += ["unconditional"] if self.unconditional is not None else []
+        filled = {name: torch.empty_like(getattr(self, name)) for name in names}
+        for place, step in enumerate(own):
+            index = torch.from_numpy(np.flatnonzero(choice == place)).to(self.row.device, non_blocking=True)
+            for name, values in filled.items():
+                values.index_copy_(0, index, getattr(step, name).index_select(0, index))
+        return replace(self, **filled, level=None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Noised:
+    """Finished samples to be noised again; the noise is made where it is used, see `objectives.forward`."""
+
+    row: ClassVar[None] = None  # of no table
+    rows: ClassVar[int] = 0  # no rollout says how many go through the network at once
+
+    sigma: Tensor  # [R] fp32
+    step: Tensor  # [R] int64, sets apart a sample's several noises
+    x0: Tensor  # [R, *S]
+    seed: Tensor  # [R] int64
+    samples: Tensor  # [R, 1] int64 -> B
+    samples_host: NDArray[np.int64]
+    fan: int = 1
+    level: Tensor | None = None  # host: the sigma of all rows; None where they differ
+
+    @property
+    def num_heads(self) -> int:
+        """R."""
+        return len(self.sigma)
+
+    def heads(self, rows: slice) -> Noised:
+        """Some rows: views."""
+        names = ("sigma", "step", "x0", "seed", "samples", "samples_host")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    @staticmethod
+    def side_by_side(steps: Sequence[Noised]) -> Noised:
+        """The same samples, noised several times, as the rows of one forward."""
+        tensors = ("sigma", "step", "x0", "seed", "samples")
+        return replace(
+            steps[0],
+            **{name: torch.cat([getattr(step, name) for step in steps]) for name in tensors},
+            samples_host=np.concatenate([step.samples_host for step in steps]),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """One rollout. Kept steps are the stochastic ones: they carry a log-prob and can be replayed.
+    """One rollout. After cuts it holds the survivors, and `draws` theirs."""
 
-    After pruning it holds the survivors, and `draws` theirs.
-    """
-
-    sigmas: Tensor  # [T+1] fp32, host: 1 = noise, last = 0
-    coeffs: Tensor  # [T, 8] fp32, device
-    step_index: Tensor  # [K] int64, host: which of the T steps were kept
-    latents: Tensor  # [B, K, *S] before each kept step, storage dtype
-    next_latents: Tensor  # [B, K, *S] after it, as stored
-    log_prob: Tensor  # [B, K] fp32, mean over latent elements
+    plan: Plan
     draws: Draws
     x0: Tensor  # [B, *S] the finished samples
-    evaluations: int = 0  # network evaluations spent: rows times forwards, pruned candidates included
-    # [B, K, *S] of guidance at the kept steps, where the update takes it from here instead of computing it again
-    unconditional: Tensor | None = None
-    shares_first: bool = False  # one velocity served each group at the first kept step, and will in a replay
+    transitions: tuple[Transitions, ...]  # one a kept step, in the order of the walk
+    coeffs: Tensor  # [N, 8] fp32, the plan's table on the device
+    evaluations: int = 0  # network evaluations spent: rows times forwards, cut candidates included
+    # [B] fp32, weight of a sample's loss besides its credit: of one that another policy sampled. None = 1.
+    weight: Tensor | None = None
+
+    @property
+    def num_prompts(self) -> int:
+        """P."""
+        return len(self.draws.prompt_index)
+
+    def of_samples(self, rows: slice) -> Trajectory:
+        """The part of some neighbouring samples, counted from 0 again."""
+        num_samples = len(self.x0)
+        group_size = num_samples // self.num_prompts
+        whole = rows.start % group_size == 0 and rows.stop % group_size == 0
+        draws = (
+            self.draws.of_prompts(rows.start // group_size, (rows.stop - rows.start) // group_size)
+            if whole
+            else self.draws.rows(rows)
+        )
+        return replace(
+            self,
+            draws=draws,
+            x0=self.x0[rows],
+            transitions=tuple(t.of_samples(rows, num_samples) for t in self.transitions),
+            weight=None if self.weight is None else self.weight[rows],
+        )
+
+    def without_unconditional(self) -> Trajectory:
+        """What it stores of guidance left out: the weights are no longer those that gave it."""
+        return replace(
+            self, transitions=tuple(replace(t, unconditional=None) for t in self.transitions)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +314,90 @@ class RewardOutput:
     objectives: dict[str, Tensor] = field(default_factory=dict)  # name -> [B], unweighted
 
 
-@dataclass(frozen=True, slots=True)
-class TrainBatch:
-    """A trajectory with its credit."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """Finished samples and what they are worth to the rewards."""
 
-    trajectory: Trajectory
+    samples: Trajectory
+    scores: RewardOutput
+    reward_weights: dict[str, float]  # of each objective, in its order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Credit:
+    """What each sample is worth."""
+
+    # [B] fp32, or [B, K], one a kept step; [B, Q] objectives before they are mixed; [B, K or 1, *region]
+    advantages: Tensor
+    weight: Tensor  # [B] fp32, or [B, K]: 0 drops, else 1
+
+    def of_samples(self, rows: slice) -> Credit:
+        """Some neighbouring samples."""
+        return Credit(self.advantages[rows], self.weight[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """Random choices of a training step: pure functions of (seed, step, sample), the same however it is shared out."""
+
+    seed: int
+    step: int
+    rows: slice  # these of all samples
+    num_samples: int
+
+    def taken(self, num_choices: int, num_taken: int) -> NDArray[np.int64]:
+        """`num_taken` of `num_choices` for each sample, in which order, `[rows, num_taken]` on the host.
+
+        All of them in order, or a permutation's head for each sample.
+        """
+        if num_taken == num_choices:
+            return np.tile(np.arange(num_choices), (self.rows.stop - self.rows.start, 1))
+        generator = np.random.default_rng([self.seed, _STEPS, self.step])
+        order = generator.permuted(np.tile(np.arange(num_choices), (self.num_samples, 1)), axis=1)
+        return np.ascontiguousarray(order[self.rows, :num_taken])
+
+    def of_samples(self, rows: slice) -> Choices:
+        """Those of some neighbouring samples."""
+        first = self.rows.start
+        return replace(self, rows=slice(first + rows.start, first + rows.stop))
+
+
+_STEPS = 4  # the stream of the run's seed that choices come from; data.draws has the others
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What an update learns from."""
+
+    samples: Trajectory
     conditioning: Conditioning  # one row per sample [B, ...]
-    advantages: Tensor  # [B] fp32
-    weight: Tensor  # [B] fp32: 0 drops a sample from the loss, else 1
-    # [B, N] int64: which of the K kept steps (NFT: of the T sigmas) each sample trains on
-    step_position: Tensor
-    live: tuple[bool, ...] = ()  # [B] on the host: which weights are above 0; empty = all
+    credit: Credit
+    live: NDArray[np.bool_]  # [B] host: which samples carry weight
+    choices: Choices
+    pairs: Tensor | None = None  # [N, 2] int64 -> B: the better and the worse of each pair
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.live)
+
+    def shares(self, num_shares: int) -> list[slice]:
+        """The samples of each of `num_shares` optimiser steps: neighbours, equal parts."""
+        size = len(self) // num_shares
+        return [slice(first, first + size) for first in range(0, len(self), size)]
+
+    def of_samples(self, rows: slice) -> Batch:
+        """The part of some neighbouring samples, counted from 0 again."""
+        return Batch(
+            samples=self.samples.of_samples(rows),
+            conditioning=self.conditioning.rows(rows),
+            credit=self.credit.of_samples(rows),
+            live=self.live[rows],
+            choices=self.choices.of_samples(rows),
+        )
+
+    def without_unconditional(self) -> Batch:
+        """As of `Trajectory`."""
+        return replace(self, samples=self.samples.without_unconditional())
 
 
 class FlowModel(Protocol):
@@ -134,17 +419,10 @@ class FlowModel(Protocol):
         ...
 
 
-def at_step(model: FlowModel, sigmas: Tensor, step: int | Tensor) -> FlowModel:
-    """What of a model runs where all samples are at one step: of experts for parts of the schedule, the one for it.
-
-    A model that has some says so by a method `expert(sigma)`, with sigma a 0-d tensor on the host.
-    """
-    expert: Callable[[Tensor], FlowModel] | None = getattr(model, "expert", None)
-    return model if expert is None else expert(sigmas[step])
-
-
 # Scores unfinished samples: x0 predictions [B, *S] of equal groups, neighbours in the batch -> [B] fp32.
 PreviewScore: TypeAlias = Callable[[Tensor], Tensor]
 
 # A reward: images [B, C, H, W] fp32 in [0, 1] and their B prompts -> [B] fp32.
 RewardFunction: TypeAlias = Callable[[Tensor, list[str]], Tensor]
+
+Snapshots: TypeAlias = Mapping[str, FlowModel]  # name -> the model under other weights

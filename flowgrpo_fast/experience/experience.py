@@ -1,0 +1,138 @@
+"""What experience is made with, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from flowgrpo_fast.objectives.objective import Requires
+from flowgrpo_fast.precision.parts import RolloutPrecision
+from flowgrpo_fast.rewards.scoring import Scorer, Scoring, collect
+from flowgrpo_fast.sampling.walk import Sampler, walk
+from flowgrpo_fast.schedule.plan import Plan
+from flowgrpo_fast.types import Draws, PromptRows, Scored, Scores, Trajectory, Transitions
+
+
+@dataclass(slots=True)
+class Stage:
+    """Policies, prompts and rewards, as the engine has set them up."""
+
+    sampler: Sampler
+    scout: Sampler  # the same policy where it only ranks seeds
+    conditioning: PromptRows  # of all prompts
+    scorer: Scorer
+    group_size: int  # finished samples a prompt
+    num_steps: int  # of the schedule
+    plan: Callable[[int], Plan]  # of a training step
+    # An ODE walk of so many steps, for so many samples a prompt: (num_inference_steps, group_size).
+    ode: Callable[[int, int], Plan]
+    prompts_per_chunk: int = 0  # 0 = all at once
+    memory: dict[str, Any] = field(default_factory=dict)  # what a part keeps from step to step, by its own name
+
+
+@dataclass(slots=True)
+class Gathered:
+    """Samples of a training step, their rewards under way."""
+
+    samples: Trajectory
+    scorings: list[Scoring]
+    reward_weights: dict[str, float]
+    # What is known once the rewards are: metrics of the part that gathered.
+    measures: Callable[[Scores], dict[str, float]] = lambda scores: {}
+    finished: Scores | None = None
+
+    def scored(self) -> Scored:
+        """Waits for the rewards."""
+        scores = self.finished if self.finished is not None else collect(self.scorings)
+        return Scored(self.samples, scores, self.reward_weights)
+
+
+class Experience(Protocol):
+    """A source of samples."""
+
+    @property
+    def requires(self) -> Requires:
+        """What it needs."""
+        ...
+
+    @property
+    def gives_transitions(self) -> bool:
+        """Whether its samples come with stored transitions, where the plan keeps any."""
+        ...
+
+    @property
+    def scout_precision(self) -> RolloutPrecision | None:
+        """The precision of a copy of its own that only ranks; None where it has none."""
+        ...
+
+    def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
+        """Raises ValueError for what it cannot do with such walks."""
+        ...
+
+    def num_drawn(self, num_candidates: int) -> int:
+        """Seeds a prompt that a step begins with, for walks that begin with `num_candidates`."""
+        ...
+
+    def collect(self, stage: Stage, draws: Draws, step: int) -> Gathered:
+        """Samples of training step `step` (from 0), rewards started."""
+        ...
+
+    def settle(self, stage: Stage, scored: Scored, step: int) -> None:
+        """Sees what the samples were worth, after all have been scored."""
+        ...
+
+
+def in_chunks(stage: Stage, sampler: Sampler, plan: Plan, draws: Draws) -> tuple[Trajectory, list[Scoring]]:
+    """Walks `stage.prompts_per_chunk` prompts at a time; rewards that run elsewhere start with their chunk.
+
+    Groups stay whole, and forwards have the rows that they would have without chunks.
+    """
+    parts, scorings = [], []
+    reads_rewards = any(cut.score == "reward" for _, cut in plan.cuts)
+    for first, chunk in chunks(draws, stage.prompts_per_chunk):
+        conditioning = stage.conditioning.rows(chunk.prompt_index[chunk.group_id])
+        score = stage.scorer.preview(chunk) if reads_rewards else None
+        own = plan.of_prompts(first, len(chunk.prompt_index))
+        parts.append(walk(sampler, own, conditioning, chunk, score))
+        scorings.append(stage.scorer.start(parts[-1]))
+    return joined(parts, plan), scorings
+
+
+def chunks(draws: Draws, num_prompts: int) -> Iterator[tuple[int, Draws]]:
+    """The first prompt of each chunk of `num_prompts`, 0 = all at once, and its draws, whose groups count from 0."""
+    total = len(draws.prompt_index)
+    if num_prompts in (0, total):
+        yield 0, draws
+        return
+    for first in range(0, total, num_prompts):
+        yield first, draws.of_prompts(first, num_prompts)
+
+
+def joined(parts: list[Trajectory], plan: Plan) -> Trajectory:
+    """Chunks of one plan as one trajectory."""
+    if len(parts) == 1:
+        return replace(parts[0], plan=plan)
+    num_prompts, num_samples = parts[0].num_prompts, len(parts[0].x0)
+    all_draws = [part.draws for part in parts]
+    draws = Draws(
+        prompt_index=torch.cat([d.prompt_index for d in all_draws]),
+        group_id=torch.cat([d.group_id + i * num_prompts for i, d in enumerate(all_draws)]),
+        seed=torch.cat([d.seed for d in all_draws]),
+        start_seed=torch.cat([d.start_seed for d in all_draws]),
+    )
+    by_place = [{t.place: t for t in part.transitions} for part in parts]
+    places = sorted({place for found in by_place for place in found})
+    return replace(
+        parts[0],
+        plan=plan,
+        draws=draws,
+        x0=torch.cat([part.x0 for part in parts]),
+        transitions=tuple(
+            Transitions.joined([found.get(place) for found in by_place], num_prompts, num_samples)
+            for place in places
+        ),
+        evaluations=sum(part.evaluations for part in parts),
+    )

@@ -1,0 +1,80 @@
+"""The common case: a ratio of surrogates within a trust region, and penalties.
+
+    loss = trust(log_prob - old_log_prob, A) + sum beta * penalty
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats, Terms
+from flowgrpo_fast.objectives.regularizers import Regularizer
+from flowgrpo_fast.objectives.surrogates import PathLogProb, Surrogate
+from flowgrpo_fast.objectives.trust import Clip, Trust
+from flowgrpo_fast.types import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyGradient:
+    """Flow-GRPO, DanceGRPO, MixGRPO and most of the field."""
+
+    surrogate: Surrogate = field(default_factory=PathLogProb)
+    trust: Trust = field(default_factory=Clip)
+    regularizers: tuple[Regularizer, ...] = ()
+
+    @property
+    def requires(self) -> Requires:
+        """What its parts do; a penalty of weight 0 needs nothing."""
+        needs = self.surrogate.requires
+        for part in self._penalties:
+            needs = needs.joined(part.requires)
+        return needs
+
+    @property
+    def couples(self) -> bool:
+        """Every edge by itself."""
+        return False
+
+    @property
+    def _penalties(self) -> tuple[Regularizer, ...]:
+        return tuple(part for part in self.regularizers if part.beta > 0)
+
+    def points(self, batch: Batch) -> Points:
+        """The surrogate's."""
+        return self.surrogate.points(batch)
+
+    def measure(self, point: Any, evaluator: Evaluator) -> Stats:
+        """The surrogate's."""
+        references = dict.fromkeys(part.to for part in self._penalties if part.to)
+        return self.surrogate.measure(point, evaluator, tuple(references))
+
+    def loss(self, stats: Stats, advantages: Tensor) -> Terms:
+        """As of the module's text."""
+        log_ratio = self.log_ratio(stats)
+        policy, ratio, clipped = self.trust(log_ratio, advantages)
+        loss, kl = policy, torch.zeros_like(ratio).detach()
+        for part in self._penalties:
+            penalty = part.penalty(stats)
+            loss = loss + part.beta * penalty
+            kl = kl + penalty.detach()
+        shown = {
+            "loss": loss.detach(),
+            "policy_loss": policy.detach(),
+            "kl": kl,
+            "ratio_mean": ratio,
+            "clip_fraction": clipped,
+        }
+        return Terms(loss, shown, {"ratio_max": ratio})
+
+    @property
+    def ratio_range(self) -> float:
+        """The trust region's."""
+        return self.trust.range
+
+    def log_ratio(self, stats: Stats) -> Tensor:
+        """`[E]`."""
+        return stats["log_prob"] - stats["old_log_prob"]
