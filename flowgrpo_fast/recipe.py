@@ -50,6 +50,7 @@ from flowgrpo_fast.schedule.windows import (
     Deterministic,
     FractionOfSteps,
     FrozenWindow,
+    RandomPair,
     RandomWindow,
     SlidingWindow,
     Window,
@@ -334,7 +335,7 @@ class Recipe:
                 seed=self.seed,
                 num_prompts=self.num_prompts,
                 group_size=self.group_size,
-                keeps=self.objective.requires.log_probs,
+                keeps=self.requires.log_probs or self.requires.states,
                 whole_groups=self.rows_per_update % self.group_size == 0,
             )
         )
@@ -345,7 +346,7 @@ PARTS: dict[str, type] = {
     for part in (
         *(Recipe, Optimizer, Machine, Task, Network, LoRA, FullFineTuning, TrainingPrecision, LowPrecision),
         *(Sigmas, DynamicShift, FlowSDE, DanceSDE, CPS, Euler, DPMSolver2M),
-        *(Deterministic, AllSteps, FractionOfSteps, RandomWindow, FrozenWindow, SlidingWindow),
+        *(Deterministic, RandomPair, AllSteps, FractionOfSteps, RandomWindow, FrozenWindow, SlidingWindow),
         *(Independent, SharedStart, Tree, Comb, OneStepEach, Cuts),
         *(PolicyGradient, PathLogProb, Clip, TransitionKL, VelocityKL, NFT),
         *(Frozen, EMA, Ramp, ResetWhen, Loaded),

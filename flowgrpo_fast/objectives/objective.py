@@ -22,6 +22,7 @@ class Requires:
     """What a part needs from the others; one check at the start compares it with what they give."""
 
     log_probs: bool = False  # stored transitions, which only stochastic steps have
+    states: bool = False  # stored states of a walk, at the steps its window keeps, stochastic or not
     snapshots: Mapping[str, SnapshotRule] = field(default_factory=dict)
     sampled_by: str = ""  # the snapshot that training samples come from; empty = the trained policy
     reward_gradient: bool = False
@@ -34,6 +35,7 @@ class Requires:
         """The needs of two parts together."""
         return Requires(
             log_probs=self.log_probs or other.log_probs,
+            states=self.states or other.states,
             snapshots={**self.snapshots, **other.snapshots},
             sampled_by=self.sampled_by or other.sampled_by,
             reward_gradient=self.reward_gradient or other.reward_gradient,

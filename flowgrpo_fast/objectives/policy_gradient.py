@@ -30,7 +30,7 @@ class PolicyGradient:
     def requires(self) -> Requires:
         """What its parts do; a penalty of weight 0 needs nothing."""
         needs = self.surrogate.requires
-        for part in self._penalties:
+        for part in self.penalties:
             needs = needs.joined(part.requires)
         return needs
 
@@ -40,7 +40,8 @@ class PolicyGradient:
         return False
 
     @property
-    def _penalties(self) -> tuple[Regularizer, ...]:
+    def penalties(self) -> tuple[Regularizer, ...]:
+        """Those that weigh anything."""
         return tuple(part for part in self.regularizers if part.beta > 0)
 
     def points(self, batch: Batch) -> Points:
@@ -49,7 +50,7 @@ class PolicyGradient:
 
     def measure(self, point: Any, evaluator: Evaluator) -> Stats:
         """The surrogate's."""
-        references = dict.fromkeys(part.to for part in self._penalties if part.to)
+        references = dict.fromkeys(part.to for part in self.penalties if part.to)
         return self.surrogate.measure(point, evaluator, tuple(references))
 
     def loss(self, stats: Stats, advantages: Tensor) -> Terms:
@@ -57,7 +58,7 @@ class PolicyGradient:
         log_ratio = self.log_ratio(stats)
         policy, ratio, clipped = self.trust(log_ratio, advantages)
         loss, kl = policy, torch.zeros_like(ratio).detach()
-        for part in self._penalties:
+        for part in self.penalties:
             penalty = part.penalty(stats)
             loss = loss + part.beta * penalty
             kl = kl + penalty.detach()

@@ -116,7 +116,7 @@ class Independent:
         window = self.at.steps(len(course.sigmas) - 1, course.iteration, course.seed)
         builder, rows = _lanes(course, window)
         for step in rows:
-            builder.step(step, step, range(course.group_size), course.keeps and step in window.stochastic)
+            builder.step(step, step, range(course.group_size), course.keeps and step in window.kept)
         return builder.plan(course.group_size, window.num_trained if course.keeps else 0)
 
 

@@ -16,10 +16,16 @@ from flowgrpo_fast.checks import fraction, one_of, positive, require
 
 
 class WindowSteps(NamedTuple):
-    """The stochastic steps of one iteration, and on how many of them each sample trains."""
+    """The stochastic steps of one iteration, those that are kept, and on how many of these each sample trains."""
 
     stochastic: tuple[int, ...]
     num_trained: int
+    states: tuple[int, ...] = ()  # kept besides: deterministic steps whose states an objective reads
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """All that is stored."""
+        return self.stochastic + self.states
 
 
 class Window(Protocol):
@@ -49,6 +55,41 @@ class Deterministic:
     def steps(self, num_steps: int, iteration: int, seed: int) -> WindowSteps:
         """As of `Window`."""
         return WindowSteps((), 0)
+
+    def latest_start(self, num_steps: int) -> int:
+        """As of `Window`."""
+        return num_steps
+
+    def earliest_end(self, num_steps: int) -> int:
+        """As of `Window`."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomPair:
+    """No step is stochastic; the states before two steps, drawn anew for each rollout, are kept (LeapAlign)."""
+
+    low: int = 0
+    high: int | None = None  # one past the last step that may be drawn; None = the end of the schedule
+
+    def __post_init__(self) -> None:
+        """Room for two."""
+        require(self.low >= 0, f"RandomPair.low is {self.low}; it must be at least 0")
+        require(
+            self.high is None or self.high - self.low >= 2,
+            f"RandomPair.high is {self.high}; it must be at least low + 2 = {self.low + 2}",
+        )
+
+    def steps(self, num_steps: int, iteration: int, seed: int) -> WindowSteps:
+        """As of `Window`; all pairs are equally likely."""
+        high = num_steps if self.high is None else self.high
+        require(
+            self.low + 2 <= high <= num_steps,
+            f"RandomPair(low={self.low}, high={self.high}) leaves no two of the {num_steps} steps to draw from",
+        )
+        generator = np.random.default_rng([seed, iteration, 0x706169])
+        first, second = sorted(generator.choice(np.arange(self.low, high), size=2, replace=False).tolist())
+        return WindowSteps((), 2, (first, second))
 
     def latest_start(self, num_steps: int) -> int:
         """As of `Window`."""

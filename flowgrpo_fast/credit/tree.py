@@ -1,0 +1,61 @@
+"""Credit on trees: what an edge is worth is what the leaves behind it are worth.
+
+    A(edge into a leaf) = A(leaf)
+    A(edge)             = sum over the edges that leave its end of share * A
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowgrpo_fast.checks import one_of
+from flowgrpo_fast.objectives.objective import Requires
+from flowgrpo_fast.types import Credit, Scored, Transitions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeBackup:
+    """TreeGRPO's back-up of leaf advantages, `[B] -> [B, K]`. arXiv 2512.08153.
+
+    `shares` "uniform": the plain mean over children, as the released code; "probability": weights softmax over the
+    children's log-probs under the policy that sampled, the paper's eq. 10 and 11.
+    """
+
+    shares: Literal["uniform", "probability"] = "uniform"
+
+    def __post_init__(self) -> None:
+        """Known words."""
+        one_of(self, ("uniform", "probability"), shares=self.shares)
+
+    @property
+    def requires(self) -> Requires:
+        """Every step of a path."""
+        return Requires(log_probs=True, all_steps=True)
+
+    def __call__(self, credit: Credit, scored: Scored) -> Credit:
+        """Advantages `[B, K]`: at each kept step that of the edge on the sample's way."""
+        steps = scored.samples.transitions
+        columns = []
+        value = credit.advantages[steps[-1].samples].mean(1)  # [E] of the last step
+        for step in reversed(steps):
+            columns.append(over_samples(step, value, len(credit.advantages)))
+            shares = self._shares(step)
+            # The rows before a step are the edges after the one above it, in the same order.
+            value = (shares * value.view(-1, step.fan)).sum(1)
+        return Credit(torch.stack(columns[::-1], 1), credit.weight)
+
+    def _shares(self, step: Transitions) -> Tensor:
+        """`[H, fan]` weights of each row's children, which sum to 1."""
+        if self.shares == "uniform":
+            return torch.full((step.num_heads, step.fan), 1 / step.fan, device=step.log_prob.device)
+        return torch.softmax(step.log_prob.view(-1, step.fan), 1)
+
+
+def over_samples(step: Transitions, value: Tensor, num_samples: int) -> Tensor:
+    """Values of edges `[E]` as those of the samples behind them `[B]`; 0 where a sample has no edge there."""
+    wide = value[:, None].expand(step.samples.shape).flatten()
+    return value.new_zeros(num_samples).index_copy_(0, step.samples.flatten(), wide)
