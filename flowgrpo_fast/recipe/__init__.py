@@ -6,18 +6,16 @@ Paper numbers live in `recipes.py`; this room holds no algorithm.
 
 from __future__ import annotations
 
+from flowgrpo_fast.models.network import FullFineTuning, LoRA, Network, Train
+from flowgrpo_fast.precision.parts import LowPrecision, RolloutPrecision, TrainingPrecision
 from flowgrpo_fast.recipe.learning import NFT, ClippedRatio, Credit, Loss, Optimizer
-from flowgrpo_fast.recipe.network import FullFineTuning, LoRA, Network, Train
 from flowgrpo_fast.recipe.rollout import (
     Exploring,
     KeepAll,
-    LowPrecision,
     NoScouts,
     Prune,
     Pruning,
-    RolloutPrecision,
     Scouts,
-    TrainingPrecision,
 )
 from flowgrpo_fast.recipe.schedule import (
     CPS,

@@ -1,4 +1,4 @@
-"""Parts of a recipe: in which precision steps run, who is tried first, and who survives."""
+"""Parts of a recipe: who is tried first, and who survives."""
 
 from __future__ import annotations
 
@@ -6,38 +6,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
-from flowgrpo_fast.recipe.checks import one_of, positive, require
+from flowgrpo_fast.checks import one_of, positive, require
+from flowgrpo_fast.precision.parts import RolloutPrecision, TrainingPrecision
 
 _MOST = 1024  # candidates of a prompt that `ops.best_variance_subset` and `ops.top_bottom` take
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingPrecision:
-    """As in the update: `Recipe.precision` and nothing less."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LowPrecision:
-    """Linear layers in FP8 or FP4. Only steps without a log-prob may use it.
-
-    `mode` trades speed for a faithful update (docs/precision.md): "merged": a copy with the adapter merged in,
-    refreshed in place after every update; "bare_layers": only layers without an adapter; "branch": frozen base in
-    low precision, the adapter beside it in the precision of the update; "shared_base": one low-precision base in
-    rollout and update.
-    """
-
-    format: Literal["fp8_rows", "fp8_tensor", "fp8_blocks", "nvfp4"] = "fp8_rows"
-    mode: Literal["merged", "bare_layers", "branch", "shared_base"] = "branch"
-    skip: tuple[str, ...] = ()  # regular expressions: layers left alone, besides the family's own
-    emulate: bool = True  # where the device lacks the format: dequantise and multiply, slowly; else refuse
-
-    def __post_init__(self) -> None:
-        """Known names."""
-        one_of(self, ("fp8_rows", "fp8_tensor", "fp8_blocks", "nvfp4"), format=self.format)
-        one_of(self, ("merged", "bare_layers", "branch", "shared_base"), mode=self.mode)
-
-
-RolloutPrecision: TypeAlias = TrainingPrecision | LowPrecision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

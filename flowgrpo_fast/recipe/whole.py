@@ -6,18 +6,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flowgrpo_fast.recipe.checks import positive, require
+from flowgrpo_fast.checks import positive, require
+from flowgrpo_fast.models.network import ModelSetup, Network
+from flowgrpo_fast.precision.parts import RolloutPrecision, TrainingPrecision
 from flowgrpo_fast.recipe.learning import NFT, ClippedRatio, Credit, Loss, Optimizer
-from flowgrpo_fast.recipe.network import Network
 from flowgrpo_fast.recipe.rollout import (
     Exploring,
     KeepAll,
     NoScouts,
     Prune,
     Pruning,
-    RolloutPrecision,
     Scouts,
-    TrainingPrecision,
 )
 from flowgrpo_fast.recipe.schedule import (
     AllSteps,
@@ -25,6 +24,7 @@ from flowgrpo_fast.recipe.schedule import (
     Dynamics,
     Euler,
     FlowSDE,
+    FractionOfSteps,
     Sigmas,
     Solver,
     Window,
@@ -105,6 +105,7 @@ class Recipe:
                 f"candidates of {size} a prompt, so that rollout and replay run the same forwards",
             )
         self._check_chunks()
+        self._check_precision()
 
     def _check_chunks(self) -> None:
         chunk = self.prompts_per_chunk
@@ -139,6 +140,27 @@ class Recipe:
             "Recipe.share_start_noise is true; scouts differ in nothing but their start noise",
         )
 
+    def _check_precision(self) -> None:
+        """Log-probs must come from the same computation as their replay.
+
+        Steps with a log-prob run the training model, so a low-precision copy is never asked for one. With a shared
+        base rollout and replay run one model; where the scale of an activation comes from its whole batch, the replay
+        must then see the rollout's batches.
+        """
+        if isinstance(self.explore, Scouts):
+            tried = self.explore.precision
+            require(
+                not tried.shares_base or tried == self.rollout_precision,
+                "Scouts.precision.mode is 'shared_base': that is the training model itself. Give rollout_precision "
+                "the same, or choose 'merged', 'branch' or 'bare_layers' for scouts",
+            )
+        self.rollout_precision.check_replay(
+            self.replay_rows in (0, self.rollout_rows)
+            and not isinstance(self.window, FractionOfSteps)  # each sample replays steps of its own
+            and isinstance(self.prune, KeepAll)
+            and isinstance(self.explore, NoScouts)
+        )
+
     def _check_loss(self) -> None:
         deterministic = isinstance(self.window, Deterministic)
         require(
@@ -158,6 +180,11 @@ class Recipe:
             not isinstance(self.explore, Scouts) or self.explore.regenerate,
             "ClippedRatio needs log-probs, which scouts have not; set Scouts.regenerate to true",
         )
+
+    @property
+    def setup(self) -> ModelSetup:
+        """What the model's loader is told."""
+        return ModelSetup(network=self.network, precision=self.precision, seed=self.seed)
 
     @property
     def num_candidates(self) -> int:

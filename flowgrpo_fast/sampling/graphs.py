@@ -27,7 +27,7 @@ _MOST_LAYOUTS = 8  # say of prompts padded to the longest of a step; the oldest 
 _WARM_UP = 3  # runs before a capture: workspaces, autotuning, compilation
 
 # The model, rows of a micro-batch, what a row becomes, whether x0, velocity and unconditional half come out, layout.
-_Key = tuple[int, int, int, bool, bool, bool, tuple[Any, ...]]
+_Key = tuple[FlowModel, int, int, bool, bool, bool, tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Graphs:
         assert self._now is not None
         layout = self._now[1]
         return (
-            id(model),
+            model,
             rows,
             shape.size,
             bool(layout[0]),

@@ -41,7 +41,7 @@ def check_pool(part: Pruning, model: FlowModel) -> None:
     """
     if not isinstance(part, Prune) or part.score != "latents":
         return
-    sides = (getattr(model, "latent_grid", None) or model.latent_shape[1:])[-2:]
+    sides = (model.latent_grid or model.latent_shape[1:])[-2:]
     if len(sides) < 2:
         raise ValueError(
             f"Prune.score is 'latents', but the model's are {list(model.latent_shape)}, which have no height and width "

@@ -175,7 +175,7 @@ def rollout(
                 step=step,
                 x0_pred=walk.x0_pred,
                 num_groups=len(draws.prompt_index),
-                grid=getattr(model, "latent_grid", None),
+                grid=model.latent_grid,
             )
             # Both names: the others' memory is free.
             whole = walk = walk.rows(survivors(seen, schedule.cuts[step + 1], recipe.prune, score))

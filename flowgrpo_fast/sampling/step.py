@@ -188,7 +188,7 @@ def predict(
 
     `unconditional [B, *S]`: that half, where it has been computed before.
     The unconditional half carries no gradient: published trainers detach it, so its backward is waste. A model
-    with a `guided (velocity, negative, scale)` of its own returns one velocity.
+    that mixes the halves in a way of its own (`mixes_guidance`) gives one velocity.
     """
     sigma = sigma.expand(latents.shape[0])
     with _precision(recipe, latents.device):
@@ -200,9 +200,8 @@ def predict(
                 negative = model.velocity(latents, sigma, conditioning.negative()).contiguous()
             else:
                 negative = unconditional.contiguous()
-        own_way = getattr(model, "guided", None)  # a family that mixes the halves in another way
-        if own_way is not None:
-            return own_way(velocity, negative, recipe.guidance_scale), None
+        if model.mixes_guidance:
+            return model.guided(velocity, negative, recipe.guidance_scale), None
     return velocity, Guidance(negative, recipe.guidance_scale)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +12,15 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.models.adapters import has_adapter
-from flowgrpo_fast.precision import (
-    LowPrecisionModel,
-    build_low_precision,
-    check_masters,
-    check_recipe,
-    check_training_precision,
-)
-from flowgrpo_fast.recipe import NFT, LoRA, LowPrecision, Recipe, Scouts
-from flowgrpo_fast.recipe_io import resolve
+from flowgrpo_fast.models.loading import load_model
+from flowgrpo_fast.names import resolve
+from flowgrpo_fast.precision import LowPrecisionModel, check_masters, check_training_precision
+from flowgrpo_fast.recipe import NFT, Recipe, Scouts, Train
 from flowgrpo_fast.rewards.workers import RewardWorkers
 from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.sampling.prune import check_pool
 from flowgrpo_fast.training.snapshots import Snapshot, Through, WithoutAdapter, trained_parameters
-from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
+from flowgrpo_fast.types import FlowModel, PromptRows, RewardFunction
 
 
 class Judge(Protocol):
@@ -34,14 +28,6 @@ class Judge(Protocol):
 
     def correct(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Which images `[B, C, H, W]` show what their prompt asks for, `[B]` bool."""
-        ...
-
-
-class PromptRows(Protocol):
-    """Conditioning of a set of prompts: a `Conditioning`, or what reads one from disk."""
-
-    def rows(self, index: Tensor) -> Conditioning:
-        """Rows `index [B]` (int64), on the index's device."""
         ...
 
 
@@ -66,12 +52,13 @@ class Engine:
     scouts: LowPrecisionModel | None = None  # what scouts run; the same copy where the recipe says the same
     graphs: Graphs | None = None  # captured rollout steps
     workers: RewardWorkers | None = None  # where a reward runs elsewhere
-    _views: dict[int, FlowModel] = field(default_factory=dict)  # one each: captured steps know a model by it
+    # The policy that samples, seen through each copy in low precision: one object each, as captured steps know it.
+    _views: dict[FlowModel, FlowModel] = field(default_factory=dict)
 
     @property
     def seq_len(self) -> int | None:
         """Image tokens of a sample, where the model says so; a dynamic shift needs them."""
-        return getattr(self.model, "image_seq_len", None)
+        return self.model.image_seq_len
 
     @property
     def sampled(self) -> FlowModel:
@@ -93,7 +80,7 @@ class Engine:
             return self.sampled
         if self.old is None:
             return copy.model
-        return self._views.setdefault(id(copy), Through(self.old, copy.model))
+        return self._views.setdefault(copy.model, Through(self.old, copy.model))
 
     def close(self) -> None:
         """Ends what runs beside the run."""
@@ -112,24 +99,26 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     Raises:
         ValueError: a name that does not resolve, an empty prompt file, or what the model cannot be.
     """
-    check_recipe(recipe)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # also for what asks for the current one: torch, rewards
-    check_training_precision(recipe, device)
-    task, part = recipe.task, recipe.rollout_precision
-    prompts = tuple(_read_lines(task.prompts, "prompt") if task.prompts else _own_prompts(task.model))
+    check_training_precision(recipe.precision, device)
+    task = recipe.task
+    lines = (
+        _read_lines(task.prompts, "prompt") if task.prompts else []
+    )  # before the weights, which take longer
     rewards = tuple(_function(term.function, "reward") for term in task.rewards)
     judge = _function(task.judge, "judge") if task.judge else None
-    model = load_model(recipe, device)
+    model = load_model(task.model, device, recipe.setup)
+    prompts = tuple(lines or _own_prompts(model, task.model))
     check_pool(recipe.prune, model)
     check_masters(model.module)
     model.module.eval()  # no dropout: rollout and replay must agree to the bit
     with torch.no_grad():
-        conditioning = _encode(model, prompts, task.images)
-    low_precision = build_low_precision(model, part) if isinstance(part, LowPrecision) else None
+        conditioning = model.prompt_rows(prompts, _source_images(task.images, prompts) if task.images else ())
+    low_precision = recipe.rollout_precision.build(model)
     scouts, tried = None, recipe.explore.precision if isinstance(recipe.explore, Scouts) else None
-    if isinstance(tried, LowPrecision):
-        scouts = low_precision if tried == part else build_low_precision(model, tried)
+    if tried is not None:
+        scouts = low_precision if tried == recipe.rollout_precision else tried.build(model)
     optimizer = torch.optim.AdamW(
         trained_parameters(model.module),
         lr=recipe.optimizer.lr,
@@ -145,7 +134,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         rewards=rewards,
         judge=judge() if judge else None,
         optimizer=optimizer,
-        reference=_start_of(model, recipe) if recipe.loss.kl_beta > 0 else None,
+        reference=_start_of(model, recipe.network.train) if recipe.loss.kl_beta > 0 else None,
         averaged=Snapshot(model) if recipe.optimizer.ema_decay > 0 else None,
         old=Snapshot(model) if isinstance(recipe.loss, NFT) else None,
         device=device,
@@ -167,61 +156,27 @@ def sync_weights(engine: Engine) -> None:
                 copy.refresh()
 
 
-def load_model(recipe: Recipe, device: torch.device) -> FlowModel:
-    """The model of `recipe.task.model`.
-
-    `sd3` is `flowgrpo_fast.models.sd3:load`; `package.module:function` is taken as it stands. A loader takes the
-    device, and the recipe where it reads one.
-    """
-    loader = _model_part(recipe.task.model, "load")
-    model: FlowModel = loader(*(device, recipe)[: len(inspect.signature(loader).parameters)])
-    return model
-
-
-def _start_of(model: FlowModel, recipe: Recipe) -> FlowModel:
+def _start_of(model: FlowModel, train: Train) -> FlowModel:
     """The start weights: a fresh adapter's are the base alone."""
-    train = recipe.network.train
-    fresh = has_adapter(model.module) and isinstance(train, LoRA) and not train.path
+    # A model of the user's own may read no setup and train what it likes.
+    fresh = has_adapter(model.module) and train.starts_from_base
     return WithoutAdapter(model) if fresh else Snapshot(model)
 
 
-def _encode(model: FlowModel, prompts: tuple[str, ...], images: str) -> PromptRows:
-    """All prompts' conditioning: in memory, or on disk where the model keeps it there."""
-    arguments: dict[str, Any] = {"images": _source_images(model, prompts, images)} if images else {}
-    on_disk: Callable[..., PromptRows | None] | None = getattr(model, "on_disk", None)
-    stored = on_disk(list(prompts), **arguments) if on_disk else None
-    return stored or model.encode(list(prompts), **arguments)
-
-
-def _source_images(model: FlowModel, prompts: tuple[str, ...], images: str) -> list[Path]:
-    if "images" not in inspect.signature(model.encode).parameters:
-        raise ValueError(f"task.images is {images!r}; this model takes prompts alone")
-    paths = [Path(images).parent / line for line in _read_lines(images, "image")]
+def _source_images(file: str, prompts: Sequence[str]) -> list[Path]:
+    paths = [Path(file).parent / line for line in _read_lines(file, "image")]
     if len(paths) != len(prompts):
-        raise ValueError(
-            f"{images!r} names {len(paths)} images for {len(prompts)} prompts; give one for each"
-        )
+        raise ValueError(f"{file!r} names {len(paths)} images for {len(prompts)} prompts; give one for each")
     return paths
 
 
-def _own_prompts(name: str) -> list[str]:
-    try:
-        own = _model_part(name, "prompts")
-    except ValueError as error:
-        if "has no 'prompts'" not in str(error):
-            raise
+def _own_prompts(model: FlowModel, name: str) -> list[str]:
+    own = model.own_prompts()
+    if not own:
         raise ValueError(
             f"{name} brings no prompts of its own; set task.prompts to a text file, one prompt a line"
-        ) from None
-    prompts: list[str] = own()
-    return prompts
-
-
-def _model_part(name: str, part: str) -> Callable[..., Any]:
-    if ":" in name:
-        module, _, function = name.partition(":")
-        return resolve(f"{module}:{function if part == 'load' else part}")
-    return resolve(f"flowgrpo_fast.models.{name}:{part}")
+        )
+    return own
 
 
 def _function(path: str, what: str) -> Callable[..., Any]:
