@@ -67,6 +67,20 @@ def test_imports_flow_one_way(path: Path) -> None:
         assert FLOORS[other] < FLOORS[own], f"{own} must not import {other}"
 
 
+@pytest.mark.parametrize("name", ["models/network.py", "precision/parts.py"])
+def test_what_a_part_does_is_written_beside_it(name: str) -> None:
+    """Nobody else asks for the type of a part: a new one is used like ours."""
+    own = PACKAGE / name
+    parts = {node.name for node in ast.parse(own.read_text()).body if isinstance(node, ast.ClassDef)}
+    assert parts
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            asks = isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "type")
+            asks = asks or isinstance(node, ast.MatchClass)
+            words = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} if asks else set()
+            assert path == own or not words & parts, f"{path}: {ast.unparse(node)}"
+
+
 def test_ops_stand_alone() -> None:
     allowed = {"torch", "flowgrpo_fast", *sys.stdlib_module_names}
     for path in (PACKAGE / "ops").glob("*.py"):
