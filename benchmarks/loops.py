@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from flowgrpo_fast.training.loop import train_step
 from flowgrpo_fast.types import Conditioning, FlowModel
 
 
-class SyntheticModel:
+class SyntheticModel(FlowModel):
     """A velocity field over SD3.5 latents that costs little: two layers over the channels of each pixel."""
 
     latent_shape: tuple[int, ...] = SD3.sample
@@ -35,7 +36,7 @@ class SyntheticModel:
         for parameter in self.module.parameters():
             parameter.data = (0.2 * torch.randn(parameter.shape, generator=generator)).to(device)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
         return Conditioning(torch.zeros(len(prompts), 1, 1, device=next(self.module.parameters()).device))
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from flowgrpo_fast.models.flux import Flux
 from flowgrpo_fast.models.loading import freeze
+from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.models.pipeline import PipelineModel
 from flowgrpo_fast.models.sd3 import SD3
 from flowgrpo_fast.planner.published import PUBLISHED, Part
-from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.types import Conditioning
 
 PROMPTS = ["a red cat", "two blue dogs"]
@@ -109,9 +109,9 @@ SCALES = {
 }
 
 
-def load(device: torch.device, recipe: Recipe, scale: Scale) -> PipelineModel:
-    """The family's own model over random weights, adapters and compilation as the recipe says."""
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+def load(device: torch.device, setup: ModelSetup, scale: Scale) -> PipelineModel:
+    """The family's own model over random weights, adapters and compilation as the setup says."""
+    dtype = setup.dtype
     pipe = SimpleNamespace(
         transformer=_random(scale.transformer, device, dtype, seed=1),
         vae=_random(scale.vae, device, dtype, seed=2),
@@ -120,9 +120,9 @@ def load(device: torch.device, recipe: Recipe, scale: Scale) -> PipelineModel:
         _unpack_latents=diffusers.FluxPipeline._unpack_latents,
     )
     freeze(pipe.vae)
-    network = replace(recipe.network, height=scale.pixels, width=scale.pixels)
-    model = _without_text(scale)(Path(), pipe, replace(recipe, network=network))
-    model.prepare_training(recipe)
+    network = replace(setup.network, height=scale.pixels, width=scale.pixels)
+    model = _without_text(scale)(Path(), pipe, replace(setup, network=network))
+    model.prepare_training(setup)
     return model.to(device)
 
 
@@ -131,11 +131,6 @@ sd35_medium = partial(load, scale=SCALES["sd35_medium"])
 flux = partial(load, scale=SCALES["flux"])
 tiny_sd3 = partial(load, scale=SCALES["tiny_sd3"])
 tiny_flux = partial(load, scale=SCALES["tiny_flux"])
-
-
-def prompts() -> list[str]:
-    """What a task without a file of prompts asks for."""
-    return PROMPTS
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -148,6 +143,9 @@ def _without_text(scale: Scale) -> type[PipelineModel]:
     """The family with noise in the place of text embeddings."""
 
     class WithoutText(scale.family):  # type: ignore[misc, name-defined]
+        def own_prompts(self) -> list[str]:
+            return PROMPTS
+
         def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
             config = self.pipe.transformer.config
             shapes = ((scale.tokens, config.joint_attention_dim), (config.pooled_projection_dim,))

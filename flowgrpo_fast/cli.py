@@ -25,9 +25,10 @@ from flowgrpo_fast.launch import Run
 from flowgrpo_fast.monitor.cost import cpu_name
 from flowgrpo_fast.monitor.metrics import TrackerName
 from flowgrpo_fast.monitor.report import write_figures, write_report
+from flowgrpo_fast.names import nearest
 from flowgrpo_fast.ops import build_info
 from flowgrpo_fast.recipe import Recipe
-from flowgrpo_fast.recipe_io import load_recipe, nearest, override
+from flowgrpo_fast.recipe_io import load_recipe, override
 from flowgrpo_fast.recipes import RECIPES, digits
 
 _VERSIONS = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scikit-learn", "pybind11")

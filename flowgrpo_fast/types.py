@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -400,23 +401,100 @@ class Batch:
         return replace(self, samples=self.samples.without_unconditional())
 
 
-class FlowModel(Protocol):
-    """One family of generators: three methods and the module that is trained."""
+class PromptRows(Protocol):
+    """Conditioning of a set of prompts: a `Conditioning`, or what reads one from disk."""
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """Rows `index [B]` (int64), on the index's device."""
+        ...
+
+
+class FlowModel:
+    """One family of generators. Ours and a user's own are subclasses; a loader makes one (`models.loading`).
+
+    A subclass sets `latent_shape` and `module` and defines `encode`, `velocity` and `decode`. Everything else has a
+    default, which it replaces where it can do more. Models are told apart by identity (captured steps and views are
+    kept for each), so a dataclass that is one says `eq=False`.
+    """
 
     latent_shape: tuple[int, ...]  # *S of one sample
     module: nn.Module  # what is trained and checkpointed
+    latent_grid: tuple[int, ...] | None = (
+        None  # height and width of packed latents, whose shape does not show them
+    )
+    image_seq_len: int | None = None  # image tokens of one sample: a dynamic shift grows with them
+    sensitive: tuple[str, ...] = ()  # regular expressions over the transformer's layer names: never quantised
+    takes_images: bool = False  # `encode` reads a source image for each prompt
+    mixes_guidance: bool = False  # the halves of guidance are mixed by `guided`, not by the plain formula
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """One conditioning row per prompt, on the module's device."""
-        ...
+    @classmethod
+    def family(cls) -> str:
+        """What messages call it."""
+        return cls.__name__
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The part of `module` that low precision may quantise."""
+        return self.module
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
+        """One conditioning row per prompt, on the module's device.
+
+        Args:
+            images: one source image for each prompt, where the model `takes_images`; else there are none.
+
+        Raises:
+            ValueError: a prompt or an image that the model cannot read.
+        """
+        raise self._lacks("encode")
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """d latents / d sigma `[B, *S]` of latents `[B, *S]` at sigma `[B]` fp32 (1 = noise)."""
-        ...
+        raise self._lacks("velocity")
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images `[B, C, H, W]`, or videos `[B, F, C, H, W]`, fp32 in [0, 1]."""
-        ...
+        """Images `[B, C, H, W]`, or videos `[B, F, C, H, W]`, fp32 in [0, 1], without gradient."""
+        raise self._lacks("decode")
+
+    def decode_with_grad(self, latents: Tensor) -> Tensor:
+        """As `decode`, with the gradient to the latents that a differentiable reward needs.
+
+        Raises:
+            ValueError: the model has no such decoder.
+        """
+        raise ValueError(
+            f"{self.family()} decodes without gradient, which a differentiable reward needs; define its "
+            "decode_with_grad, or choose a method that needs rewards alone"
+        )
+
+    def guided(self, velocity: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Both halves `[B, *S]` of classifier-free guidance as one velocity; only asked where `mixes_guidance`."""
+        return negative + scale * (velocity - negative)
+
+    def expert(self, sigma: Tensor) -> FlowModel:
+        """What runs where all samples are at `sigma`, 0-d on the host; the same object for the same part of it."""
+        return self
+
+    def own_prompts(self) -> list[str]:
+        """What a task without a file of prompts trains on; empty: the model brings none."""
+        return []
+
+    def prompt_rows(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> PromptRows:
+        """Conditioning of a run's prompts, in memory unless the model keeps it elsewhere.
+
+        Raises:
+            ValueError: as `encode`, or images for a model that takes none.
+        """
+        self.check_images(images)
+        return self.encode(prompts, images)
+
+    def check_images(self, images: Sequence[Path]) -> None:
+        """Refuses source images for a model that takes none."""
+        if images and not self.takes_images:
+            raise ValueError(f"task.images is set; {self.family()} makes images from text alone")
+
+    def _lacks(self, method: str) -> ValueError:
+        return ValueError(f"{self.family()} has no {method}; a FlowModel defines encode, velocity and decode")
 
 
 # Scores unfinished samples: x0 predictions [B, *S] of equal groups, neighbours in the batch -> [B] fp32.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.recipe import (
     ClippedRatio,
     FlowSDE,
@@ -20,7 +21,7 @@ from flowgrpo_fast.recipe import (
     Sigmas,
     Task,
 )
-from flowgrpo_fast.types import Conditioning
+from flowgrpo_fast.types import Conditioning, FlowModel
 
 torch.set_num_threads(1)  # toy sizes: threads only wait for each other
 
@@ -47,10 +48,10 @@ def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
         return dict(data)
 
 
-class ToyModel:
+class ToyModel(FlowModel):
     """A two-layer network on 6 latents; prompts are "low" (wants -1) and "high" (wants +1)."""
 
-    latent_shape: tuple[int, ...] = (6,)
+    latent_shape = (6,)
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -58,7 +59,7 @@ class ToyModel:
         for parameter in self.module.parameters():
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
         embeds = torch.tensor([[[-1.0 if p == "low" else 1.0]] for p in prompts])
         return Conditioning(embeds, embeds[:, 0], torch.zeros_like(embeds), torch.zeros_like(embeds[:, 0]))
 
@@ -69,13 +70,12 @@ class ToyModel:
     def decode(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(latents.float()).view(-1, 1, 2, 3)
 
+    def own_prompts(self) -> list[str]:
+        return ["low", "high"]
 
-def load(device: torch.device) -> ToyModel:
+
+def load(device: torch.device, setup: ModelSetup) -> ToyModel:
     return ToyModel()
-
-
-def prompts() -> list[str]:
-    return ["low", "high"]
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:

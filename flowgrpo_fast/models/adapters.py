@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowgrpo_fast.models.loading import one_line
-from flowgrpo_fast.recipe import LoRA
+from flowgrpo_fast.models.network import LoRA
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
 _NAME = "default"  # of the one adapter, inside peft

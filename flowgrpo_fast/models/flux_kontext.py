@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowgrpo_fast.models.flux import Flux
-from flowgrpo_fast.recipe import Network
+from flowgrpo_fast.models.network import Network
 from flowgrpo_fast.types import Conditioning
 
 
@@ -20,6 +20,7 @@ class FluxKontext(Flux):
     """`FluxKontextPipeline`: FLUX.1 with `extra["image_latents"] [P, L, 4 * C]`, a source image for each prompt."""
 
     pipeline_class = FluxKontextPipeline
+    takes_images = True
 
     def lay_out(self, network: Network) -> None:
         """The source has the positions of the image, one image further."""

@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from flowgrpo_fast.models.network import Network
+from flowgrpo_fast.names import nearest
 from flowgrpo_fast.planner.counting import (
     Activations,
     Work,
@@ -25,8 +27,6 @@ from flowgrpo_fast.planner.counting import (
 )
 from flowgrpo_fast.planner.published import PUBLISHED, Part
 from flowgrpo_fast.planner.shapes import CALLS, FP32_VAES, Size, vae_latents, vae_stride
-from flowgrpo_fast.recipe import LoRA, Network
-from flowgrpo_fast.recipe_io import nearest
 
 # What is adapted where a recipe names nothing: the projections of attention, in some families the MLPs too.
 _ATTENTION = (
@@ -204,14 +204,8 @@ def _counted(pipeline: Architecture, network: Network) -> Counts:
     size = pipeline.size(network)
     parts = [pipeline.transformer, pipeline.experts, pipeline.vae, pipeline.text_encoders]
     key = json.dumps(parts, sort_keys=True)
-    rank = 0
-    targets: tuple[str, ...] = ()
-    if isinstance(network.train, LoRA):
-        rank, targets = (
-            network.train.rank,
-            network.train.targets or _TARGETS.get(pipeline.transformer[0], _PLAIN),
-        )
-    return replace(_count(key, size, rank, targets), name=pipeline.name)
+    targets = network.train.adapted(_TARGETS.get(pipeline.transformer[0], _PLAIN))
+    return replace(_count(key, size, network.train.adapter_rank, targets), name=pipeline.name)
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,6 @@ from flowgrpo_fast.planner.step import Execution, plan_step
 from flowgrpo_fast.recipe import (
     ClippedRatio,
     DPMSolver2M,
-    FullFineTuning,
     KeepAll,
     LoRA,
     LowPrecision,
@@ -162,8 +161,8 @@ def _sharing(recipe: Recipe, execution: Execution) -> Iterator[_Change]:
 
 def _network(recipe: Recipe, execution: Execution, gpu: Gpu) -> Iterator[_Change]:
     """Levers of precision, checkpointing and what is trained."""
-    if isinstance(recipe.rollout_precision, LowPrecision):
-        plain = replace(recipe, rollout_precision=TrainingPrecision())
+    plain = replace(recipe, rollout_precision=TrainingPrecision())
+    if recipe != plain:
         yield _Change("low precision outside the window", "rollout_precision", False, True, plain, execution)
     else:
         formats = (("fp8_rows", gpu.fp8), ("nvfp4", gpu.fp4))
@@ -177,6 +176,6 @@ def _network(recipe: Recipe, execution: Execution, gpu: Gpu) -> Iterator[_Change
             light = replace(recipe, network=network)
             name = f"{kind} checkpointing" if kind != "none" else "no checkpointing"
             yield _Change(name, f"network.checkpointing={kind}", True, False, light, execution)
-    if isinstance(recipe.network.train, FullFineTuning):
+    if recipe.network.train.trains_every_weight:
         lora = replace(recipe, network=replace(recipe.network, train=LoRA()))
         yield _Change("LoRA instead of full fine-tuning", "network.train=LoRA", False, False, lora, execution)

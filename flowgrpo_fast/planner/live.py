@@ -19,8 +19,8 @@ from flowgrpo_fast.planner.published import PUBLISHED
 from flowgrpo_fast.planner.step import plan_step
 from flowgrpo_fast.precision import QuantizedLinear
 from flowgrpo_fast.recipe import Recipe
-from flowgrpo_fast.training.engine import Engine, PromptRows
-from flowgrpo_fast.types import FlowModel, at_step
+from flowgrpo_fast.training.engine import Engine
+from flowgrpo_fast.types import FlowModel, PromptRows
 
 _MEASURING = 0.25  # seconds of matrix products, after the first
 _SIDE = {"cpu": 768, "cuda": 8192}
@@ -87,7 +87,7 @@ def count_model(
     sigma = torch.ones(1, device=device)
     row = conditioning.rows(torch.zeros(1, dtype=torch.int64, device=device))
     with torch.compiler.set_stance("force_eager"):
-        forward = count_work(lambda: at_step(model, torch.ones(1), 0).velocity(latents, sigma, row))
+        forward = count_work(lambda: model.expert(torch.ones(())).velocity(latents, sigma, row))
         decode = count_work(lambda: model.decode(latents))
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     weights = [layer.weight for layer in model.module.modules() if isinstance(layer, layers)]

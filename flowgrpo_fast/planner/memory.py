@@ -14,8 +14,8 @@ from pathlib import Path
 
 from flowgrpo_fast.planner.architectures import Counts
 from flowgrpo_fast.planner.step import Execution
-from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LowPrecision, Prune, Recipe, Scouts
-from flowgrpo_fast.recipe.rollout import RolloutPrecision
+from flowgrpo_fast.precision import RolloutPrecision
+from flowgrpo_fast.recipe import ClippedRatio, Prune, Recipe, Scouts
 from flowgrpo_fast.sampling.windows import window_steps
 
 _CONTEXT = 1.5e9  # CUDA's own, with the libraries' workspaces
@@ -155,7 +155,7 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Samples
         if lighter
         else "lower rows_per_forward"
     )
-    full = isinstance(network.train, FullFineTuning)
+    full = network.train.trains_every_weight
     return Phase(
         "update",
         (Part("gradients", counts.trained * _FP32, _LORA if full else _RANK), *held.update()),
@@ -299,12 +299,12 @@ def _kept_steps(recipe: Recipe) -> int:
 
 def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
     """The transformer, what is trained of it, and its copies."""
-    full = isinstance(recipe.network.train, FullFineTuning)
+    full = recipe.network.train.trains_every_weight
     width = 2 if recipe.precision == "bf16" else _FP32
     smaller = "set precision=bf16" if width == _FP32 else _LARGER_GPU
     trained = counts.trained * _FP32
     base = counts.parameters * _FP32 if full else counts.parameters * width
-    shared_base = any(part.mode == "shared_base" for part in _low_precisions(recipe).values())
+    shared_base = any(precision.shares_base for precision in _precisions(recipe).values())
     if shared_base and not full:
         base -= counts.linear_parameters * width  # only its low-precision form is kept
     parts = [Part("transformer weights", base, _LORA if full else smaller)]
@@ -320,19 +320,17 @@ def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
         parts.append(Part("policy that samples", trained, less))
     if full and getattr(recipe.loss, "kl_beta", 0.0) > 0:
         parts.append(Part("reference weights", counts.parameters * width, "set loss.kl_beta=0"))
-    for setting, precision in _low_precisions(recipe).items():
-        size = 0.5625 if precision.format == "nvfp4" else 1.0  # codes, and a scale for 16 of them
-        linear = counts.linear_parameters
-        if precision.mode == "bare_layers":
-            linear = int(linear * (1 - counts.forward.adapted / max(counts.forward.linear, 1)))
+    for setting, precision in _precisions(recipe).items():
+        share = precision.low_share(counts.forward.linear, counts.forward.adapted)
+        size = int(counts.linear_parameters * share) * precision.bytes_per_weight
         name = f"low-precision copy ({precision.format})"
-        parts.append(Part(name, linear * size, f"set {setting}=TrainingPrecision"))
+        parts.append(Part(name, size, f"set {setting}=TrainingPrecision"))
     return parts
 
 
-def _low_precisions(recipe: Recipe) -> dict[str, LowPrecision]:
-    """Distinct low precisions, by the setting that asks for them."""
+def _precisions(recipe: Recipe) -> dict[str, RolloutPrecision]:
+    """Distinct precisions of steps without a log-prob, by the setting that asks for them."""
     asked: dict[str, RolloutPrecision] = {"rollout_precision": recipe.rollout_precision}
     if isinstance(recipe.explore, Scouts) and recipe.explore.precision != recipe.rollout_precision:
         asked["explore.precision"] = recipe.explore.precision
-    return {name: part for name, part in asked.items() if isinstance(part, LowPrecision)}
+    return asked

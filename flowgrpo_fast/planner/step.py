@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields
 
 from flowgrpo_fast.planner.architectures import Counts
 from flowgrpo_fast.planner.devices import Gpu
-from flowgrpo_fast.recipe import ClippedRatio, KeepAll, LowPrecision, Prune, Recipe, Scouts
-from flowgrpo_fast.recipe.rollout import RolloutPrecision
+from flowgrpo_fast.recipe import ClippedRatio, KeepAll, Prune, Recipe, Scouts
 from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
 from flowgrpo_fast.sampling.windows import window_steps
 
@@ -133,15 +132,9 @@ def plan_step(counts: Counts, recipe: Recipe, execution: Execution | None = None
         reward=scored * counts.reward * execution.num_reward_towers,
         forwards=forwards + scout_forwards,
         samples=samples,
-        low_format=_format(recipe.rollout_precision),
-        scout_format=_format(recipe.explore.precision) if isinstance(recipe.explore, Scouts) else "bf16",
+        low_format=recipe.rollout_precision.format_name,
+        scout_format=recipe.explore.precision.format_name if isinstance(recipe.explore, Scouts) else "bf16",
     )
-
-
-def _format(precision: RolloutPrecision) -> str:
-    if not isinstance(precision, LowPrecision):
-        return "bf16"
-    return "fp4" if precision.format == "nvfp4" else "fp8"
 
 
 def _schedules(recipe: Recipe, sequence: int | None) -> list[tuple[Schedule, float]]:
@@ -176,16 +169,10 @@ def _previewed(recipe: Recipe) -> int:
     return 0
 
 
-def _low_share(counts: Counts, precision: RolloutPrecision) -> float:
-    """Share of the linear FLOPs that a low precision covers."""
-    if isinstance(precision, LowPrecision) and precision.mode == "bare_layers" and counts.forward.linear:
-        return 1 - counts.forward.adapted / counts.forward.linear
-    return 1.0
-
-
 def _rollout(counts: Counts, recipe: Recipe, execution: Execution, schedule: Schedule) -> tuple[Flops, float]:
     """FLOPs and network evaluations of the rollout."""
-    work, share = counts.forward, _low_share(counts, recipe.rollout_precision)
+    work = counts.forward
+    share = recipe.rollout_precision.low_share(work.linear, work.adapted)
     sizes = _group_sizes(recipe, schedule.num_steps)
     shares = recipe.share_start_noise and recipe.share_prefix and bool(schedule.kept)
     first = schedule.kept[0] if shares else -1
@@ -196,7 +183,7 @@ def _rollout(counts: Counts, recipe: Recipe, execution: Execution, schedule: Sch
         rows = recipe.num_prompts * (1 if shared else size) * _halves(recipe)
         evaluations += rows
         training += rows * (work.forward - work.linear)
-        if step in schedule.kept and not _shares_base(recipe):
+        if step in schedule.kept and not recipe.rollout_precision.shares_base:
             window += rows * work.linear
         else:
             low += rows * share * work.linear
@@ -218,16 +205,11 @@ def _scouts(counts: Counts, recipe: Recipe) -> tuple[Flops, float, int]:
         return Flops(), 0.0, 0
     samples = recipe.num_prompts * explore.num_scouts
     rows = float(samples * explore.num_inference_steps * _halves(recipe))
-    share = _low_share(counts, explore.precision) if isinstance(explore.precision, LowPrecision) else 1.0
-    linear = rows * counts.forward.linear
-    attention = rows * counts.forward.forward - linear
+    work = counts.forward
+    share = explore.precision.low_share(work.linear, work.adapted)
+    linear = rows * work.linear
+    attention = rows * work.forward - linear
     return Flops(attention + (1 - share) * linear, share * linear), rows, samples
-
-
-def _shares_base(recipe: Recipe) -> bool:
-    """Whether all steps, and the update's forwards, run one base in low precision."""
-    part = recipe.rollout_precision
-    return isinstance(part, LowPrecision) and part.mode == "shared_base"
 
 
 def _update(counts: Counts, recipe: Recipe, execution: Execution, schedule: Schedule) -> tuple[float, float]:
@@ -260,7 +242,7 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, schedule: Sche
     evaluations = samples * steps
     if execution.share_first_step and _shares_first(recipe, schedule):
         evaluations -= samples - recipe.num_prompts
-    return evaluations * each, evaluations * forwards * work.linear * _shares_base(recipe)
+    return evaluations * each, evaluations * forwards * work.linear * recipe.rollout_precision.shares_base
 
 
 def as_dict(step: StepFlops) -> dict[str, float]:

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowgrpo_fast.models.adapters import adapters_off
-from flowgrpo_fast.types import Conditioning, FlowModel
+from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
 
-class _View:
-    """A `FlowModel` that is another one, except for what `_changed` does to its weights during a velocity."""
+class _View(FlowModel):
+    """A model that is another one, except for what `_changed` does to its weights during a velocity."""
 
     def __init__(self, model: FlowModel) -> None:
         self.model = model
-        self.latent_shape = model.latent_shape
-        self.latent_grid = getattr(model, "latent_grid", None)
-        self.guided = getattr(model, "guided", None)
-        self.module = model.module
-        self.expert = None if getattr(model, "expert", None) is None else self._expert
-        self._experts: dict[int, FlowModel] = {}  # by the model that each looks at, one each
+        self.latent_shape, self.module = model.latent_shape, model.module
+        self.latent_grid, self.image_seq_len = model.latent_grid, model.image_seq_len
+        self.sensitive, self.takes_images = model.sensitive, model.takes_images
+        self.mixes_guidance = model.mixes_guidance
+        self._experts: dict[FlowModel, FlowModel] = {}  # by the model that each looks at, one each
 
-    def _expert(self, sigma: Tensor) -> FlowModel:
+    @property
+    def transformer(self) -> nn.Module:
+        """The model's own."""
+        return self.model.transformer
+
+    def guided(self, velocity: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """As the model."""
+        return self.model.guided(velocity, negative, scale)
+
+    def expert(self, sigma: Tensor) -> FlowModel:
         """The same view of what the model runs at `sigma`."""
-        inner: FlowModel = self.model.expert(sigma)  # type: ignore[attr-defined]
-        if id(inner) not in self._experts:
-            self._experts[id(inner)] = self if inner is self.model else self._over(inner)
-        return self._experts[id(inner)]
+        inner = self.model.expert(sigma)
+        if inner not in self._experts:
+            self._experts[inner] = self if inner is self.model else self._over(inner)
+        return self._experts[inner]
 
     def _over(self, inner: FlowModel) -> FlowModel:
         raise AssertionError
@@ -38,9 +47,17 @@ class _View:
     def _changed(self) -> AbstractContextManager[None]:
         raise AssertionError
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
         """As the model: text encoders are not trained."""
-        return self.model.encode(prompts)
+        return self.model.encode(prompts, images)
+
+    def own_prompts(self) -> list[str]:
+        """As the model."""
+        return self.model.own_prompts()
+
+    def prompt_rows(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> PromptRows:
+        """As the model."""
+        return self.model.prompt_rows(prompts, images)
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """As the model under the changed weights, without gradient."""
@@ -50,6 +67,10 @@ class _View:
     def decode(self, latents: Tensor) -> Tensor:
         """As the model: the autoencoder is not trained."""
         return self.model.decode(latents)
+
+    def decode_with_grad(self, latents: Tensor) -> Tensor:
+        """As the model."""
+        return self.model.decode_with_grad(latents)
 
 
 class Snapshot(_View):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowgrpo_fast.models.loading import load_model
 from flowgrpo_fast.recipe import (
     ClippedRatio,
     FlowSDE,
@@ -24,7 +25,7 @@ from flowgrpo_fast.recipe import (
     Sigmas,
     Task,
 )
-from flowgrpo_fast.types import Conditioning
+from flowgrpo_fast.types import Conditioning, FlowModel
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,11 @@ def recipe_for(family: Family, path: Path, prompts: Path, **changes: Any) -> Rec
         ),
     )
     return replace(recipe, **changes)
+
+
+def loaded(recipe: Recipe) -> FlowModel:
+    """The model of a recipe's task, on the CPU."""
+    return load_model(recipe.task.model, torch.device("cpu"), recipe.setup)
 
 
 def captured(pipe: Any, run: Callable[[], Any]) -> tuple[Any, list[tuple[dict[str, Any], Tensor]]]:

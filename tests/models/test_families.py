@@ -17,7 +17,7 @@ from flowgrpo_fast.ops import philox_normal
 from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LoRA, Optimizer, Prune
 from flowgrpo_fast.sampling.step import predict
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowgrpo_fast.training.engine import build_engine, load_model
+from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import evaluate, train_step
 from flowgrpo_fast.training.snapshots import trained_parameters
 from tests.models import tiny
@@ -29,6 +29,7 @@ from tests.models.families import (
     QWEN_IMAGE,
     SD3,
     captured,
+    loaded,
     source_images,
 )
 
@@ -73,7 +74,7 @@ def test_velocity_and_sample_equal_the_pipelines(family, scale, tiny_recipe, pip
     """Same start latents, same sigmas: every call of the transformer, and the finished pixels."""
     pipe = pipeline(family)
     recipe = tiny_recipe(family, guidance_scale=scale, negative_prompt=family.negative if scale > 1 else "")
-    model = load_model(recipe, CPU)
+    model = loaded(recipe)
     prompts, images = tiny.PROMPTS[:2], source_images(tmp_path, 2) if family.edits else []
     conditioning = family.encode(model, prompts, images)
     start = start_noise(model, len(prompts))
@@ -137,7 +138,7 @@ def test_bf16_holds_the_base_in_bf16_and_the_adapter_in_fp32(family, tiny_recipe
 def test_checkpointing_changes_no_gradient(family, mode, tiny_recipe, tmp_path) -> None:
     gradients, flops = [], []
     for checkpointing in ("none", mode):
-        model = load_model(tiny_recipe(family, checkpointing=checkpointing), CPU)
+        model = loaded(tiny_recipe(family, checkpointing=checkpointing))
         for index, parameter in enumerate(trained_parameters(model.module)):
             generator = torch.Generator().manual_seed(index)
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -160,9 +161,9 @@ def test_the_text_cache_gives_the_same_without_the_encoders(
 ) -> None:
     kept = tiny_recipe(family, text_cache=str(tmp_path / "text"))
     images = source_images(tmp_path, 3)
-    plain = family.encode(load_model(tiny_recipe(family), CPU), tiny.PROMPTS, images)
-    first = family.encode(load_model(kept, CPU), tiny.PROMPTS, images)
-    again = load_model(kept, CPU)
+    plain = family.encode(loaded(tiny_recipe(family)), tiny.PROMPTS, images)
+    first = family.encode(loaded(kept), tiny.PROMPTS, images)
+    again = loaded(kept)
 
     def refuse(*args, **kwargs):
         raise AssertionError("a text encoder was loaded")
@@ -189,11 +190,39 @@ def test_candidates_are_pruned_on_pooled_latents(family, tiny_recipe) -> None:
         build_engine(tiny_recipe(family, prune=replace(prune, pool=3)), CPU)
 
 
+@every_family
+def test_the_gradient_of_pixels_is_that_of_the_autoencoder(family, tiny_recipe, monkeypatch) -> None:
+    """Against autograd through all samples at once, which keeps every activation."""
+    model = loaded(tiny_recipe(family))
+    latents = start_noise(model, 3)
+    reference, own = (latents.clone().requires_grad_() for _ in range(2))
+    pixels = (model.decode_latents(reference).float() / 2 + 0.5).clamp(0, 1)
+    cotangent = philox_normal(torch.arange(3) + 7, pixels.shape[1:])
+    (expected,) = torch.autograd.grad(pixels, reference, cotangent)
+    assert expected.abs().max() > 0
+    decode, calls = model.decode_latents, []
+    monkeypatch.setattr(model, "decode_latents", lambda part: calls.append(len(part)) or decode(part))
+    got = model.decode_with_grad(own)
+    num_parts = len(calls)
+    torch.testing.assert_close(got.detach(), pixels.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(model.decode(latents), got.detach()) or num_parts > 1
+    assert not model.decode(own).requires_grad
+    calls.clear()
+    (gradient,) = torch.autograd.grad(got, own, cotangent)
+    assert len(calls) == num_parts  # every part once more: nothing of it was kept
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    monkeypatch.setattr("flowgrpo_fast.models.pipeline._DIFFERENTIATED_PIXELS", 1)
+    calls.clear()
+    (one_by_one,) = torch.autograd.grad(model.decode_with_grad(own), own, cotangent)
+    assert calls == [1] * 6
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("family", FIRST, ids=str)
 def test_a_run_loads_its_text_encoders_once(family, tiny_recipe, tmp_path, monkeypatch) -> None:
     """Whatever of the cache is missing: prompts, the negative one, all of them."""
     loads = []
-    load = type(load_model(tiny_recipe(family), CPU))._load_encoder
+    load = type(loaded(tiny_recipe(family)))._load_encoder
     monkeypatch.setattr(
         "flowgrpo_fast.models.pipeline.PipelineModel._load_encoder", lambda m: loads.append(m) or load(m)
     )

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from flowgrpo_fast.recipe import ClippedRatio
-from flowgrpo_fast.training.engine import load_model
-from tests.models.families import ONE_EACH, QWEN_IMAGE, WAN
-from tests.training.test_no_waiting import CPU, check, waited
+from tests.models.families import ONE_EACH, QWEN_IMAGE, WAN, loaded
+from tests.training.test_no_waiting import check, waited
 
 SCHEDULE = ("at_step", "expert")  # read the noise levels, which are on the host
 
@@ -31,6 +30,6 @@ def test_families(family, tiny_recipe) -> None:
 @pytest.mark.parametrize("family", [QWEN_IMAGE, WAN], ids=str)
 def test_decoding(family, tiny_recipe) -> None:
     """The autoencoder's mean and std come from its configuration, and follow the latents without a wait."""
-    model = load_model(tiny_recipe(family), CPU)
+    model = loaded(tiny_recipe(family))
     _, log = waited(lambda: model.decode(torch.zeros(2, *model.latent_shape)))
     assert log == []

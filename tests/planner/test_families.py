@@ -11,9 +11,9 @@ import torch
 from flowgrpo_fast.planner.architectures import architecture, count
 from flowgrpo_fast.planner.live import count_model
 from flowgrpo_fast.recipe import FullFineTuning, LoRA, Network
-from flowgrpo_fast.training.engine import build_engine, load_model
+from flowgrpo_fast.training.engine import build_engine
 from tests.models.conftest import tiny_path, tiny_recipe
-from tests.models.families import FAMILIES, HUNYUAN_VIDEO15, KONTEXT, WAN
+from tests.models.families import FAMILIES, HUNYUAN_VIDEO15, KONTEXT, WAN, loaded
 
 __all__ = ["tiny_path", "tiny_recipe"]
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_what_is_planned_is_what_the_model_runs(family, tiny_recipe) -> None:
 @pytest.mark.parametrize("family", KNOWN, ids=str)
 def test_the_layers_with_an_adapter_are_those_of_the_model(family, tiny_recipe) -> None:
     recipe = tiny_recipe(family, train=LoRA(rank=2))
-    model = load_model(recipe, CPU)
+    model = loaded(recipe)
     planned = count(architecture(recipe.network.path), replace(recipe.network, max_sequence_length=0))
     assert planned.trained == sum(p.numel() for p in model.module.parameters() if p.requires_grad)
 

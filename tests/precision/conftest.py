@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowgrpo_fast.models import digits
 from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork
+from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.recipe import (
     ClippedRatio,
     Credit,
@@ -22,7 +23,7 @@ from flowgrpo_fast.recipe import (
     Sigmas,
     Task,
 )
-from flowgrpo_fast.types import Conditioning
+from flowgrpo_fast.types import Conditioning, FlowModel
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -53,14 +54,15 @@ def sd3(lora: bool = True, seed: int = 0, **changes) -> DigitsModel:
     return DigitsModel(network)
 
 
-@dataclass
-class FluxModel:
+class FluxModel(FlowModel):
     """A tiny FLUX transformer as a FlowModel whose `transformer` is an attribute, and the module itself."""
 
-    module: nn.Module
-    transformer: nn.Module
-    latent_shape: tuple[int, ...] = (16, 16)
-    sensitive: tuple[str, ...] = ("embed", "norm", "proj_mlp")
+    latent_shape = (16, 16)
+    sensitive = ("embed", "norm", "proj_mlp")
+    transformer = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = self.transformer = module
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         positions = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], dim=1)
@@ -92,7 +94,7 @@ def flux(**changes) -> FluxModel:
     )
     with_lora(transformer, **changes)
     randomized(transformer)
-    return FluxModel(transformer, transformer)
+    return FluxModel(transformer)
 
 
 def flux_inputs() -> tuple[Tensor, Tensor, Conditioning]:
@@ -109,21 +111,18 @@ def sd3_inputs(model: DigitsModel) -> tuple[Tensor, Tensor, Conditioning]:
     return latents, torch.tensor([0.9, 0.5, 0.1]), model.encode(digits.prompts()[:3])
 
 
-def load(device: torch.device) -> DigitsModel:
+def load(device: torch.device, setup: ModelSetup) -> DigitsModel:
     return sd3()
 
 
-def load_whole(device: torch.device) -> DigitsModel:
+def load_whole(device: torch.device, setup: ModelSetup) -> DigitsModel:
     return sd3(lora=False)
 
 
-def load_half(device: torch.device) -> DigitsModel:
+def load_half(device: torch.device, setup: ModelSetup) -> DigitsModel:
     model = sd3(lora=False)
     model.module.to(torch.bfloat16)
     return model
-
-
-prompts = digits.prompts
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:

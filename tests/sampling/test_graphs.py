@@ -59,7 +59,7 @@ CASES = {
 def small(monkeypatch):
     """Engines on a small SD3 transformer for handwritten digits; keywords replace fields of the recipe."""
 
-    def load(device) -> DigitsModel:
+    def load(device, setup) -> DigitsModel:
         torch.manual_seed(0)
         network = DigitsNetwork(DigitsConfig(num_layers=1)).eval()
         network.words.requires_grad_(False)

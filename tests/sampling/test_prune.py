@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowgrpo_fast.models.digits import load as load_digits
+from flowgrpo_fast.models.digits import shipped
 from flowgrpo_fast.recipe import (
     NFT,
     AllSteps,
@@ -120,7 +120,7 @@ def test_with_a_real_transformer_survivors_differ_by_its_rounding_at_most(rows) 
     from flowgrpo_fast.recipes import digits, pro_grpo
 
     recipe = replace(digits(pro_grpo()), num_prompts=5, rows_per_forward=rows and 30, seed=3)
-    model = load_digits()
+    model = shipped()
     draws = draw(recipe, 5, 0, CPU)
     prompts = ["a handwritten zero", "a handwritten one", "a handwritten two", "a handwritten six"]
     conditioning = model.encode([*prompts, "a handwritten nine"]).rows(draws.prompt_index[draws.group_id])

@@ -94,7 +94,7 @@ def test_every_recipe_is_exact_on_the_real_transformer(name, precision, monkeypa
     network.words.requires_grad_(False)
     for parameter in network.parameters():  # diffusers starts the output layer at 0; make it say something
         parameter.data += 0.05 * torch.randn_like(parameter)
-    monkeypatch.setattr("flowgrpo_fast.models.digits.load", lambda device: DigitsModel(network))
+    monkeypatch.setattr("flowgrpo_fast.models.digits.load", lambda device, setup: DigitsModel(network))
     recipe = dataclasses.replace(
         shrunk(digits(RECIPES[name].make())), num_prompts=4, num_steps=2, precision=precision
     )

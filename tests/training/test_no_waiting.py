@@ -111,7 +111,7 @@ def network(monkeypatch) -> None:
     network.words.requires_grad_(False)
     for parameter in network.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    monkeypatch.setattr("flowgrpo_fast.models.digits.load", lambda device: DigitsModel(network))
+    monkeypatch.setattr("flowgrpo_fast.models.digits.load", lambda device, setup: DigitsModel(network))
 
 
 def small(name: str, **changes):
