@@ -234,21 +234,14 @@ class Recipe:
             )
         if needs.pairs and not self.data.gives_pairs:
             yield f"{name} learns from pairs; {type(self.data).__name__} gives none: use a source of pairs"
-        if self.machine.rollout_precision.shares_base and self.machine.rollout_precision.scale_of_batch:
-            trained = self.topology.at.steps(num_steps, 0, self.seed)
-            replays_alike = (
-                self.machine.replay_rows in (0, self.rollout_rows)
-                and trained.num_trained == len(trained.stochastic)
-                and not self.topology.stages
-                and self.experience.scout_precision is None
-                and self.machine.steps_per_forward == 1
-            )
-            if not replays_alike:
-                yield (
-                    f"rollout_precision: {self.machine.rollout_precision.format} scales activations by their whole "
-                    "batch, and this recipe replays other batches than it rolls out: the first ratio would not be 1. "
-                    "Use fp8_rows or fp8_blocks, or another mode"
-                )
+        trained = self.topology.at.steps(num_steps, 0, self.seed)
+        self.machine.rollout_precision.check_replay(
+            self.machine.replay_rows in (0, self.rollout_rows)
+            and trained.num_trained == len(trained.stochastic)  # else each sample replays steps of its own
+            and self.machine.steps_per_forward == 1
+            and not self.topology.stages
+            and self.experience.scout_precision is None
+        )
         scout = self.experience.scout_precision
         if scout is not None and scout.shares_base and scout != self.machine.rollout_precision:
             yield (

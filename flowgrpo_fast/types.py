@@ -6,10 +6,10 @@ before it and E edges after it, `fan = E // H` children of each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -59,6 +59,27 @@ def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
     if values.stride(0) == 0:
         return values[:1].expand(len(index), *values.shape[1:])
     return values.index_select(0, index)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts and what comes with each: those of a run, or, after `rows`, one for each of some samples."""
+
+    prompts: tuple[str, ...]
+    metadata: tuple[dict[str, Any], ...]  # one each; what the prompt file says of it besides
+    images: tuple[Path, ...] = ()  # one each, or none at all: the source images that an editing model starts from
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, index: Tensor) -> PromptSet:
+        """Entries `index [B]` (int64), to repeat prompts over their group. Waits for the index's device."""
+        places = index.tolist()
+        return PromptSet(
+            prompts=tuple(self.prompts[i] for i in places),
+            metadata=tuple(self.metadata[i] for i in places),
+            images=tuple(self.images[i] for i in places) if self.images else (),
+        )
 
 
 class Predicted(NamedTuple):
@@ -308,11 +329,29 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
-class RewardOutput:
-    """Rewards of B samples. `total` is what credit is computed on unless it works per objective."""
+class Scores:
+    """What B samples are worth. `total` is what credit is computed on unless it works per objective."""
 
     total: Tensor  # [B] fp32
-    objectives: dict[str, Tensor] = field(default_factory=dict)  # name -> [B], unweighted
+    objectives: dict[str, Tensor] = field(default_factory=dict)  # name -> [B] fp32, unweighted
+    # What rewards say besides: name -> [B], [B, D], [B, F] of frames or [B, *region], fp32
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    # [B] bool: False where a sample got no score, whose numbers are 0 and mean nothing. None = every sample has one,
+    # which nobody has to ask the device for.
+    valid: Tensor | None = None
+
+    @staticmethod
+    def joined(parts: Sequence[Scores]) -> Scores:
+        """Those of several batches, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        everyone = [torch.ones_like(p.total, dtype=torch.bool) if p.valid is None else p.valid for p in parts]
+        return Scores(
+            total=torch.cat([p.total for p in parts]),
+            objectives={name: torch.cat([p.objectives[name] for p in parts]) for name in parts[0].objectives},
+            signals={name: torch.cat([p.signals[name] for p in parts]) for name in parts[0].signals},
+            valid=None if all(p.valid is None for p in parts) else torch.cat(everyone),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -320,7 +359,7 @@ class Scored:
     """Finished samples and what they are worth to the rewards."""
 
     samples: Trajectory
-    scores: RewardOutput
+    scores: Scores
     reward_weights: dict[str, float]  # of each objective, in its order
 
 
@@ -499,8 +538,3 @@ class FlowModel:
 
 # Scores unfinished samples: x0 predictions [B, *S] of equal groups, neighbours in the batch -> [B] fp32.
 PreviewScore: TypeAlias = Callable[[Tensor], Tensor]
-
-# A reward: images [B, C, H, W] fp32 in [0, 1] and their B prompts -> [B] fp32.
-RewardFunction: TypeAlias = Callable[[Tensor, list[str]], Tensor]
-
-Snapshots: TypeAlias = Mapping[str, FlowModel]  # name -> the model under other weights

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_fast.names import resolve
-from flowgrpo_fast.recipe import RewardTerm
-from flowgrpo_fast.types import RewardFunction
+from flowgrpo_fast.rewards.terms import RewardTerm
+from typing import Any as RewardFunction
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

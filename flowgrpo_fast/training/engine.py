@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowgrpo_fast.data.prompts import PromptSet
 from flowgrpo_fast.experience.experience import Stage
+from flowgrpo_fast.models.adapters import has_adapter
 from flowgrpo_fast.models.loading import load_model
 from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.names import resolve
@@ -180,7 +181,7 @@ def _learner(recipe: Recipe, model: FlowModel) -> Learner:
 
 def _snapshot(recipe: Recipe, model: FlowModel, name: str, rule: SnapshotRule) -> FlowModel:
     """The model under other weights; the start of a fresh adapter is the base alone, for no memory at all."""
-    if name == "start" and recipe.network.train.starts_from_base:
+    if name == "start" and has_adapter(model.module) and recipe.network.train.starts_from_base:
         return WithoutAdapter(model)
     snapshot = Snapshot(model)
     if rule.path:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from flowgrpo_fast.credit.chain import assign
+from flowgrpo_fast.data.draws import draw
 from flowgrpo_fast.objectives.snapshots import Moment
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.self_test import ratio_self_test
@@ -39,13 +40,12 @@ def train_step(engine: Engine) -> StepReport:
     """Rollout, rewards, credit, update: one iteration of the recipe."""
     recipe, stage, report = engine.recipe, engine.stage, StepReport(step=engine.step + 1)
     with report.phase("rollout"):
-        draws = recipe.data.draws(
+        draws = draw(
+            recipe.data.draw(engine.step, recipe.seed, recipe.num_prompts, len(engine.prompts)),
             step=engine.step,
             seed=recipe.seed,
-            num_prompts=recipe.num_prompts,
             num_drawn=recipe.num_drawn,
-            set_size=len(engine.prompts.prompts),
-            shares_start=recipe.topology.shares_start,
+            share_start=recipe.topology.shares_start,
             device=engine.device,
         )
         gathered = recipe.experience.collect(stage, draws, engine.step)

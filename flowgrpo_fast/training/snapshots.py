@@ -7,10 +7,13 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from flowgrpo_fast.models.adapters import adapters_off
+from flowgrpo_fast.models.adapters import ADAPTER_FILE, adapters_off, has_adapter, load_adapter
+from flowgrpo_fast.models.loading import one_line
 from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
 
@@ -144,6 +147,29 @@ class WithoutAdapter(_View):
 
     def _changed(self) -> AbstractContextManager[None]:
         return adapters_off(self.model.module)
+
+
+def load_weights(snapshot: Snapshot, path: str) -> None:
+    """Weights of the same kind from elsewhere: a run, a checkpoint folder, an adapter or a safetensors file.
+
+    Raises:
+        ValueError: nothing there, or another model's.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise ValueError(f"Loaded.path is {path!r}; there is no such file or folder")
+    module = snapshot.module
+    name = ADAPTER_FILE if has_adapter(module) else "model.safetensors"
+    file = folder / name if folder.is_dir() else folder
+    try:
+        if has_adapter(module):
+            snapshot.load(load_adapter(module, file))
+            return
+        saved = load_file(file)
+        names = [n for n, parameter in module.named_parameters() if parameter.requires_grad]
+        snapshot.load([saved[n] for n in names])
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ValueError(f"Loaded.path {path!r} does not hold weights of this model: {one_line(error)}") from error
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
