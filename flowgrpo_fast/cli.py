@@ -29,6 +29,7 @@ from flowgrpo_fast.names import nearest
 from flowgrpo_fast.ops import build_info
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.recipe_io import load_recipe, override
+from flowgrpo_fast.recipe_io import show as show_recipe
 from flowgrpo_fast.recipes import RECIPES, digits
 
 _VERSIONS = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scikit-learn", "pybind11")
@@ -50,7 +51,7 @@ def train(
 
     Args:
         recipe: a recipe's name, mix_grpo if left out; `flowgrpo-fast recipes` lists them.
-        overrides: field=value, e.g. group_size=12 window.size=2 dynamics=CPS optimizer.lr=1e-4.
+        overrides: field=value, e.g. group_size=12 topology.at.size=2 dynamics=CPS optimizer.lr=1e-4.
         from_: start from a run file, or from the recipe of an earlier run folder, instead of a named recipe.
         resume: go on with an interrupted run, from its last checkpoint.
         out: the run folder; default runs/<recipe>-<date>-<time>.
@@ -143,7 +144,8 @@ def plan(
 
     if "=" in recipe:  # the name was left out
         recipe, overrides = "flow_grpo", (recipe, *overrides)
-    resolved = override(replace(named_recipe(recipe), precision="bf16"), overrides)
+    paper = named_recipe(recipe)
+    resolved = override(replace(paper, machine=replace(paper.machine, precision="bf16")), overrides)
     result = make_plan(model, resolved, named_gpu(gpu), gpus)
     if json:
         print(json_text.dumps(to_json(result), indent=2))
@@ -151,14 +153,30 @@ def plan(
         show(result, Console())
 
 
-def recipes() -> None:
-    """Lists the recipes with their paper and idea."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("recipe", "paper", "idea"):
-        table.add_column(column, style="bold" if column == "recipe" else "")
-    for name, entry in RECIPES.items():
-        table.add_row(name, entry.paper, (entry.make.__doc__ or "").splitlines()[0])
-    Console().print(table, highlight=False)
+def recipes(
+    action: tyro.conf.Positional[Literal["list", "show"]] = "list",
+    name: tyro.conf.Positional[str] = "",
+    /,
+) -> None:
+    """Lists the recipes by family, or shows one with all its parts.
+
+    Args:
+        action: list, or show.
+        name: the recipe that is shown.
+    """
+    if action == "show":
+        for path, value in show_recipe(named_recipe(name)):
+            print(f"{path:44} {value}")
+        return
+    for family in dict.fromkeys(entry.family for entry in RECIPES.values()):
+        table = Table(box=None, pad_edge=False, title=family, title_justify="left", title_style="bold")
+        for column in ("recipe", "paper", "idea"):
+            table.add_column(column, style="bold" if column == "recipe" else "")
+        for recipe_name, entry in RECIPES.items():
+            if entry.family == family:
+                idea = (entry.make.__doc__ or "").splitlines()[0]
+                table.add_row(recipe_name, entry.paper, idea)
+        Console().print(table, highlight=False)
 
 
 def env() -> None:
@@ -203,7 +221,7 @@ def sample(
     from flowgrpo_fast.monitor.figures import sample_grid
     from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint
     from flowgrpo_fast.training.engine import build_engine
-    from flowgrpo_fast.training.loop import evaluate
+    from flowgrpo_fast.training.evaluate import evaluate
 
     recipe = load_recipe(Path(run)) if run else digits(named_recipe("mix_grpo"))
     recipe = replace(recipe, task=replace(recipe.task, num_eval_samples=num_samples))

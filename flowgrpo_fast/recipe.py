@@ -48,6 +48,7 @@ from flowgrpo_fast.schedule.topology import (
 from flowgrpo_fast.schedule.windows import (
     AllSteps,
     Deterministic,
+    EarlySteps,
     FractionOfSteps,
     FrozenWindow,
     RandomPair,
@@ -218,10 +219,10 @@ class Recipe:
             )
         if needs.all_steps:
             found = self.topology.at.steps(num_steps, 0, self.seed)
-            if found.num_trained < len(found.stochastic) or self.topology.stages:
+            if found.num_trained < len(found.kept) or self.topology.stages:
                 yield (
                     f"{name} joins all stochastic steps of a sample; the window {window} trains {found.num_trained} of "
-                    f"{len(found.stochastic)}{', and cuts lose some' if self.topology.stages else ''}: choose a window "
+                    f"{len(found.kept)}{', and cuts lose some' if self.topology.stages else ''}: choose a window "
                     "that trains every step, and no Cuts"
                 )
         if needs.sampled_by and needs.sampled_by not in self.snapshots:
@@ -237,7 +238,7 @@ class Recipe:
         trained = self.topology.at.steps(num_steps, 0, self.seed)
         self.machine.rollout_precision.check_replay(
             self.machine.replay_rows in (0, self.rollout_rows)
-            and trained.num_trained == len(trained.stochastic)  # else each sample replays steps of its own
+            and trained.num_trained == len(trained.kept)  # else each sample replays steps of its own
             and self.machine.steps_per_forward == 1
             and not self.topology.stages
             and self.experience.scout_precision is None
@@ -339,7 +340,7 @@ PARTS: dict[str, type] = {
     for part in (
         *(Recipe, Optimizer, Machine, Task, Network, LoRA, FullFineTuning, TrainingPrecision, LowPrecision),
         *(Sigmas, DynamicShift, FlowSDE, DanceSDE, CPS, Euler, DPMSolver2M),
-        *(Deterministic, RandomPair, AllSteps, FractionOfSteps, RandomWindow, FrozenWindow, SlidingWindow),
+        *(Deterministic, RandomPair, AllSteps, EarlySteps, FractionOfSteps, RandomWindow, FrozenWindow, SlidingWindow),
         *(Independent, SharedStart, Tree, Comb, OneStepEach, Cuts),
         *(PolicyGradient, PathLogProb, Clip, TransitionKL, VelocityKL, NFT),
         *(Frozen, EMA, Ramp, ResetWhen, Loaded),

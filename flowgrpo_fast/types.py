@@ -72,6 +72,10 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def part(self, rows: slice) -> PromptSet:
+        """Some neighbours."""
+        return PromptSet(self.prompts[rows], self.metadata[rows], self.images[rows])
+
     def rows(self, index: Tensor) -> PromptSet:
         """Entries `index [B]` (int64), to repeat prompts over their group. Waits for the index's device."""
         places = index.tolist()
@@ -286,6 +290,14 @@ class Noised:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Imposed:
+    """Walks that some samples repeat from the start, up to where their own begin: of a replay buffer, say."""
+
+    samples: Tensor  # [N] int64, which samples
+    states: tuple[Tensor, ...]  # [N, *S] each: the start noise, the latents after step 0, after step 1, ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
     """One rollout. After cuts it holds the survivors, and `draws` theirs."""
 
@@ -414,6 +426,7 @@ class Batch:
     credit: Credit
     live: NDArray[np.bool_]  # [B] host: which samples carry weight
     choices: Choices
+    prompts: PromptSet  # one for each sample, with what is known of it
     pairs: Tensor | None = None  # [N, 2] int64 -> B: the better and the worse of each pair
 
     def __len__(self) -> int:
@@ -433,6 +446,7 @@ class Batch:
             credit=self.credit.of_samples(rows),
             live=self.live[rows],
             choices=self.choices.of_samples(rows),
+            prompts=self.prompts.part(rows),
         )
 
     def without_unconditional(self) -> Batch:

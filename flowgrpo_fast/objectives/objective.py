@@ -104,6 +104,15 @@ class Evaluator(Protocol):
         """A snapshot, without gradient."""
         ...
 
+    def routed(self, names: Sequence[str], latents: Tensor, sigma: Tensor) -> Predicted:
+        """Each row by the snapshot that `names` has for it, without gradient."""
+        ...
+
+    @property
+    def metadata(self) -> Sequence[Mapping[str, Any]]:
+        """What is known of the prompt of each row, besides its text."""
+        ...
+
     def pull_back(self, name: str, latents: Tensor, sigma: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """A snapshot's velocity, and the gradient of `<velocity, cotangent>` by the latents, both detached."""
         ...

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.ops import compact, philox_normal
+from flowgrpo_fast.ops import Guidance, compact, flow_log_prob, philox_normal
 from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.sampling.prune import Candidates, survivors
 from flowgrpo_fast.sampling.step import Ask, Forwards, StepInput, StepResult, Wanted, lay_out, take_step
 from flowgrpo_fast.schedule.plan import Index, Plan
-from flowgrpo_fast.types import Conditioning, Draws, PreviewScore, Trajectory, Transitions
+from flowgrpo_fast.types import Conditioning, Draws, Imposed, PreviewScore, Trajectory, Transitions
 
 START_NOISE_STREAM = 1  # stream 0 is the noise of the steps
 
@@ -43,6 +43,7 @@ def walk(
     conditioning: Conditioning,
     draws: Draws,
     score: PreviewScore | None = None,
+    imposed: Imposed | None = None,
 ) -> Trajectory:
     """Samples the plan and keeps its transitions; its cuts leave fewer samples on the way.
 
@@ -53,6 +54,8 @@ def walk(
         conditioning: one row per sample, on the draws' device.
         draws: the seeds; every sample's noise is a function of (seed, step, element) alone.
         score: what a cut by reward asks.
+        imposed: steps that some samples repeat: their log-probs are those of the policy that is asked now. Of plans in
+            which every sample is a row of its own.
 
     Raises:
         ValueError: the model gave a NaN or infinite velocity; names step and sample.
@@ -63,8 +66,14 @@ def walk(
     roots = torch.from_numpy(_over_prompts(plan.roots(), num_prompts, plan.num_candidates))
     own = draws.start_seed if plan.width == plan.num_candidates else draws.start_seed[roots.to(device, non_blocking=True)]
     latents = philox_normal(own, sampler.policy.model.latent_shape, stream=START_NOISE_STREAM)
+    if imposed is not None:
+        assert plan.width == plan.num_candidates and not plan.cuts, "a walk is imposed on samples, not on groups"
+        latents.index_copy_(0, imposed.samples, imposed.states[0])
     fed = _Fed(conditioning)
-    wanted = [_wanted(sampler, plan, place, layout.asks) for place, layout in enumerate(layouts)]
+    num_imposed = 0 if imposed is None else len(imposed.states) - 1
+    wanted = [
+        _wanted(sampler, plan, place, layout.asks, place < num_imposed) for place, layout in enumerate(layouts)
+    ]
     if sampler.graphs is not None:
         steps = [
             (sampler.asked(ask, coeffs_level(plan, ask)), want, ask)
@@ -97,6 +106,8 @@ def walk(
                 result = take_step(policy, given, coeffs, want)
             else:
                 result = sampler.graphs.take_step(policy, given, want)
+            if imposed is not None and place < num_imposed:
+                result = _repeated(given, result, coeffs, imposed.samples, imposed.states[place + 1])
             evaluations += ask.num_heads * policy.halves
             log_probs.append((step.step, result.out.log_prob, np.repeat(ask.first_samples, ask.fan)))
             if ask.trained:
@@ -142,6 +153,29 @@ def walk(
     return Trajectory(plan, draws, latents, tuple(kept), coeffs, evaluations)
 
 
+def _repeated(
+    given: StepInput, result: StepResult, coeffs: Tensor, samples: Tensor, after: Tensor
+) -> StepResult:
+    """A step in which some samples go where they once went."""
+    assert result.velocity is not None and isinstance(given.row, int)
+    guidance = result.guidance
+    if guidance is not None:
+        guidance = Guidance(guidance.negative_velocity.index_select(0, samples), guidance.scale)
+    log_prob = flow_log_prob(
+        given.latents.index_select(0, samples),
+        result.velocity.index_select(0, samples),
+        after,
+        coeffs,
+        given.row,
+        guidance=guidance,
+    )
+    out = result.out._replace(
+        next_latents=result.out.next_latents.index_copy(0, samples, after),
+        log_prob=result.out.log_prob.index_copy(0, samples, log_prob),
+    )
+    return replace(result, out=out)
+
+
 def coeffs_level(plan: Plan, ask: Ask) -> Tensor:
     """The sigma of an ask's rows, 0-d on the host; of the first one's where they differ."""
     return plan.coeffs[ask.row, 0] if isinstance(ask.row, int) else plan.sigmas[0]
@@ -167,14 +201,16 @@ class _Fed:
         return self._rows
 
 
-def _wanted(sampler: Sampler, plan: Plan, place: int, asks: tuple[Ask, ...]) -> list[Wanted]:
+def _wanted(
+    sampler: Sampler, plan: Plan, place: int, asks: tuple[Ask, ...], is_imposed: bool
+) -> list[Wanted]:
     return [
         Wanted(
             fan=ask.fan,
             rows=ask.rows,
             reads_x0=plan.reads_x0(place),
             gives_x0=plan.gives_x0(place),
-            gives_velocity=plan.steps[place].cut is not None,
+            gives_velocity=plan.steps[place].cut is not None or is_imposed,
             gives_unconditional=sampler.keeps_unconditional and sampler.policy.halves == 2,
         )
         for ask in asks

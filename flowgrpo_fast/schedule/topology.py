@@ -158,7 +158,7 @@ class SharedStart:
         )
         builder, rows = _lanes(course, window)
         size, first = course.group_size, window.stochastic[0]
-        trains_all = course.keeps and window.num_trained == len(window.stochastic)
+        trains_all = course.keeps and window.num_trained == len(window.stochastic) == len(window.kept)
         # The group becomes rows of its own at its first stochastic step, or one step before where that step's velocity
         # has to be each member's own.
         splits = first if trains_all and course.whole_groups else first - 1
@@ -167,7 +167,7 @@ class SharedStart:
         for step in rows:
             parent = np.zeros(size, dtype=int) if width == 1 and step == splits else np.arange(width)
             width = len(parent)
-            builder.step(step, step, parent, course.keeps and step in window.stochastic)
+            builder.step(step, step, parent, course.keeps and step in window.kept)
         return builder.plan(start, window.num_trained if course.keeps else 0)
 
 

@@ -16,16 +16,16 @@ from flowgrpo_fast.checks import fraction, one_of, positive, require
 
 
 class WindowSteps(NamedTuple):
-    """The stochastic steps of one iteration, those that are kept, and on how many of these each sample trains."""
+    """The steps of one iteration that are stochastic, and those that are kept to train on."""
 
     stochastic: tuple[int, ...]
-    num_trained: int
-    states: tuple[int, ...] = ()  # kept besides: deterministic steps whose states an objective reads
+    num_trained: int  # of the kept ones, how many each sample trains on
+    only: tuple[int, ...] | None = None  # kept, where these are others than the stochastic ones
 
     @property
     def kept(self) -> tuple[int, ...]:
         """All that is stored."""
-        return self.stochastic + self.states
+        return self.stochastic if self.only is None else self.only
 
 
 class Window(Protocol):
@@ -107,6 +107,30 @@ class AllSteps:
     def steps(self, num_steps: int, iteration: int, seed: int) -> WindowSteps:
         """As of `Window`."""
         return WindowSteps(tuple(range(num_steps - 1)), num_steps - 1)
+
+    def latest_start(self, num_steps: int) -> int:
+        """As of `Window`."""
+        return 0
+
+    def earliest_end(self, num_steps: int) -> int:
+        """As of `Window`."""
+        return num_steps - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlySteps:
+    """Every step but the last is stochastic; the first `size` of them are trained (OP-GRPO)."""
+
+    size: int = 6
+
+    def __post_init__(self) -> None:
+        """At least one."""
+        positive(self, size=self.size)
+
+    def steps(self, num_steps: int, iteration: int, seed: int) -> WindowSteps:
+        """As of `Window`."""
+        _check_fit(f"EarlySteps(size={self.size})", self.size, num_steps)
+        return WindowSteps(tuple(range(num_steps - 1)), self.size, tuple(range(self.size)))
 
     def latest_start(self, num_steps: int) -> int:
         """As of `Window`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from flowgrpo_fast.objectives.objective import Objective, Point
 from flowgrpo_fast.objectives.snapshots import Moment, SnapshotRule
+from flowgrpo_fast.ops import Guidance
 from flowgrpo_fast.sampling.policy import Policy
-from flowgrpo_fast.training.snapshots import Snapshot, trained_parameters
-from flowgrpo_fast.types import Batch, Conditioning, FlowModel, Predicted
+from flowgrpo_fast.training.snapshots import Snapshot, View, trained_parameters
+from flowgrpo_fast.types import Batch, Conditioning, Predicted
 
 # Rewards `[R]` with gradient, of finished latents `[R, *S]` and the samples they are (host).
 RewardGradient = Callable[[Tensor, Any], Tensor]
@@ -37,7 +38,7 @@ class Learner:
     max_grad_norm: float
     updates_per_step: int  # optimiser steps a training step, each on its own share of the samples
     rows: int  # samples of a forward
-    snapshots: dict[str, FlowModel] = field(default_factory=dict)
+    snapshots: dict[str, View] = field(default_factory=dict)
     rules: dict[str, SnapshotRule] = field(default_factory=dict)
     replay_rows: int = 0  # samples of a forward of the update; 0 = as in the rollout
     steps_per_forward: int = 1  # trained steps of a sample that one forward takes
@@ -112,6 +113,42 @@ class Networks:
         with torch.no_grad():
             return policy.at(self._level).predict(latents, sigma, self._conditioning)
 
+    def routed(self, names: Sequence[str], latents: Tensor, sigma: Tensor) -> Predicted:
+        """As of `Evaluator`; rows of one snapshot go through the network together."""
+        policy, conditioning = self.learner.policy, self._conditioning
+        assert conditioning is not None
+        self.counts.evaluations += len(latents) * policy.halves
+        velocity, negative = torch.empty_like(latents), torch.empty_like(latents)
+        for name in dict.fromkeys(names):
+            places = [place for place, own in enumerate(names) if own == name]
+            index = torch.tensor(places).to(latents.device, non_blocking=True)
+            with torch.no_grad():
+                part = policy.of(self.learner.snapshots[name]).at(self._level).predict(
+                    latents[index], sigma[index], conditioning.rows(index)
+                )
+            velocity[index] = part.velocity.to(velocity.dtype)
+            if part.guidance is not None:
+                negative[index] = part.guidance.negative_velocity.to(negative.dtype)
+        guided = policy.halves == 2 and not policy.model.mixes_guidance
+        return Predicted(velocity, Guidance(negative, policy.guidance_scale) if guided else None)
+
+    def pull_back(self, name: str, latents: Tensor, sigma: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `Evaluator`; forward and backward run inside one swap of weights, which a recompute must see, too."""
+        snapshot, policy = self.learner.snapshots[name], self.learner.policy
+        self.counts.evaluations += len(latents) * policy.halves
+        self.counts.backwards += len(latents)
+        assert self._conditioning is not None
+        with torch.enable_grad(), snapshot.changed():
+            moving = latents.detach().requires_grad_()
+            velocity = policy.at(self._level).predict(moving, sigma, self._conditioning).mixed
+            (gradient,) = torch.autograd.grad(velocity, moving, cotangent)
+        return velocity.detach(), gradient
+
+    @property
+    def metadata(self) -> list[dict[str, Any]]:
+        """What is known of the prompt of each row."""
+        return [self.batch.prompts.metadata[int(sample)] for sample in self._samples]
+
     def reward(self, x0: Tensor) -> Tensor:
         """As of `Evaluator`."""
         assert self.learner.reward_gradient is not None
@@ -123,5 +160,3 @@ def networks(learner: Learner, batch: Batch, counts: Counts) -> Networks:
     interval = batch.samples.plan.interval.to(batch.samples.coeffs.device, non_blocking=True)
     return Networks(learner, batch, batch.samples.coeffs, interval, counts)
 
-
-Rules = Mapping[str, SnapshotRule]

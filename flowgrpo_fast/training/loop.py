@@ -102,6 +102,7 @@ def make_batch(engine: Engine, scored: Scored) -> Batch:
         credit=credit,
         live=(weight > 0).cpu().numpy(),
         choices=Choices(engine.recipe.seed, engine.step, slice(0, num_samples), num_samples),
+        prompts=engine.prompts.rows(draws.prompt_index[draws.group_id]),
     )
 
 

@@ -17,8 +17,8 @@ from flowgrpo_fast.models.loading import one_line
 from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
 
-class _View(FlowModel):
-    """A model that is another one, except for what `_changed` does to its weights during a velocity."""
+class View(FlowModel):
+    """A model that is another one, except for what `changed` does to its weights during a velocity."""
 
     def __init__(self, model: FlowModel) -> None:
         self.model = model
@@ -47,7 +47,8 @@ class _View(FlowModel):
     def _over(self, inner: FlowModel) -> FlowModel:
         raise AssertionError
 
-    def _changed(self) -> AbstractContextManager[None]:
+    def changed(self) -> AbstractContextManager[None]:
+        """The model's module holds the other weights, inside."""
         raise AssertionError
 
     def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
@@ -64,7 +65,7 @@ class _View(FlowModel):
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """As the model under the changed weights, without gradient."""
-        with torch.no_grad(), self._changed():
+        with torch.no_grad(), self.changed():
             return self.model.velocity(latents, sigma, conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class _View(FlowModel):
         return self.model.decode_with_grad(latents)
 
 
-class Snapshot(_View):
+class Snapshot(View):
     """Shares the model's frozen weights and holds its own values of the trained ones.
 
     They are swapped in for each velocity and out again, whatever happens in between: two pointers a parameter, no
@@ -97,7 +98,8 @@ class Snapshot(_View):
         finally:
             self._swap()
 
-    def _changed(self) -> AbstractContextManager[None]:
+    def changed(self) -> AbstractContextManager[None]:
+        """As of `View`."""
         return self.swapped_in()
 
     def _over(self, inner: FlowModel) -> FlowModel:
@@ -125,7 +127,7 @@ class Snapshot(_View):
             parameter.data, self.values[index] = self.values[index], parameter.data
 
 
-class Through(_View):
+class Through(View):
     """A snapshot's weights seen through another model that shares the trained parameters."""
 
     def __init__(self, snapshot: Snapshot, model: FlowModel) -> None:
@@ -135,17 +137,19 @@ class Through(_View):
     def _over(self, inner: FlowModel) -> FlowModel:
         return Through(self.snapshot, inner)
 
-    def _changed(self) -> AbstractContextManager[None]:
+    def changed(self) -> AbstractContextManager[None]:
+        """As of `View`."""
         return self.snapshot.swapped_in()
 
 
-class WithoutAdapter(_View):
+class WithoutAdapter(View):
     """An adapted model with its adapters off: the start of a LoRA run, for no memory at all."""
 
     def _over(self, inner: FlowModel) -> FlowModel:
         return WithoutAdapter(inner)
 
-    def _changed(self) -> AbstractContextManager[None]:
+    def changed(self) -> AbstractContextManager[None]:
+        """As of `View`."""
         return adapters_off(self.model.module)
 
 
