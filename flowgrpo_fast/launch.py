@@ -28,7 +28,6 @@ from flowgrpo_fast.training.engine import Engine, build_engine
 from flowgrpo_fast.training.evaluate import evaluate
 from flowgrpo_fast.training.loop import StepReport, train
 
-
 _ANY_LENGTH = 1024  # image tokens, for a look at a plan whose shift is known only with the model
 
 

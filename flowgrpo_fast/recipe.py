@@ -10,20 +10,25 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-
 from flowgrpo_fast.checks import one_of, positive, require
 from flowgrpo_fast.credit.chain import CreditStep
 from flowgrpo_fast.credit.normalise import Normalise
 from flowgrpo_fast.credit.shape import Bound, DropIdle
+from flowgrpo_fast.credit.tree import TreeBackup
 from flowgrpo_fast.data.prompts import Prompts, Source
 from flowgrpo_fast.experience.experience import Experience
+from flowgrpo_fast.experience.replay_buffer import Replayed
 from flowgrpo_fast.experience.rollout import Rollout
 from flowgrpo_fast.experience.scouts import Scouts
 from flowgrpo_fast.models.network import FullFineTuning, LoRA, Network
+from flowgrpo_fast.objectives.chunks import ChunkRatio
+from flowgrpo_fast.objectives.distillation import Distillation
+from flowgrpo_fast.objectives.forward_error import ForwardError
 from flowgrpo_fast.objectives.nft import NFT
 from flowgrpo_fast.objectives.objective import Objective, Requires
 from flowgrpo_fast.objectives.policy_gradient import PolicyGradient
 from flowgrpo_fast.objectives.regularizers import TransitionKL, VelocityKL
+from flowgrpo_fast.objectives.reward_gradient import LeapAlign
 from flowgrpo_fast.objectives.snapshots import EMA, Frozen, Loaded, Ramp, ResetWhen, SnapshotRule
 from flowgrpo_fast.objectives.surrogates import PathLogProb
 from flowgrpo_fast.objectives.trust import Clip
@@ -43,7 +48,6 @@ from flowgrpo_fast.schedule.topology import (
     SharedStart,
     Topology,
     Tree,
-    ode_plan,
 )
 from flowgrpo_fast.schedule.windows import (
     AllSteps,
@@ -89,7 +93,9 @@ class Machine:
     """How a run uses its device. None of it changes what is learnt, but for the precisions and `replay_rows`."""
 
     precision: Precision = "fp32"  # of the network's matrix products
-    rollout_precision: RolloutPrecision = field(default_factory=TrainingPrecision)  # of steps without a log-prob
+    rollout_precision: RolloutPrecision = field(
+        default_factory=TrainingPrecision
+    )  # of steps without a log-prob
     rows_per_forward: int = 0  # samples per forward in rollout and replay; 0 = as many as one update takes
     steps_per_forward: int = 1  # trained steps of a sample that one forward of the update takes
     prompts_per_chunk: int = 0  # that are rolled out, then scored meanwhile (RewardTerm.where); 0 = all
@@ -340,14 +346,22 @@ PARTS: dict[str, type] = {
     for part in (
         *(Recipe, Optimizer, Machine, Task, Network, LoRA, FullFineTuning, TrainingPrecision, LowPrecision),
         *(Sigmas, DynamicShift, FlowSDE, DanceSDE, CPS, Euler, DPMSolver2M),
-        *(Deterministic, RandomPair, AllSteps, EarlySteps, FractionOfSteps, RandomWindow, FrozenWindow, SlidingWindow),
+        *(
+            Deterministic,
+            RandomPair,
+            AllSteps,
+            EarlySteps,
+            FractionOfSteps,
+            RandomWindow,
+            FrozenWindow,
+            SlidingWindow,
+        ),
         *(Independent, SharedStart, Tree, Comb, OneStepEach, Cuts),
-        *(PolicyGradient, PathLogProb, Clip, TransitionKL, VelocityKL, NFT),
+        *(PolicyGradient, PathLogProb, ForwardError, Clip, TransitionKL, VelocityKL),
+        *(NFT, ChunkRatio, LeapAlign, Distillation),
         *(Frozen, EMA, Ramp, ResetWhen, Loaded),
-        *(Normalise, Bound, DropIdle, Rollout, Scouts, Prompts, RewardTerm),
+        *(Normalise, Bound, DropIdle, TreeBackup, Rollout, Scouts, Replayed, Prompts, RewardTerm),
     )
 }
 # The kinds of part that a field of a recipe may name, for whoever writes one: each is a protocol.
 KINDS = (Dynamics, Solver, Window, Topology, Objective, CreditStep, Experience, Source, Reward)
-
-

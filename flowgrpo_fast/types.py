@@ -67,7 +67,9 @@ class PromptSet:
 
     prompts: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...]  # one each; what the prompt file says of it besides
-    images: tuple[Path, ...] = ()  # one each, or none at all: the source images that an editing model starts from
+    images: tuple[
+        Path, ...
+    ] = ()  # one each, or none at all: the source images that an editing model starts from
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -197,7 +199,9 @@ class Transitions:
         if rows.start % group_size == 0 and rows.stop % group_size == 0:
             offsets = self.offsets[rows.start // group_size : rows.stop // group_size + 1]
         else:
-            assert self.num_heads == num_samples, "members of a group share rows that an optimiser step splits"
+            assert self.num_heads == num_samples, (
+                "members of a group share rows that an optimiser step splits"
+            )
             offsets = np.array([rows.start, rows.stop])
         part = self.heads(slice(int(offsets[0]), int(offsets[-1])))
         return replace(
@@ -226,7 +230,6 @@ class Transitions:
             samples_host=np.concatenate([part.samples_host + place * num_samples for place, part in here]),
             offsets=np.cumsum([0, *np.concatenate(counts)]),
         )
-
 
     @staticmethod
     def side_by_side(steps: Sequence[Transitions]) -> Transitions:
@@ -293,8 +296,17 @@ class Noised:
 class Imposed:
     """Walks that some samples repeat from the start, up to where their own begin: of a replay buffer, say."""
 
-    samples: Tensor  # [N] int64, which samples
+    samples: NDArray[np.int64]  # [N] host, ascending: which samples
     states: tuple[Tensor, ...]  # [N, *S] each: the start noise, the latents after step 0, after step 1, ...
+
+    def of_samples(self, first: int, num_samples: int) -> Imposed | None:
+        """Those of some neighbouring samples, counted from 0 again; None where there are none."""
+        here = (self.samples >= first) & (self.samples < first + num_samples)
+        if not here.any():
+            return None
+        places = np.flatnonzero(here)
+        rows = slice(int(places[0]), int(places[-1]) + 1)
+        return Imposed(self.samples[rows] - first, tuple(state[rows] for state in self.states))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -335,9 +347,7 @@ class Trajectory:
 
     def without_unconditional(self) -> Trajectory:
         """What it stores of guidance left out: the weights are no longer those that gave it."""
-        return replace(
-            self, transitions=tuple(replace(t, unconditional=None) for t in self.transitions)
-        )
+        return replace(self, transitions=tuple(replace(t, unconditional=None) for t in self.transitions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,13 +418,18 @@ class Choices:
         order = generator.permuted(np.tile(np.arange(num_choices), (self.num_samples, 1)), axis=1)
         return np.ascontiguousarray(order[self.rows, :num_taken])
 
+    def uniform(self, num: int) -> NDArray[np.float64]:
+        """`num` numbers in [0, 1) for each sample, `[rows, num]` on the host."""
+        generator = np.random.default_rng([self.seed, _UNIFORM, self.step])
+        return generator.random((self.num_samples, num))[self.rows]
+
     def of_samples(self, rows: slice) -> Choices:
         """Those of some neighbouring samples."""
         first = self.rows.start
         return replace(self, rows=slice(first + rows.start, first + rows.stop))
 
 
-_STEPS = 4  # the stream of the run's seed that choices come from; data.draws has the others
+_STEPS, _UNIFORM = 4, 5  # streams of the run's seed that choices come from; data.draws has the others
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -51,7 +51,13 @@ class DropIdle:
     def __call__(self, credit: Credit, scored: Scored) -> Credit:
         """As of `CreditStep`; of advantages with further axes, the largest counts."""
         group = scored.samples.draws.group_id
-        size = credit.advantages.abs().flatten(1).amax(1) if credit.advantages.ndim > 1 else credit.advantages.abs()
+        size = (
+            credit.advantages.abs().flatten(1).amax(1)
+            if credit.advantages.ndim > 1
+            else credit.advantages.abs()
+        )
         largest = torch.zeros_like(size).scatter_reduce_(0, group, size, "amax")
         alive = (largest[group] > _ZERO).float()
-        return Credit(credit.advantages, credit.weight * (alive if credit.weight.ndim == 1 else alive[:, None]))
+        return Credit(
+            credit.advantages, credit.weight * (alive if credit.weight.ndim == 1 else alive[:, None])
+        )

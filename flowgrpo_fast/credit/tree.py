@@ -1,7 +1,7 @@
 """Credit on trees: what an edge is worth is what the leaves behind it are worth.
 
-    A(edge into a leaf) = A(leaf)
-    A(edge)             = sum over the edges that leave its end of share * A
+A(edge into a leaf) = A(leaf)
+A(edge)             = sum over the edges that leave its end of share * A
 """
 
 from __future__ import annotations

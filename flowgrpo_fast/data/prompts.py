@@ -71,7 +71,9 @@ class Prompts:
         if not self.images:
             return found
         if found.images:
-            raise ValueError(f"Prompts.images is {self.images!r}, but {self.path!r} names images itself; use one")
+            raise ValueError(
+                f"Prompts.images is {self.images!r}, but {self.path!r} names images itself; use one"
+            )
         paths = tuple(Path(self.images).parent / line for line in read_lines(self.images, "image"))
         if len(paths) != len(found):
             raise ValueError(
@@ -162,7 +164,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _string(record: Any, key: str) -> str:
     if not isinstance(record, dict):
-        raise ValueError(f'a {type(record).__name__}; each line must be an object such as {{"prompt": "a cat"}}')
+        raise ValueError(
+            f'a {type(record).__name__}; each line must be an object such as {{"prompt": "a cat"}}'
+        )
     if key not in record:
         raise ValueError(f'no "{key}"; each line must be an object such as {{"prompt": "a cat"}}')
     value = record[key]

@@ -13,7 +13,7 @@ from flowgrpo_fast.precision.parts import RolloutPrecision
 from flowgrpo_fast.rewards.scoring import Scorer, Scoring, collect
 from flowgrpo_fast.sampling.walk import Sampler, walk
 from flowgrpo_fast.schedule.plan import Plan
-from flowgrpo_fast.types import Draws, PromptRows, Scored, Scores, Trajectory, Transitions
+from flowgrpo_fast.types import Draws, Imposed, PromptRows, Scored, Scores, Trajectory, Transitions
 
 
 @dataclass(slots=True)
@@ -30,7 +30,9 @@ class Stage:
     # An ODE walk of so many steps, for so many samples a prompt: (num_inference_steps, group_size).
     ode: Callable[[int, int], Plan]
     prompts_per_chunk: int = 0  # 0 = all at once
-    memory: dict[str, Any] = field(default_factory=dict)  # what a part keeps from step to step, by its own name
+    memory: dict[str, Any] = field(
+        default_factory=dict
+    )  # what a part keeps from step to step, by its own name
 
 
 @dataclass(slots=True)
@@ -85,7 +87,9 @@ class Experience(Protocol):
         ...
 
 
-def in_chunks(stage: Stage, sampler: Sampler, plan: Plan, draws: Draws) -> tuple[Trajectory, list[Scoring]]:
+def in_chunks(
+    stage: Stage, sampler: Sampler, plan: Plan, draws: Draws, imposed: Imposed | None = None
+) -> tuple[Trajectory, list[Scoring]]:
     """Walks `stage.prompts_per_chunk` prompts at a time; rewards that run elsewhere start with their chunk.
 
     Groups stay whole, and forwards have the rows that they would have without chunks.
@@ -96,7 +100,9 @@ def in_chunks(stage: Stage, sampler: Sampler, plan: Plan, draws: Draws) -> tuple
         conditioning = stage.conditioning.rows(chunk.prompt_index[chunk.group_id])
         score = stage.scorer.preview(chunk) if reads_rewards else None
         own = plan.of_prompts(first, len(chunk.prompt_index))
-        parts.append(walk(sampler, own, conditioning, chunk, score))
+        group_size = len(chunk.group_id) // len(chunk.prompt_index)
+        theirs = None if imposed is None else imposed.of_samples(first * group_size, len(chunk.group_id))
+        parts.append(walk(sampler, own, conditioning, chunk, score, theirs))
         scorings.append(stage.scorer.start(parts[-1]))
     return joined(parts, plan), scorings
 

@@ -79,7 +79,8 @@ class Scouts:
         )
         require(not stages, "Scouts and Cuts both choose who is trained; use one")
         require(
-            not shares_start, "the topology shares start noise; scouts differ in nothing but theirs: use Independent"
+            not shares_start,
+            "the topology shares start noise; scouts differ in nothing but theirs: use Independent",
         )
         self.inner.check(num_steps, group_size, stages, shares_start)
 

@@ -113,7 +113,9 @@ class Evaluator(Protocol):
         """What is known of the prompt of each row, besides its text."""
         ...
 
-    def pull_back(self, name: str, latents: Tensor, sigma: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    def pull_back(
+        self, name: str, latents: Tensor, sigma: Tensor, cotangent: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """A snapshot's velocity, and the gradient of `<velocity, cotangent>` by the latents, both detached."""
         ...
 

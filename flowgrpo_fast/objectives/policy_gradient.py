@@ -1,6 +1,6 @@
 """The common case: a ratio of surrogates within a trust region, and penalties.
 
-    loss = trust(log_prob - old_log_prob, A) + sum beta * penalty
+loss = trust(log_prob - old_log_prob, A) + sum beta * penalty
 """
 
 from __future__ import annotations

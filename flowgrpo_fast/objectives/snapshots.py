@@ -148,7 +148,10 @@ class Loaded:
 
     def __post_init__(self) -> None:
         """There is something to load."""
-        require(bool(self.path), "Loaded.path is empty; name a checkpoint folder, an adapter or a safetensors file")
+        require(
+            bool(self.path),
+            "Loaded.path is empty; name a checkpoint folder, an adapter or a safetensors file",
+        )
 
     @property
     def moves(self) -> bool:

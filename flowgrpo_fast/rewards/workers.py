@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from typing import Any
+from typing import Any as RewardFunction
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from flowgrpo_fast.names import resolve
 from flowgrpo_fast.rewards.terms import RewardTerm
-from typing import Any as RewardFunction
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -106,9 +106,7 @@ class Graphs:
     _side: torch.cuda.Stream | None = None  # of all captures, as the pool is
     _refused: bool = False
 
-    def begin(
-        self, steps: Sequence[tuple[Policy, Wanted, Ask]], given: StepInput, coeffs: Tensor
-    ) -> None:
+    def begin(self, steps: Sequence[tuple[Policy, Wanted, Ask]], given: StepInput, coeffs: Tensor) -> None:
         """Captures what a rollout needs and has not been captured yet, the largest first.
 
         Args:
@@ -189,9 +187,7 @@ class Graphs:
             except RuntimeError as error:  # the driver's and torch's own are
                 self._refused = True
                 line = str(_first(error)).strip().splitlines()[0]
-                message = (
-                    f"graphs: a step of {key.rows} rows cannot be captured ({line}); steps are launched one by one"
-                )
+                message = f"graphs: a step of {key.rows} rows cannot be captured ({line}); steps are launched one by one"
                 warnings.warn(message, RuntimeWarning, stacklevel=4)
         return graph
 

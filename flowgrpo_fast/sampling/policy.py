@@ -54,9 +54,7 @@ class Policy:
             unconditional: `[B, *S]`, that half where it has been computed before under the same weights.
         """
         sigma, model = sigma.expand(latents.shape[0]), self.model
-        autocast = torch.autocast(
-            latents.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-        )
+        autocast = torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
         with autocast:
             velocity = model.velocity(latents, sigma, conditioning).contiguous()
             if self.halves == 1:

@@ -15,6 +15,7 @@ from flowgrpo_fast.ops import Guidance, PreviewOutput, best_variance_subset, pre
 from flowgrpo_fast.schedule.plan import Cut, Plan
 from flowgrpo_fast.types import FlowModel, PreviewScore
 
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """What a cut may look at: one step of R samples, groups of equal size in a row."""

@@ -25,7 +25,9 @@ class Sampler:
 
     policy: Policy
     forwards: Forwards
-    outside: Policy | None = None  # asked at rows whose edges are not kept, say a copy in low precision; None = policy
+    outside: Policy | None = (
+        None  # asked at rows whose edges are not kept, say a copy in low precision; None = policy
+    )
     graphs: Graphs | None = None  # captured steps, replayed where they fit; None launches each kernel
     # Whether the update will read the unconditional half of guidance that the rollout computes at kept steps.
     keeps_unconditional: bool = False
@@ -64,15 +66,23 @@ def walk(
     coeffs = plan.coeffs.to(device, non_blocking=True)
     layouts = lay_out(plan, num_prompts, sampler.forwards, device)
     roots = torch.from_numpy(_over_prompts(plan.roots(), num_prompts, plan.num_candidates))
-    own = draws.start_seed if plan.width == plan.num_candidates else draws.start_seed[roots.to(device, non_blocking=True)]
+    own = (
+        draws.start_seed
+        if plan.width == plan.num_candidates
+        else draws.start_seed[roots.to(device, non_blocking=True)]
+    )
     latents = philox_normal(own, sampler.policy.model.latent_shape, stream=START_NOISE_STREAM)
     if imposed is not None:
-        assert plan.width == plan.num_candidates and not plan.cuts, "a walk is imposed on samples, not on groups"
-        latents.index_copy_(0, imposed.samples, imposed.states[0])
+        assert plan.width == plan.num_candidates and not plan.cuts, (
+            "a walk is imposed on samples, not on groups"
+        )
+        imposed_index = torch.from_numpy(imposed.samples).to(device, non_blocking=True)
+        latents.index_copy_(0, imposed_index, imposed.states[0])
     fed = _Fed(conditioning)
     num_imposed = 0 if imposed is None else len(imposed.states) - 1
     wanted = [
-        _wanted(sampler, plan, place, layout.asks, place < num_imposed) for place, layout in enumerate(layouts)
+        _wanted(sampler, plan, place, layout.asks, place < num_imposed)
+        for place, layout in enumerate(layouts)
     ]
     if sampler.graphs is not None:
         steps = [
@@ -107,7 +117,7 @@ def walk(
             else:
                 result = sampler.graphs.take_step(policy, given, want)
             if imposed is not None and place < num_imposed:
-                result = _repeated(given, result, coeffs, imposed.samples, imposed.states[place + 1])
+                result = _repeated(given, result, coeffs, imposed_index, imposed.states[place + 1])
             evaluations += ask.num_heads * policy.halves
             log_probs.append((step.step, result.out.log_prob, np.repeat(ask.first_samples, ask.fan)))
             if ask.trained:

@@ -1,11 +1,11 @@
 """Who starts from whom: the shape of a group's walk, each shape a part that writes its own plan.
 
-    Independent   every sample is a row of its own from the start                    (Flow-GRPO)
-    SharedStart   one start noise a group; one row until the first stochastic step   (DanceGRPO, MixGRPO)
-    Tree          every stochastic step branches                                     (TreeGRPO, TMPO)
-    Comb          an ODE trunk that branches leave, each by one stochastic step      (TempFlow, E-GRPO)
-    OneStepEach   every prompt has one stochastic step of its own                    (Flash-GRPO)
-    Cuts          any of the first two, with candidates cut on the way               (Pro-GRPO)
+Independent   every sample is a row of its own from the start                    (Flow-GRPO)
+SharedStart   one start noise a group; one row until the first stochastic step   (DanceGRPO, MixGRPO)
+Tree          every stochastic step branches                                     (TreeGRPO, TMPO)
+Comb          an ODE trunk that branches leave, each by one stochastic step      (TempFlow, E-GRPO)
+OneStepEach   every prompt has one stochastic step of its own                    (Flash-GRPO)
+Cuts          any of the first two, with candidates cut on the way               (Pro-GRPO)
 """
 
 from __future__ import annotations
@@ -214,7 +214,10 @@ class Tree:
             f"Tree has {self.fan} children at {depth} steps, which makes {leaves} leaves a prompt; group_size is "
             f"{course.group_size}: set group_size={leaves}",
         )
-        require(course.whole_groups, "Tree: an optimiser step takes whole trees; make num_updates divide num_prompts")
+        require(
+            course.whole_groups,
+            "Tree: an optimiser step takes whole trees; make num_updates divide num_prompts",
+        )
         builder, rows = _lanes(course, window)
         width = 1
         for step in rows:
@@ -274,7 +277,10 @@ class Comb:
             f"Comb.merge is {self.merge}: a step from {leaving[-1]} would end at the sample; merge at most "
             f"{num_steps - 1 - leaving[-1]}, or leave earlier",
         )
-        require(course.whole_groups, "Comb: an optimiser step takes whole combs; make num_updates divide num_prompts")
+        require(
+            course.whole_groups,
+            "Comb: an optimiser step takes whole combs; make num_updates divide num_prompts",
+        )
         builder = PlanBuilder(course.sigmas)
         euler = [builder.euler(step) for step in range(num_steps)]
         solver = [
@@ -456,7 +462,9 @@ class Cuts:
                 "Cuts.inner branches after the first cut; cut Independent or SharedStart",
             )
             if step.step >= self.steps[0]:
-                step = replace(step, row=step.row[:, :size], parent=step.parent[:size], kept=step.kept[:, :size])
+                step = replace(
+                    step, row=step.row[:, :size], parent=step.parent[:size], kept=step.kept[:, :size]
+                )
             size = left.get(step.step + 1, size)
             cut = Cut(size, self.select, self.score, self.pool) if step.step + 1 in left else None
             steps.append(replace(step, cut=cut))
@@ -467,7 +475,5 @@ def ode_plan(sigmas: Array, solver: Solver | None = None, group_size: int = 1) -
     """A deterministic walk, of Euler steps unless said otherwise: for evaluation, sampling and scouts."""
     rule, builder = solver or Euler(), PlanBuilder(sigmas)
     for step in range(len(sigmas) - 1):
-        builder.step(
-            step, builder.row(rule.row(sigmas, step, step + 1), step, step + 1), range(group_size)
-        )
+        builder.step(step, builder.row(rule.row(sigmas, step, step + 1), step, step + 1), range(group_size))
     return builder.plan(group_size, 0)

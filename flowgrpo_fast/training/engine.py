@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from flowgrpo_fast.data.prompts import PromptSet
 from flowgrpo_fast.experience.experience import Stage
@@ -17,7 +15,6 @@ from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.names import resolve
 from flowgrpo_fast.objectives.snapshots import SnapshotRule
 from flowgrpo_fast.precision import LowPrecisionModel, check_masters, check_training_precision
-from flowgrpo_fast.precision.parts import RolloutPrecision
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.rewards.judges import Judge
 from flowgrpo_fast.rewards.scoring import Scorer
@@ -27,7 +24,13 @@ from flowgrpo_fast.sampling.prune import check_cells
 from flowgrpo_fast.sampling.walk import Sampler
 from flowgrpo_fast.schedule.topology import ode_plan
 from flowgrpo_fast.training.learner import Learner
-from flowgrpo_fast.training.snapshots import Snapshot, Through, WithoutAdapter, load_weights, trained_parameters
+from flowgrpo_fast.training.snapshots import (
+    Snapshot,
+    Through,
+    WithoutAdapter,
+    load_weights,
+    trained_parameters,
+)
 from flowgrpo_fast.types import FlowModel
 
 
@@ -187,5 +190,3 @@ def _snapshot(recipe: Recipe, model: FlowModel, name: str, rule: SnapshotRule) -
     if rule.path:
         load_weights(snapshot, rule.path)
     return snapshot
-
-

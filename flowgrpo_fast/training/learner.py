@@ -52,7 +52,11 @@ class Learner:
 
     def rows_at(self, point: Point) -> int:
         """Rows of a point that one forward takes: the rollout's own, so that the first ratio is exactly 1."""
-        return self.replay_rows * point.rows // self.rows if self.replay_rows and point.rows else point.rows or self.rows
+        return (
+            self.replay_rows * point.rows // self.rows
+            if self.replay_rows and point.rows
+            else point.rows or self.rows
+        )
 
     def step(self) -> Tensor:
         """Clips the gradient, steps, and lets the snapshots follow; returns the gradient's norm before the clip."""
@@ -89,7 +93,9 @@ class Networks:
         """Bound to the rows of a point."""
         self._samples = point.samples_host[:: point.fan, 0]
         first, last = int(self._samples[0]), int(self._samples[-1])
-        neighbours = last - first + 1 == len(self._samples) and bool((self._samples[1:] > self._samples[:-1]).all())
+        neighbours = last - first + 1 == len(self._samples) and bool(
+            (self._samples[1:] > self._samples[:-1]).all()
+        )
         if neighbours:
             self._conditioning = self.batch.conditioning.rows(slice(first, last + 1))
         else:
@@ -123,8 +129,10 @@ class Networks:
             places = [place for place, own in enumerate(names) if own == name]
             index = torch.tensor(places).to(latents.device, non_blocking=True)
             with torch.no_grad():
-                part = policy.of(self.learner.snapshots[name]).at(self._level).predict(
-                    latents[index], sigma[index], conditioning.rows(index)
+                part = (
+                    policy.of(self.learner.snapshots[name])
+                    .at(self._level)
+                    .predict(latents[index], sigma[index], conditioning.rows(index))
                 )
             velocity[index] = part.velocity.to(velocity.dtype)
             if part.guidance is not None:
@@ -132,7 +140,9 @@ class Networks:
         guided = policy.halves == 2 and not policy.model.mixes_guidance
         return Predicted(velocity, Guidance(negative, policy.guidance_scale) if guided else None)
 
-    def pull_back(self, name: str, latents: Tensor, sigma: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    def pull_back(
+        self, name: str, latents: Tensor, sigma: Tensor, cotangent: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """As of `Evaluator`; forward and backward run inside one swap of weights, which a recompute must see, too."""
         snapshot, policy = self.learner.snapshots[name], self.learner.policy
         self.counts.evaluations += len(latents) * policy.halves
@@ -159,4 +169,3 @@ def networks(learner: Learner, batch: Batch, counts: Counts) -> Networks:
     """The evaluator of a batch."""
     interval = batch.samples.plan.interval.to(batch.samples.coeffs.device, non_blocking=True)
     return Networks(learner, batch, batch.samples.coeffs, interval, counts)
-

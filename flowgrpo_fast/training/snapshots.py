@@ -173,7 +173,9 @@ def load_weights(snapshot: Snapshot, path: str) -> None:
         names = [n for n, parameter in module.named_parameters() if parameter.requires_grad]
         snapshot.load([saved[n] for n in names])
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise ValueError(f"Loaded.path {path!r} does not hold weights of this model: {one_line(error)}") from error
+        raise ValueError(
+            f"Loaded.path {path!r} does not hold weights of this model: {one_line(error)}"
+        ) from error
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

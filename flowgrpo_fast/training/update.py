@@ -153,9 +153,7 @@ def separable(objective: Objective, share: Batch, points: Points, tally: Tally) 
     return pull
 
 
-def linearised(
-    learner: Learner, share: Batch, points: Points, evaluator: Networks, tally: Tally
-) -> Pull:
+def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networks, tally: Tally) -> Pull:
     """The pull of a loss that joins a sample's steps, or a group: its slope by every statistic, taken once.
 
     A first pass without gradient fills tables `[B, N]` of all statistics. Near the weights they were taken at the loss
