@@ -167,7 +167,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Whatever the fields can break; what needs the model is checked where it is loaded."""
         require(
-            self.group_size >= 2,
+            self.group_size >= (2 if self.credit else 1),
             f"Recipe.group_size is {self.group_size}; an advantage needs at least 2 samples per prompt",
         )
         positive(self, num_prompts=self.num_prompts, num_steps=self.num_steps)

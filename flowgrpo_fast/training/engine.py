@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flowgrpo_fast.data.prompts import PromptSet
+from flowgrpo_fast.checks import require
 from flowgrpo_fast.experience.experience import Stage
 from flowgrpo_fast.models.adapters import has_adapter
 from flowgrpo_fast.models.loading import load_model
@@ -31,7 +31,7 @@ from flowgrpo_fast.training.snapshots import (
     load_weights,
     trained_parameters,
 )
-from flowgrpo_fast.types import FlowModel
+from flowgrpo_fast.types import FlowModel, PromptSet
 
 
 @dataclass(slots=True)
@@ -89,6 +89,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # also for what asks for the current one: torch, rewards
     task, machine = recipe.task, recipe.machine
+    require(not recipe.requires.incomplete, recipe.requires.incomplete)
     check_training_precision(machine.precision, device)
     judge = resolve(task.judge) if task.judge else None
     for term in task.rewards:
