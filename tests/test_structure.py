@@ -17,9 +17,13 @@ CSRC = sorted(path for path in (ROOT / "csrc").iterdir() if path.suffix in (".h"
 # Data flows one way: a room imports only from rooms above it. The number is the room's floor.
 FLOORS = {
     "ops": 1,
+    "names": 1,
+    "field_types": 1,
+    "json_files": 1,
+    "run_files": 2,
     "types": 2,
     "recipe": 2,
-    "recipe_io": 2,
+    "recipe_io": 3,
     "sampling": 3,
     "precision": 4,
     "models": 5,

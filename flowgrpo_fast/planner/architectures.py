@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from flowgrpo_fast.names import nearest
 from flowgrpo_fast.planner.counting import (
     Activations,
     Work,
@@ -26,7 +27,6 @@ from flowgrpo_fast.planner.counting import (
 from flowgrpo_fast.planner.published import PUBLISHED, Part
 from flowgrpo_fast.planner.shapes import CALLS, FP32_VAES, Size, vae_latents, vae_stride
 from flowgrpo_fast.recipe import LoRA, Network
-from flowgrpo_fast.recipe_io import nearest
 
 # What is adapted where a recipe names nothing: the projections of attention, in some families the MLPs too.
 _ATTENTION = (

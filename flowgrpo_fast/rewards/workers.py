@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowgrpo_fast.names import resolve
 from flowgrpo_fast.recipe import RewardTerm
-from flowgrpo_fast.recipe_io import resolve
 from flowgrpo_fast.types import RewardFunction
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

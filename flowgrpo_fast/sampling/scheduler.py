@@ -24,9 +24,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from flowgrpo_fast.names import nearest
 from flowgrpo_fast.ops import Extras, FlowStepOutput, flow_log_prob, flow_step
 from flowgrpo_fast.recipe import CPS, DanceSDE, DPMSolver2M, Dynamics, Euler, FlowSDE, Solver
-from flowgrpo_fast.recipe_io import nearest
 from flowgrpo_fast.sampling.dynamics import coefficients
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None

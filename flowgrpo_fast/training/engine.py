@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.models.adapters import has_adapter
+from flowgrpo_fast.names import resolve
 from flowgrpo_fast.precision import (
     LowPrecisionModel,
     build_low_precision,
@@ -21,7 +22,6 @@ from flowgrpo_fast.precision import (
     check_training_precision,
 )
 from flowgrpo_fast.recipe import NFT, LoRA, LowPrecision, Recipe, Scouts
-from flowgrpo_fast.recipe_io import resolve
 from flowgrpo_fast.rewards.workers import RewardWorkers
 from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.sampling.prune import check_pool
