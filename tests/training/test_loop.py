@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork, prompts
+from flowgrpo_fast.names import resolve
 from flowgrpo_fast.recipe import (
     CPS,
     ClippedRatio,
@@ -25,7 +26,7 @@ from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.draws import draw
-from flowgrpo_fast.training.engine import build_engine, resolve
+from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import diversity, evaluate, train, train_step
 from flowgrpo_fast.training.update import replay_terms
 from flowgrpo_fast.types import TrainBatch
