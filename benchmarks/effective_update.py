@@ -35,7 +35,7 @@ from flowgrpo_fast.recipes import digits as on_digits  # noqa: E402
 from flowgrpo_fast.recipes import flow_grpo  # noqa: E402
 from flowgrpo_fast.sampling.sampler import rescored, rollout  # noqa: E402
 from flowgrpo_fast.sampling.schedule import resolve_schedule  # noqa: E402
-from flowgrpo_fast.training.draws import draw  # noqa: E402
+from flowgrpo_fast.training.sample import draw  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/precision_cpu.json"
 PAGE = ROOT / "docs/precision.md"

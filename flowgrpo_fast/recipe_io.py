@@ -1,17 +1,17 @@
-"""Recipes as text: JSON that loads back, `field=value` overrides that name the nearest field, names of objects."""
+"""Recipes as text: JSON that loads back, `field=value` overrides that name the nearest field."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from flowgrpo_fast import recipe as parts
+from flowgrpo_fast.data.prompts import read_text
+from flowgrpo_fast.names import nearest
 from flowgrpo_fast.recipe import Recipe
 
 _PARTS = {
@@ -19,13 +19,6 @@ _PARTS = {
     for name, part in vars(parts).items()
     if dataclasses.is_dataclass(part) and isinstance(part, type)
 }
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the closest of `known`, or the whole list where nothing is close."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
 def to_dict(part: Any) -> Any:
@@ -81,10 +74,10 @@ def load_recipe(path: Path) -> Recipe:
     """
     file = path / "recipe.json" if path.is_dir() else path
     try:
-        recipe = from_dict(json.loads(file.read_text()))
+        recipe = from_dict(json.loads(read_text(file, "recipe")))
     except FileNotFoundError:
         raise ValueError(f"no recipe at {str(file)!r}; give a run folder or its recipe.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"{str(file)!r} is not a JSON recipe: {error}") from None
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{str(file)!r} holds a {type(recipe).__name__}, not a Recipe")
@@ -176,24 +169,3 @@ def _described(hint: Any) -> str:
 def _as_text(value: Any) -> str:
     """A value as a run file and an override spell it."""
     return json.dumps(to_dict(value))
-
-
-def resolve(path: str) -> Any:
-    """The object at `package.module:name`.
-
-    Raises:
-        ValueError: not such a path, no such module, or no such name in it.
-    """
-    module_name, separator, name = path.partition(":")
-    if not separator:
-        raise ValueError(f"{path!r} is not package.module:name")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something it needs is not
-        raise ValueError(f"{path!r}: there is no module {error.name!r}") from None
-    try:
-        return getattr(module, name)
-    except AttributeError:
-        raise ValueError(f"{path!r}: module {module_name} has no {name!r}") from None

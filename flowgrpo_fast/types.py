@@ -1,4 +1,4 @@
-"""The records that flow through a training step, one way: conditioning -> trajectory -> rewards -> batch.
+"""The records that flow through a training step, one way: conditioning -> trajectory -> scores -> batch.
 
 Dimensions: B samples, P prompts, G group, T steps, K kept steps, *S latent shape, L tokens, C channels.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, TypeAlias
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 
@@ -54,6 +56,29 @@ def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts and what comes with each: those of a run, or, after `rows`, one for each of some samples."""
+
+    prompts: tuple[str, ...]
+    metadata: tuple[dict[str, Any], ...]  # one each; what the prompt file says of it besides
+    images: tuple[
+        Path, ...
+    ] = ()  # one each, or none at all: the source images that an editing model starts from
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, index: Tensor) -> PromptSet:
+        """Entries `index [B]` (int64), to repeat prompts over their group. Waits for the index's device."""
+        places = index.tolist()
+        return PromptSet(
+            prompts=tuple(self.prompts[i] for i in places),
+            metadata=tuple(self.metadata[i] for i in places),
+            images=tuple(self.images[i] for i in places) if self.images else (),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Draws:
     """What a rollout starts from. Group members are adjacent rows and live on one rank."""
 
@@ -95,11 +120,29 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
-class RewardOutput:
-    """Rewards of B samples. `total` is what credit is computed on unless it works per objective."""
+class Scores:
+    """What B samples are worth. `total` is what credit is computed on unless it works per objective."""
 
     total: Tensor  # [B] fp32
-    objectives: dict[str, Tensor] = field(default_factory=dict)  # name -> [B], unweighted
+    objectives: dict[str, Tensor] = field(default_factory=dict)  # name -> [B] fp32, unweighted
+    # What rewards say besides: name -> [B], [B, D], [B, F] of frames or [B, *region], fp32
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    # [B] bool: False where a sample got no score, whose numbers are 0 and mean nothing. None = every sample has one,
+    # which nobody has to ask the device for.
+    valid: Tensor | None = None
+
+    @staticmethod
+    def joined(parts: Sequence[Scores]) -> Scores:
+        """Those of several batches, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        everyone = [torch.ones_like(p.total, dtype=torch.bool) if p.valid is None else p.valid for p in parts]
+        return Scores(
+            total=torch.cat([p.total for p in parts]),
+            objectives={name: torch.cat([p.objectives[name] for p in parts]) for name in parts[0].objectives},
+            signals={name: torch.cat([p.signals[name] for p in parts]) for name in parts[0].signals},
+            valid=None if all(p.valid is None for p in parts) else torch.cat(everyone),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +188,3 @@ def at_step(model: FlowModel, sigmas: Tensor, step: int | Tensor) -> FlowModel:
 
 # Scores unfinished samples: x0 predictions [B, *S] of equal groups, neighbours in the batch -> [B] fp32.
 PreviewScore: TypeAlias = Callable[[Tensor], Tensor]
-
-# A reward: images [B, C, H, W] fp32 in [0, 1] and their B prompts -> [B] fp32.
-RewardFunction: TypeAlias = Callable[[Tensor, list[str]], Tensor]

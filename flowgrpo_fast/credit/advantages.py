@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.ops import group_advantages
-from flowgrpo_fast.recipe import Credit, RewardTerm
-from flowgrpo_fast.types import RewardOutput
+from flowgrpo_fast.recipe import Credit
+from flowgrpo_fast.rewards.terms import Reward
+from flowgrpo_fast.types import Scores
 
 
 def assign_credit(
-    rewards: RewardOutput,
+    rewards: Scores,
     group_id: Tensor,
     credit: Credit,
-    terms: tuple[RewardTerm, ...],
+    terms: tuple[Reward, ...],
     num_groups: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages `[B]` fp32, clipped, and weights `[B]`: 0 drops a sample, 1 keeps it. Waits for no device.

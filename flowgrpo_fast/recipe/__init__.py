@@ -37,8 +37,9 @@ from flowgrpo_fast.recipe.schedule import (
     Solver,
     Window,
 )
-from flowgrpo_fast.recipe.task import RewardTerm, Task
+from flowgrpo_fast.recipe.task import Task
 from flowgrpo_fast.recipe.whole import Recipe
+from flowgrpo_fast.rewards.terms import RewardTerm
 
 __all__ = [
     "CPS",

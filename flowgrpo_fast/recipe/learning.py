@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from flowgrpo_fast.recipe.checks import fraction, positive, require
+from flowgrpo_fast.checks import fraction, positive, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

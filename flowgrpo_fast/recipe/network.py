@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from flowgrpo_fast.recipe.checks import one_of, positive, require
+from flowgrpo_fast.checks import one_of, positive, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
-from flowgrpo_fast.recipe.checks import one_of, positive, require
+from flowgrpo_fast.checks import one_of, positive, require
 
 _MOST = 1024  # candidates of a prompt that `ops.best_variance_subset` and `ops.top_bottom` take
 

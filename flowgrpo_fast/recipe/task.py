@@ -3,27 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from flowgrpo_fast.recipe.checks import one_of, positive, require
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardTerm:
-    """One reward: a function `package.module:function (images, prompts) -> [B]` and its weight.
-
-    `where` it runs: "here", after the rollout; "thread" or "process", while the next prompts are rolled out (see
-    `Recipe.prompts_per_chunk`). A thread suits what waits, say for a remote server, or runs on the device; a process
-    what computes on the host. Its function is imported there and gets images on the host.
-    """
-
-    function: str
-    weight: float = 1.0
-    where: Literal["here", "thread", "process"] = "here"
-
-    def __post_init__(self) -> None:
-        """A known place."""
-        one_of(self, ("here", "thread", "process"), where=self.where)
+from flowgrpo_fast.checks import positive, require
+from flowgrpo_fast.rewards.terms import RewardTerm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +13,9 @@ class Task:
     """What is trained, on which prompts, by which rewards, and who judges it."""
 
     model: str = "digits"  # a module of flowgrpo_fast.models, or package.module:function
-    prompts: str = ""  # a text file, one prompt a line; empty = the model's own
+    prompts: str = (
+        ""  # a text file, one prompt a line, or a .jsonl file (`data.prompts`); empty = the model's own
+    )
     images: str = ""  # for editing: a text file, the source image of each prompt, one path a line
     rewards: tuple[RewardTerm, ...] = (
         RewardTerm(function="flowgrpo_fast.rewards.rules:digit_log_prob"),
@@ -45,7 +29,7 @@ class Task:
     def __post_init__(self) -> None:
         """There is something to learn from."""
         require(len(self.rewards) > 0, "Task.rewards is empty; name at least one reward function")
-        names = [term.function.rpartition(":")[2] for term in self.rewards]
+        names = [term.objective for term in self.rewards]
         for name in names:
             require(
                 names.count(name) == 1,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flowgrpo_fast.recipe.checks import positive, require
+from flowgrpo_fast.checks import positive, require
 from flowgrpo_fast.recipe.learning import NFT, ClippedRatio, Credit, Loss, Optimizer
 from flowgrpo_fast.recipe.network import Network
 from flowgrpo_fast.recipe.rollout import (

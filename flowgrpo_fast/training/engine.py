@@ -6,13 +6,14 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from flowgrpo_fast.data.prompts import Prompts
 from flowgrpo_fast.models.adapters import has_adapter
+from flowgrpo_fast.names import resolve
 from flowgrpo_fast.precision import (
     LowPrecisionModel,
     build_low_precision,
@@ -21,20 +22,14 @@ from flowgrpo_fast.precision import (
     check_training_precision,
 )
 from flowgrpo_fast.recipe import NFT, LoRA, LowPrecision, Recipe, Scouts
-from flowgrpo_fast.recipe_io import resolve
-from flowgrpo_fast.rewards.workers import RewardWorkers
+from flowgrpo_fast.rewards.scoring import Scorer
 from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.sampling.prune import check_pool
 from flowgrpo_fast.training.snapshots import Snapshot, Through, WithoutAdapter, trained_parameters
-from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
+from flowgrpo_fast.types import Conditioning, FlowModel, PromptSet
 
-
-class Judge(Protocol):
-    """An independent reader of the samples that training never sees."""
-
-    def correct(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Which images `[B, C, H, W]` show what their prompt asks for, `[B]` bool."""
-        ...
+if TYPE_CHECKING:  # the file of judges imports scikit-learn, for a judge of its own that few runs ask
+    from flowgrpo_fast.rewards.judges import Judge
 
 
 class PromptRows(Protocol):
@@ -51,9 +46,9 @@ class Engine:
 
     recipe: Recipe
     model: FlowModel
-    prompts: tuple[str, ...]
+    prompt_set: PromptSet
     conditioning: PromptRows  # of all prompts, encoded once
-    rewards: tuple[RewardFunction, ...]
+    scorer: Scorer
     judge: Judge | None
     optimizer: torch.optim.Optimizer
     reference: FlowModel | None  # the start weights, where the loss has a KL
@@ -65,7 +60,6 @@ class Engine:
     low_precision: LowPrecisionModel | None = None  # what steps without a log-prob run
     scouts: LowPrecisionModel | None = None  # what scouts run; the same copy where the recipe says the same
     graphs: Graphs | None = None  # captured rollout steps
-    workers: RewardWorkers | None = None  # where a reward runs elsewhere
     _views: dict[int, FlowModel] = field(default_factory=dict)  # one each: captured steps know a model by it
 
     @property
@@ -97,8 +91,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends what runs beside the run."""
-        if self.workers is not None:
-            self.workers.close()
+        self.scorer.close()
 
     @property
     def evaluated(self) -> FlowModel:
@@ -117,15 +110,17 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         torch.cuda.set_device(device)  # also for what asks for the current one: torch, rewards
     check_training_precision(recipe, device)
     task, part = recipe.task, recipe.rollout_precision
-    prompts = tuple(_read_lines(task.prompts, "prompt") if task.prompts else _own_prompts(task.model))
-    rewards = tuple(_function(term.function, "reward") for term in task.rewards)
-    judge = _function(task.judge, "judge") if task.judge else None
+    source = Prompts(path=task.prompts, images=task.images)
+    prompt_set = source.load(() if task.prompts else _own_prompts(task.model))
+    for term in task.rewards:  # before the model, which takes longer
+        term.resolve()
+    judge = _judge(task.judge) if task.judge else None
     model = load_model(recipe, device)
     check_pool(recipe.prune, model)
     check_masters(model.module)
     model.module.eval()  # no dropout: rollout and replay must agree to the bit
     with torch.no_grad():
-        conditioning = _encode(model, prompts, task.images)
+        conditioning = _encode(model, prompt_set)
     low_precision = build_low_precision(model, part) if isinstance(part, LowPrecision) else None
     scouts, tried = None, recipe.explore.precision if isinstance(recipe.explore, Scouts) else None
     if isinstance(tried, LowPrecision):
@@ -140,9 +135,9 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     return Engine(
         recipe=recipe,
         model=model,
-        prompts=prompts,
+        prompt_set=prompt_set,
         conditioning=conditioning,
-        rewards=rewards,
+        scorer=Scorer(task.rewards, model.decode, device, task.reward_processes),
         judge=judge() if judge else None,
         optimizer=optimizer,
         reference=_start_of(model, recipe) if recipe.loss.kl_beta > 0 else None,
@@ -152,9 +147,6 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         low_precision=low_precision,
         scouts=scouts,
         graphs=Graphs() if recipe.graphs else None,
-        workers=RewardWorkers(task.reward_processes)
-        if any(t.where != "here" for t in task.rewards)
-        else None,
     )
 
 
@@ -185,23 +177,17 @@ def _start_of(model: FlowModel, recipe: Recipe) -> FlowModel:
     return WithoutAdapter(model) if fresh else Snapshot(model)
 
 
-def _encode(model: FlowModel, prompts: tuple[str, ...], images: str) -> PromptRows:
+def _encode(model: FlowModel, prompt_set: PromptSet) -> PromptRows:
     """All prompts' conditioning: in memory, or on disk where the model keeps it there."""
-    arguments: dict[str, Any] = {"images": _source_images(model, prompts, images)} if images else {}
-    on_disk: Callable[..., PromptRows | None] | None = getattr(model, "on_disk", None)
-    stored = on_disk(list(prompts), **arguments) if on_disk else None
-    return stored or model.encode(list(prompts), **arguments)
-
-
-def _source_images(model: FlowModel, prompts: tuple[str, ...], images: str) -> list[Path]:
-    if "images" not in inspect.signature(model.encode).parameters:
-        raise ValueError(f"task.images is {images!r}; this model takes prompts alone")
-    paths = [Path(images).parent / line for line in _read_lines(images, "image")]
-    if len(paths) != len(prompts):
+    if prompt_set.images and "images" not in inspect.signature(model.encode).parameters:
         raise ValueError(
-            f"{images!r} names {len(paths)} images for {len(prompts)} prompts; give one for each"
+            f"the prompts come with source images, such as {str(prompt_set.images[0])!r}; "
+            "this model takes prompts alone"
         )
-    return paths
+    arguments: dict[str, Any] = {"images": list(prompt_set.images)} if prompt_set.images else {}
+    on_disk: Callable[..., PromptRows | None] | None = getattr(model, "on_disk", None)
+    stored = on_disk(list(prompt_set.prompts), **arguments) if on_disk else None
+    return stored or model.encode(list(prompt_set.prompts), **arguments)
 
 
 def _own_prompts(name: str) -> list[str]:
@@ -224,19 +210,8 @@ def _model_part(name: str, part: str) -> Callable[..., Any]:
     return resolve(f"flowgrpo_fast.models.{name}:{part}")
 
 
-def _function(path: str, what: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = resolve(path)
+def _judge(path: str) -> Callable[[], Judge]:
+    found: Callable[[], Judge] = resolve(path)
     if not callable(found):
-        raise ValueError(f"{what} {path!r} is a {type(found).__name__}, which cannot be called")
+        raise ValueError(f"judge {path!r} is a {type(found).__name__}, which cannot be called")
     return found
-
-
-def _read_lines(path: str, what: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise ValueError(f"cannot read {what}s from {path!r}: {error.strerror}") from None
-    kept = [line for line in lines if line]
-    if not kept:
-        raise ValueError(f"{path!r} holds no {what}; write one a line")
-    return kept

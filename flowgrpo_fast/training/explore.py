@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.recipe import NoScouts, Scouts
+from flowgrpo_fast.rewards.scoring import collect, require_all
 from flowgrpo_fast.sampling.explore import spearman, top_overlap
 from flowgrpo_fast.sampling.prune import choose
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import ode_schedule
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.sample import in_chunks
-from flowgrpo_fast.training.score import collect
 from flowgrpo_fast.types import Draws, Trajectory
 
 
@@ -51,7 +51,7 @@ def explore(engine: Engine, draws: Draws) -> Exploration:
         return rollout(engine.scout, conditioning, chunk, schedule, recipe, graphs=engine.graphs)
 
     scouts, scorings = in_chunks(engine, draws, walk)
-    rewards = collect(scorings).total
+    rewards = require_all(collect(scorings)).total
     rows = choose(rewards.view(len(draws.prompt_index), -1), recipe.group_size, part.select)
     chosen = draws.rows(rows)
     finished = None if part.regenerate else replace(_rows(scouts, rows), draws=chosen, evaluations=0)

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.credit.advantages import assign_credit
+from flowgrpo_fast.data.draws import draw_eval, draw_step_positions
 from flowgrpo_fast.recipe import NFT, ClippedRatio
+from flowgrpo_fast.rewards.scoring import collect, require_all
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import Schedule, ode_schedule, resolve_schedule
-from flowgrpo_fast.training.draws import draw, draw_eval, draw_step_positions
 from flowgrpo_fast.training.engine import Engine, sync_weights
 from flowgrpo_fast.training.explore import explore, scout_metrics
-from flowgrpo_fast.training.sample import sample_and_score
-from flowgrpo_fast.training.score import collect, score_images, start_scoring
+from flowgrpo_fast.training.sample import draw, sample_and_score, start_scoring
 from flowgrpo_fast.training.self_test import ratio_self_test
 from flowgrpo_fast.training.update import update
-from flowgrpo_fast.types import Draws, RewardOutput, TrainBatch, Trajectory
+from flowgrpo_fast.types import Draws, Scores, TrainBatch, Trajectory
 
 _MAX_IDLE_STEPS = 20  # consecutive steps in which no group teaches anything
 
@@ -46,7 +46,7 @@ def train_step(engine: Engine) -> StepReport:
     """Scouts, rollout, rewards, credit, update: one iteration of the recipe."""
     recipe, report = engine.recipe, StepReport(step=engine.step + 1)
     with report.phase("explore"):
-        drawn = draw(recipe, len(engine.prompts), engine.step, engine.device)
+        drawn = draw(recipe, len(engine.prompt_set), engine.step, engine.device)
         explored = explore(engine, drawn)
     with report.phase("rollout"):
         schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
@@ -55,7 +55,7 @@ def train_step(engine: Engine) -> StepReport:
         else:
             trajectory, scorings = sample_and_score(engine, explored.draws, schedule)
     with report.phase("reward"):
-        rewards = collect(scorings)
+        rewards = require_all(collect(scorings))
         report.metrics |= reward_metrics(rewards, trajectory.draws) | scout_metrics(explored, rewards.total)
     with report.phase("credit"):
         batch = make_batch(engine, trajectory, rewards, schedule)
@@ -94,20 +94,26 @@ def train(engine: Engine, on_step: Callable[[StepReport], None], stop: Callable[
 def make_batch(
     engine: Engine,
     trajectory: Trajectory,
-    rewards: RewardOutput,
+    rewards: Scores,
     schedule: Schedule,
 ) -> TrainBatch:
     """Joins a trajectory with its credit and with the steps each sample trains on."""
     recipe = engine.recipe
     draws = trajectory.draws
     advantages, weight = assign_credit(
-        rewards, draws.group_id, recipe.credit, recipe.task.rewards, len(draws.prompt_index)
+        rewards, draws.group_id, recipe.credit, engine.scorer.owners(rewards), len(draws.prompt_index)
     )
     num_steps, num_trained = len(schedule.kept), schedule.num_trained
     if isinstance(recipe.loss, NFT):
         num_steps = len(trajectory.sigmas) - 1  # the rollout's own
         num_trained = max(1, int(recipe.loss.fraction * num_steps))
-    position = draw_step_positions(recipe, num_steps, num_trained, engine.step)
+    position = draw_step_positions(
+        step=engine.step,
+        seed=recipe.seed,
+        num_rows=recipe.num_prompts * recipe.group_size,
+        num_kept=num_steps,
+        num_trained=num_trained,
+    )
     return TrainBatch(
         trajectory=trajectory,
         conditioning=engine.conditioning.rows(draws.prompt_index[draws.group_id]),
@@ -118,7 +124,7 @@ def make_batch(
     )
 
 
-def reward_metrics(rewards: RewardOutput, draws: Draws) -> dict[str, float]:
+def reward_metrics(rewards: Scores, draws: Draws) -> dict[str, float]:
     """Mean total and per-objective rewards, and the mean spread within a group."""
     groups = rewards.total.view(len(draws.prompt_index), -1)
     values = {"reward": rewards.total.mean(), "reward_group_std": groups.std(1, correction=0).mean()}
@@ -152,14 +158,16 @@ class Evaluation:
 def evaluate(engine: Engine) -> Evaluation:
     """Samples with the Euler ODE and lets the rewards and the judge read the result."""
     recipe = engine.recipe
-    draws = draw_eval(len(engine.prompts), recipe.task.num_eval_samples, engine.device)
+    draws = draw_eval(len(engine.prompt_set), recipe.task.num_eval_samples, engine.device)
     conditioning = engine.conditioning.rows(draws.prompt_index)
     schedule = ode_schedule(recipe.sigmas, engine.seq_len)
     trajectory = rollout(engine.evaluated, conditioning, draws, schedule, recipe)
     with torch.no_grad():
         images = engine.model.decode(trajectory.x0)
-    prompts = [engine.prompts[i] for i in draws.prompt_index.tolist()]
-    rewards = score_images(engine, images, prompts)
+    asked = engine.prompt_set.rows(draws.prompt_index)
+    prompts = list(asked.prompts)
+    # A group is all samples of one prompt here too, though they are no neighbours.
+    rewards = engine.scorer.score(images, asked, draws.prompt_index, len(engine.prompt_set), trajectory.x0)
     metrics = {"eval/reward": float(rewards.total.mean())}
     metrics |= {f"eval/{name}": float(value.mean()) for name, value in rewards.objectives.items()}
     metrics["eval/diversity"] = diversity(images, draws.prompt_index)

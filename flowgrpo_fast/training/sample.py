@@ -8,12 +8,33 @@ from typing import Any
 
 import torch
 
-from flowgrpo_fast.recipe import Prune
+from flowgrpo_fast.data.draws import draw as draw_seeds
+from flowgrpo_fast.data.prompts import Prompts
+from flowgrpo_fast.recipe import Prune, Recipe
+from flowgrpo_fast.rewards.scoring import Scoring
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import Schedule
 from flowgrpo_fast.training.engine import Engine
-from flowgrpo_fast.training.score import Scoring, preview_score, start_scoring
 from flowgrpo_fast.types import Draws, Trajectory
+
+
+def draw(recipe: Recipe, set_size: int, step: int, device: torch.device) -> Draws:
+    """Prompts and noise seeds of one training step, those of scouts and of pruned candidates included."""
+    return draw_seeds(
+        Prompts().draw(step, recipe.seed, recipe.num_prompts, set_size),
+        step=step,
+        seed=recipe.seed,
+        num_drawn=recipe.num_drawn,
+        share_start=recipe.share_start_noise,
+        device=device,
+    )
+
+
+def start_scoring(engine: Engine, trajectory: Trajectory) -> Scoring:
+    """Begins to score finished samples."""
+    draws = trajectory.draws
+    asked = engine.prompt_set.rows(draws.prompt_index[draws.group_id])
+    return engine.scorer.start(trajectory.x0, asked, draws.group_id, len(draws.prompt_index))
 
 
 def sample_and_score(engine: Engine, draws: Draws, schedule: Schedule) -> tuple[Trajectory, list[Scoring]]:
@@ -40,7 +61,8 @@ def sample(engine: Engine, draws: Draws, schedule: Schedule) -> Trajectory:
     """The rollout of the policy that samples; candidates that the recipe prunes are scored on the way."""
     conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
     prune = engine.recipe.prune
-    judged = preview_score(engine, draws) if isinstance(prune, Prune) and prune.score == "reward" else None
+    by_reward = isinstance(prune, Prune) and prune.score == "reward"
+    judged = engine.scorer.preview_score(engine.prompt_set.rows(draws.prompt_index)) if by_reward else None
     return rollout(
         engine.sampled,
         conditioning,
