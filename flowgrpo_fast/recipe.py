@@ -131,7 +131,7 @@ class Task:
     def __post_init__(self) -> None:
         """There is something to learn from."""
         require(len(self.rewards) > 0, "Task.rewards is empty; name at least one reward function")
-        names = [term.label for term in self.rewards]
+        names = [term.objective for term in self.rewards]
         for name in names:
             require(
                 names.count(name) == 1,

@@ -7,11 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-<<<<<<< HEAD
 from typing import Any, Protocol
-=======
-from typing import Any
->>>>>>> wt-e
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +16,6 @@ from flowgrpo_fast.data.draws import draw_prompts
 from flowgrpo_fast.types import PromptSet
 
 
-<<<<<<< HEAD
 class Source(Protocol):
     """Where prompts come from, and which of them a step takes."""
 
@@ -38,8 +33,6 @@ class Source(Protocol):
         ...
 
 
-=======
->>>>>>> wt-e
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
     """Where a run's prompts come from, and which of them a step takes.
@@ -51,14 +44,11 @@ class Prompts:
     path: str = ""  # empty = the model's own prompts
     images: str = ""  # for editing: a text file, the source image of each prompt, one path a line
 
-<<<<<<< HEAD
     @property
     def gives_pairs(self) -> bool:
         """Prompts alone."""
         return False
 
-=======
->>>>>>> wt-e
     def load(self, own: Sequence[str] = ()) -> PromptSet:
         """All prompts with what comes with each.
 
