@@ -67,7 +67,7 @@ def run(name: str) -> Curve:
     trained = [p.detach() for p in engine.model.module.parameters() if p.requires_grad]
     weights = {"weights": trained}
     saved = {"average": "averaged"}  # names of the first recordings
-    weights |= {saved.get(name, name): snapshot.values for name, snapshot in moving(engine).items()}
+    weights |= {saved.get(name, name): snapshot.values for name, snapshot in sorted(moving(engine).items())}
     kept = tuple({k: v for k, v in step.items() if "/step_" not in k} for step in steps)
     return Curve(kept, {key: checksum(tensors) for key, tensors in weights.items()})
 
