@@ -23,7 +23,7 @@ from flowgrpo_fast.training.loop import evaluate, train, train_step
 from flowgrpo_fast.training.sample import draw, sample_and_score
 from tests.conftest import ToyModel
 from tests.training import rewards_elsewhere
-from tests.training.rewards_elsewhere import NAP, seen
+from tests.training.rewards_elsewhere import HANGS, SIGNS, count_signs, put_sign, seen, wait_for_signs
 
 CPU = torch.device("cpu")
 HERE = "tests.training.rewards_elsewhere"
@@ -109,23 +109,38 @@ def test_scouts_come_in_chunks_too(job) -> None:
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-6)
 
 
+@pytest.fixture(autouse=True)
+def signs(tmp_path, monkeypatch) -> Path:
+    """Where rewards and tests tell each other how far they are."""
+    folder = tmp_path / "signs"
+    folder.mkdir()
+    monkeypatch.setenv(SIGNS, str(folder))
+    return folder
+
+
 @pytest.mark.parametrize("where", ["thread", "process"])
 def test_rewards_run_while_the_next_prompts_roll_out(job, where, monkeypatch) -> None:
-    """Four chunks, whose rollouts and rewards sleep: 4 naps of each one after another, or 4 + 1."""
-    naps = 6  # steps of a rollout
+    """Four chunks: the reward of one ends only when the next rolls out, so one after another they would never end. And
+    the next is done only when the reward has begun, which is then at work beside it."""
+    calls, steps = 0, 6
     plain = ToyModel.velocity
 
-    def slow(model, *arguments):
-        time.sleep(0 if torch.is_grad_enabled() else NAP / naps)
+    def velocity(model, *arguments):
+        nonlocal calls
+        if not torch.is_grad_enabled():
+            chunk, step = divmod(calls, steps)
+            calls += 1
+            if step == 0:
+                put_sign(f"rollout {chunk + 1}")
+            if step == steps - 1:
+                wait_for_signs("reward", chunk)
         return plain(model, *arguments)
 
-    engine = job(where, "sleepy", prompts_per_chunk=1)
-    train_step(engine)  # starts the process
-    monkeypatch.setattr(ToyModel, "velocity", slow)
-    report = train_step(engine)
-    elapsed = report.seconds["rollout"] + report.seconds["reward"]
-    assert 5 * NAP <= elapsed < 7 * NAP  # of 8
-    assert report.seconds["reward"] < 2 * NAP
+    monkeypatch.setattr(ToyModel, "velocity", velocity)
+    engine = job(where, "meets_next_rollout", prompts_per_chunk=1)
+    train_step(engine)
+    assert calls == 4 * steps
+    assert count_signs("rollout") == count_signs("reward") == 4
 
 
 def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
@@ -189,10 +204,10 @@ def test_processes_ignore_interrupts_and_end_with_the_engine(job) -> None:
     assert pid != os.getpid()
     stuck = RewardTerm(function=f"{HERE}:stuck", where="process")
     future = workers.submit(stuck, seen(images))
-    time.sleep(0.2)
+    wait_for_signs("stuck", 1)
     workers.close()
     with pytest.raises(ValueError, match=r"stuck' died"):
-        future.result(timeout=20)
+        future.result(timeout=HANGS)
     assert gone(pid)
     workers.close()  # nothing is left to end
 
@@ -216,7 +231,8 @@ def test_images_leave_the_device_without_anyone_waiting(where) -> None:
 
 
 def gone(pid: int) -> bool:
-    for _ in range(100):
+    deadline = time.monotonic() + HANGS
+    while time.monotonic() < deadline:
         try:
             os.kill(pid, 0)
             if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
@@ -268,9 +284,9 @@ def test_nothing_outlives_the_program(number, tmp_path) -> None:
         text=True,
     )
     worker = int(process.stdout.readline())
-    time.sleep(0.3)
+    wait_for_signs("stuck", 2)
     process.send_signal(number)
-    process.wait(timeout=20)
+    process.wait(timeout=HANGS)
     assert gone(worker)
 
 
