@@ -28,7 +28,12 @@ torch.set_num_threads(1)  # toy sizes: threads only wait for each other
 GOLDEN = Path(__file__).parent / "golden"
 
 
+# Minutes each, of compilers and of programs begun anew: first, so that no process is left alone with one at the end.
+LONG = ("test_cuda_on_host.py", "test_execution.py", "test_cli.py", "test_sanitize_cpu.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
