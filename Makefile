@@ -5,6 +5,8 @@
 PYTHON ?= python3
 TORCH  ?= 2.13.0# the one place that pins torch
 
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)# processes of `make test`: a file's tests stay together
+
 VENV  := .venv
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/pip --disable-pip-version-check
@@ -19,7 +21,7 @@ demo: build
 	$(BIN)/flowgrpo-fast train
 
 test: build lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # the CPU code under the sanitizers (a few minutes); that of the GPU, on the host, is part of the tests
 sanitize: build
