@@ -1,6 +1,6 @@
 """What every target of the Makefile needs first: a virtual environment, its packages, and `csrc` compiled meanwhile.
 
-    python install.py [--venv .venv] [--torch 2.13.0]
+    python install.py --venv .venv --torch 2.13.0
 
 Compiling needs no more than pybind11 and ninja, so it runs beside the installation of the rest. Where one of the two
 fails, and at Ctrl-C, the other is ended; a failure is one line below the message of the program that failed.
@@ -58,6 +58,10 @@ class Environment:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.python = str(folder / "bin" / "python")
+
+    def exists(self) -> bool:
+        """Whether it is there; pip is the last that venv writes."""
+        return all((self.folder / "bin" / name).exists() for name in ("python", "pip"))
 
     def requirements(self) -> list[str]:
         """Packages that pyproject.toml names, those of development too."""
@@ -119,9 +123,10 @@ async def set_up(environment: Environment, torch: str) -> None:
     """All of it, with a line a phase."""
     start = time.monotonic()
     this = asyncio.current_task()
+    assert this is not None
     for ending in (signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(ending, this.cancel)
-    if not Path(environment.python).exists():
+    if not environment.exists():
         print(f"set-up: a virtual environment in {environment.folder}, with pybind11 and ninja", flush=True)
         if not await succeeds([sys.executable, "-m", "venv", str(environment.folder)]):
             raise StepError(f"python -m venv {environment.folder}")
@@ -138,8 +143,8 @@ async def set_up(environment: Environment, torch: str) -> None:
 def main() -> int:
     """Exit status: 0 all is there, 1 a step failed, 130 interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--torch", default="2.13.0")
+    parser.add_argument("--venv", type=Path, required=True)
+    parser.add_argument("--torch", required=True)
     arguments = parser.parse_args()
     try:
         asyncio.run(set_up(Environment(arguments.venv), arguments.torch))

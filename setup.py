@@ -228,6 +228,8 @@ def write_ninja(folder: Path, version: str, nvcc: str | None, archs: list[str]) 
     ninja = NinjaFile(folder, ["# Written by setup.py", rules], [])
     compiler = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True).stdout
     module_flags = bindings_flags(version, compiler.split("\n")[0], nvcc, archs)
+    for source in sources("*.cu") if nvcc else ():  # first: they take longest
+        ninja.compile("nvcc", source)
     for source in sources("*.cpp"):
         if source == "bindings.cpp":
             ninja.compile("cxx", source, flags=module_flags)
@@ -236,8 +238,6 @@ def write_ninja(folder: Path, version: str, nvcc: str | None, archs: list[str]) 
         else:
             for isa, flags in isas().items():
                 ninja.compile("cxx", source, flags=f"-DFLOWGRPO_ISA={isa} {flags}", tag=isa)
-    for source in sources("*.cu") if nvcc else ():
-        ninja.compile("nvcc", source)
     return ninja.write()
 
 

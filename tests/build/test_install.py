@@ -33,6 +33,7 @@ class Pretended:
         python = self.folder / "bin" / "python"
         python.write_text(PYTHON.format(log=self.log, compile=compile, torch=torch))
         python.chmod(0o755)
+        (self.folder / "bin" / "pip").touch()
 
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, str(ROOT / "install.py"), "--venv", str(self.folder), "--torch", "1.2.3"]
