@@ -86,7 +86,7 @@ def ninja_text() -> str:
         ["-O0 -DFLOWGRPO_WITH_CUDA", *(f"-isystem {path}" for path in includes)]
         + [rf"-DFLOWGRPO_{name}=\"host\"" for name in definitions]
     )
-    bindings = [compiled(source, "bindings", binding_flags) for source in sorted(CSRC.glob("bind*.cpp"))]
+    bindings = [compiled(CSRC / "bindings.cpp", "bindings", binding_flags)]
     bindings += [
         compiled(source, "bindings", "") for source in (CSRC / "cpu_dispatch.cpp", FOLDER / "stubs.cpp")
     ]
