@@ -23,6 +23,7 @@ from flowgrpo_fast.objectives.regularizers import Regularizer
 from flowgrpo_fast.objectives.snapshots import SnapshotRule
 from flowgrpo_fast.objectives.trust import Clip, Trust
 from flowgrpo_fast.ops import Extras, FlowLogProbOutput, flow_log_prob
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Transitions, spread, spread_guidance
 
 
@@ -63,6 +64,9 @@ class Distillation:
     def couples(self) -> bool:
         """Every edge by itself."""
         return False
+
+    def check(self, plan: Plan) -> None:
+        """Any plan that keeps what it requires."""
 
     def points(self, batch: Batch) -> Points:
         """One a kept step."""

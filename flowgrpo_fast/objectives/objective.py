@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_fast.objectives.snapshots import SnapshotRule
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Predicted
 
 # name -> [E] or [E, *region], fp32. What carries a gradient is what the loss is differentiated by.
@@ -145,6 +146,10 @@ class Objective(Protocol):
     @property
     def couples(self) -> bool:
         """Whether the loss joins a sample's steps, or a group: it is then linearised, see `training.update`."""
+        ...
+
+    def check(self, plan: Plan) -> None:
+        """Raises ValueError for a plan whose walks it cannot learn from."""
         ...
 
     def points(self, batch: Batch) -> Points:
