@@ -194,7 +194,8 @@ def _behind(steps: Sequence[StepPlan]) -> tuple[tuple[tuple[int, ...], ...], ...
 
 
 def _candidates(steps: Sequence[StepPlan]) -> tuple[int, ...]:
-    sizes, size = [], 0
+    sizes: list[int] = []
+    size = 0
     for step in reversed(steps):
         if step.cut or not sizes:
             size = len(step.parent)
@@ -257,5 +258,5 @@ class PlanBuilder:
 
 
 def _wide(values: object, width: int) -> tuple[int, ...]:
-    shape = np.shape(values)  # type: ignore[arg-type]
+    shape = np.asarray(values).shape
     return (*shape[:-1], width) if shape else (width,)
