@@ -457,9 +457,11 @@ class Cuts:
         steps, size = [], self.sizes[0]
         for step in plan.steps:
             width = len(step.parent)
+            # A cut takes whole samples: each has a row of its own by then, and edges of its own wherever it is trained.
+            own = width == self.sizes[0] and bool(step.kept.all() or not step.is_kept) and not step.differs
             require(
-                step.step < self.steps[0] or width == self.sizes[0],
-                "Cuts.inner branches after the first cut; cut Independent or SharedStart",
+                own or (step.step < self.steps[0] and not step.is_kept),
+                "Cuts.inner has samples that share what a cut would take apart; cut Independent or SharedStart",
             )
             if step.step >= self.steps[0]:
                 step = replace(
