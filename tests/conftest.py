@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.recipe import (
-    ClippedRatio,
+    Clip,
     FlowSDE,
     FrozenWindow,
+    Independent,
     Optimizer,
+    PolicyGradient,
     Recipe,
     RewardTerm,
     Sigmas,
@@ -115,10 +117,10 @@ def toy_recipe(toy_module: str) -> Callable[..., Recipe]:
         name="toy",
         sigmas=Sigmas(num_inference_steps=6, shift=1.0),
         dynamics=FlowSDE(noise_level=0.7),
-        window=FrozenWindow(size=3, start=1),
+        topology=Independent(at=FrozenWindow(size=3, start=1)),
         group_size=8,
         num_prompts=4,
-        loss=ClippedRatio(clip_range=0.05),
+        objective=PolicyGradient(trust=Clip(range=0.05)),
         optimizer=Optimizer(lr=3e-3),
         num_steps=4,
         task=task,
