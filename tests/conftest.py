@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,12 @@ def small_heap() -> None:
 def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / request.param) as data:
         return dict(data)
+
+
+@pytest.fixture(scope="session")
+def methods() -> dict[str, dict]:
+    """Worked examples of the literature's methods by name: `inputs` and the `expected` numbers of each."""
+    return json.loads((GOLDEN / "methods.json").read_text())
 
 
 class ToyModel(FlowModel):
