@@ -15,10 +15,9 @@ from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.sampling.sampler import START_NOISE_STREAM, rollout
 from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
 from flowgrpo_fast.sampling.step import row_slices
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import Engine, build_engine
 from flowgrpo_fast.training.loop import make_batch
-from flowgrpo_fast.training.score import score
+from flowgrpo_fast.training.sample import draw, start_scoring
 from flowgrpo_fast.training.snapshots import trained_parameters
 from flowgrpo_fast.training.update import _Tally, accumulate_share
 from flowgrpo_fast.types import Draws
@@ -34,10 +33,10 @@ def agreement(recipe: Recipe, device: torch.device) -> dict[str, float]:
     recipe = replace(recipe, precision="fp32", network=replace(recipe.network, compile=False))
     ours, theirs = (_nudged(build_engine(recipe, device)) for _ in range(2))
     schedule = resolve_schedule(recipe, 0, ours.seq_len)
-    draws = draw(recipe, len(ours.prompts), 0, device)
+    draws = draw(recipe, len(ours.prompt_set), 0, device)
     conditioning = ours.conditioning.rows(draws.prompt_index[draws.group_id])
     trajectory = rollout(ours.model, conditioning, draws, schedule, recipe)
-    rewards = score(ours, trajectory)
+    rewards = start_scoring(ours, trajectory).result()
     batch = make_batch(ours, trajectory, rewards, schedule)
     for share in row_slices(len(batch.advantages), recipe.rows_per_update):
         accumulate_share(ours, batch, share, _Tally())
@@ -46,7 +45,7 @@ def agreement(recipe: Recipe, device: torch.device) -> dict[str, float]:
     step = trainer_loop.eager_step(schedule, recipe, device, randn)
     trainer = trainer_loop.Trainer(theirs)
     samples = trainer_loop.rollout(theirs.model, conditioning, draws, schedule, recipe, step, randn)
-    prompts = [theirs.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
+    prompts = [theirs.prompt_set.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
     advantages = trainer_loop.advantages_of(rewards.total, prompts, recipe)
     for share in row_slices(len(advantages), recipe.rows_per_update):
         trainer.accumulate(samples, conditioning, advantages, share, step)

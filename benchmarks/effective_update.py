@@ -14,7 +14,7 @@ import copy
 import json
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,14 @@ if str(ROOT) not in sys.path:
 
 from benchmarks.rows import machine  # noqa: E402
 from flowgrpo_fast.models import digits  # noqa: E402
-from flowgrpo_fast.precision import FORMATS  # noqa: E402
+from flowgrpo_fast.precision import FORMATS, build_low_precision  # noqa: E402
 from flowgrpo_fast.precision.adapters import linear_layers  # noqa: E402
 from flowgrpo_fast.recipe import LowPrecision  # noqa: E402
 from flowgrpo_fast.recipes import digits as on_digits  # noqa: E402
 from flowgrpo_fast.recipes import flow_grpo  # noqa: E402
 from flowgrpo_fast.sampling.sampler import rescored, rollout  # noqa: E402
 from flowgrpo_fast.sampling.schedule import resolve_schedule  # noqa: E402
-from flowgrpo_fast.training.draws import draw  # noqa: E402
-from flowgrpo_fast.types import FlowModel  # noqa: E402
+from flowgrpo_fast.training.sample import draw  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/precision_cpu.json"
 PAGE = ROOT / "docs/precision.md"
@@ -48,11 +47,11 @@ LAYER_ARMS = ("merged bf16", *(f"merged {name}" for name in FORMATS))
 MARKS = "<!-- {}: written by benchmarks/effective_update.py -->"
 
 
-class OneLayer(FlowModel):
+@dataclass
+class OneLayer:
     """A layer with an adapter, dressed as a FlowModel."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    module: nn.Module
 
 
 def compared(got: Tensor, exact: Tensor) -> dict[str, float]:
@@ -121,7 +120,7 @@ def mode_rows() -> list[dict[str, Any]]:
         ]
         for arm, part in parts:
             model: Any = OneLayer(copy.deepcopy(module))
-            low = None if part is None else part.build(model)
+            low = None if part is None else build_low_precision(model, part)
             acting = model if low is None else low.model
             trained = model.module["adapted"].lora_B["default"].weight.data
             for precision in ("fp32", "bf16"):
@@ -139,7 +138,7 @@ def mode_rows() -> list[dict[str, Any]]:
 
 def digits_model(share: float) -> Any:
     """The shipped digits, a LoRA of rank 4 on their attention, every change `share` of its weight's norm."""
-    model = digits.shipped()
+    model = digits.load()
     model.module.requires_grad_(False)
     model.module.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
     generator = torch.Generator().manual_seed(1)
@@ -176,7 +175,7 @@ def model_rows() -> list[dict[str, Any]]:
                 acted = [velocity(model, form) for model in models]
             else:
                 part = LowPrecision(mode=mode, format=form)
-                acted = [velocity(part.build(copy.deepcopy(model)).model) for model in models]
+                acted = [velocity(build_low_precision(copy.deepcopy(model), part).model) for model in models]
             row = {
                 "share": share,
                 "mode": mode,
@@ -198,7 +197,7 @@ def log_prob_rows() -> list[dict[str, Any]]:
     rows = []
     arms: dict[str, Any] = {"fp32": (model, "fp32"), "bf16": (model, "bf16")}
     for name in ("fp8_rows", "fp8_tensor", "nvfp4"):
-        arms[name] = (LowPrecision(mode="branch", format=name).build(model).model, "fp32")
+        arms[name] = (build_low_precision(model, LowPrecision(mode="branch", format=name)).model, "fp32")
     for name, (acting, precision) in arms.items():
         foreign = rollout(acting, conditioning, draws, schedule, replace(recipe, precision=precision))
         own = rescored(model, foreign, conditioning, recipe)

@@ -35,9 +35,9 @@ from flowgrpo_fast.planner.live import Floor, floor_of  # noqa: E402
 from flowgrpo_fast.recipe import ClippedRatio, Recipe  # noqa: E402
 from flowgrpo_fast.sampling.sampler import rollout  # noqa: E402
 from flowgrpo_fast.sampling.schedule import ode_schedule  # noqa: E402
-from flowgrpo_fast.training.draws import draw  # noqa: E402
 from flowgrpo_fast.training.engine import Engine  # noqa: E402
 from flowgrpo_fast.training.loop import StepReport  # noqa: E402
+from flowgrpo_fast.training.sample import draw  # noqa: E402
 
 _FIRST = (LOW, FAST, TRAINER, COMPILED, FLASH, EQUAL, WINDOW)  # on a GPU, where time may run out
 _A_ROW = 40.0  # seconds the first one may take, on a GPU with its compilation; then the longest so far
@@ -283,7 +283,7 @@ def _launches(step: Callable[[], Any]) -> int:
 def rollouts(engine: Engine, rounds: int = 3) -> dict[str, float]:
     """Seconds of the deterministic walk in the training precision and in the low one, in turns."""
     recipe, device = engine.recipe, engine.device
-    draws = draw(recipe, len(engine.prompts), 0, device)
+    draws = draw(recipe, len(engine.prompt_set), 0, device)
     conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
     schedule = ode_schedule(recipe.sigmas, engine.seq_len)
     times: dict[str, list[float]] = {"training": [], "low": []}

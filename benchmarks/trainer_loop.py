@@ -26,10 +26,9 @@ from flowgrpo_fast.ops import reference
 from flowgrpo_fast.recipe import ClippedRatio, FlowSDE, Recipe
 from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
 from flowgrpo_fast.sampling.step import row_slices
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.loop import StepReport
-from flowgrpo_fast.training.score import score_images
+from flowgrpo_fast.training.sample import draw
 from flowgrpo_fast.types import Conditioning, Draws, FlowModel
 
 
@@ -211,7 +210,7 @@ class Trainer:
         """Rollout, rewards, credit, update; reports the step's means."""
         engine, recipe, report = self.engine, self.engine.recipe, StepReport(self.engine.step + 1)
         with report.phase("rollout"):
-            draws = draw(recipe, len(engine.prompts), engine.step, engine.device)
+            draws = draw(recipe, len(engine.prompt_set), engine.step, engine.device)
             schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
             conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
             step = self.make_step(schedule, recipe, engine.device)
@@ -219,9 +218,9 @@ class Trainer:
             wait(engine.device)
         with report.phase("reward"), torch.no_grad():
             images = engine.model.decode(samples.x0)
-            prompts = [engine.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
-            rewards = score_images(engine, images, prompts).total
-            advantages = advantages_of(rewards, prompts, recipe)
+            asked = engine.prompt_set.rows(draws.prompt_index[draws.group_id])
+            rewards = engine.scorer.score(images, asked, draws.group_id, len(draws.prompt_index)).total
+            advantages = advantages_of(rewards, list(asked.prompts), recipe)
         with report.phase("update"):
             self.info = {}
             for share in row_slices(len(advantages), recipe.rows_per_update):

@@ -28,7 +28,7 @@ from flowgrpo_fast.monitor.report import write_figures, write_report
 from flowgrpo_fast.names import nearest
 from flowgrpo_fast.ops import build_info
 from flowgrpo_fast.recipe import Recipe
-from flowgrpo_fast.recipe_io import load_recipe, override
+from flowgrpo_fast.recipe_io import FILES, load_recipe, override
 from flowgrpo_fast.recipe_io import show as show_recipe
 from flowgrpo_fast.recipes import RECIPES, digits
 
@@ -294,6 +294,19 @@ def _words_first(arguments: list[str], flags: Collection[str]) -> list[str]:
     return words + options
 
 
+def _refuse_fields_as_options(words: list[str], command: Callable[..., None]) -> None:
+    """Raises ValueError for `--group_size 12`, where a recipe's field was meant: the parser knows options alone."""
+    parameters = inspect.signature(command).parameters
+    options = {"help", *(name.rstrip("_").replace("_", "-") for name in parameters)}
+    for index, word in enumerate(words):
+        name, separator, value = word.partition("=")
+        if not name.startswith("--") or name[2:].replace("_", "-").removeprefix("no-") in options:
+            continue
+        known = FILES.as_assignment(name, value if separator else "".join(words[index + 1 : index + 2]))
+        if known and "overrides" in parameters:
+            raise ValueError(f"{name} is not an option; write {known}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a user's mistake is one line on stderr and exit code 2."""
     commands: dict[str, Callable[..., None]] = {
@@ -308,6 +321,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     words = _words_first(sys.argv[1:] if arguments is None else arguments, _flags(commands.values()))
     try:
+        if words and words[0] in commands:
+            _refuse_fields_as_options(words, commands[words[0]])
         tyro.extras.subcommand_cli_from_dict(commands, prog="flowgrpo-fast", args=words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -120,8 +120,8 @@ class Task:
 
     model: str = "digits"  # a module of flowgrpo_fast.models, or package.module:function
     rewards: tuple[Reward, ...] = (
-        RewardTerm(function="flowgrpo_fast.rewards.rules:digit_log_prob"),
-        RewardTerm(function="flowgrpo_fast.rewards.rules:ink_contrast", weight=0.2),
+        RewardTerm(function="flowgrpo_fast.rewards.rules:digit_log_prob", differentiable=True),
+        RewardTerm(function="flowgrpo_fast.rewards.rules:ink_contrast", weight=0.2, differentiable=True),
     )
     reward_processes: int = 1  # for rewards with where="process"
     judge: str = "flowgrpo_fast.rewards.judges:DigitJudge"  # empty = none
@@ -131,7 +131,7 @@ class Task:
     def __post_init__(self) -> None:
         """There is something to learn from."""
         require(len(self.rewards) > 0, "Task.rewards is empty; name at least one reward function")
-        names = [term.label for term in self.rewards]
+        names = [term.objective for term in self.rewards]
         for name in names:
             require(
                 names.count(name) == 1,
@@ -167,7 +167,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Whatever the fields can break; what needs the model is checked where it is loaded."""
         require(
-            self.group_size >= 2,
+            self.group_size >= (2 if self.credit else 1),
             f"Recipe.group_size is {self.group_size}; an advantage needs at least 2 samples per prompt",
         )
         positive(self, num_prompts=self.num_prompts, num_steps=self.num_steps)
@@ -325,7 +325,7 @@ class Recipe:
         Raises:
             ValueError: the topology does not fit the schedule.
         """
-        return self.topology.plan(
+        plan = self.topology.plan(
             Course(
                 sigmas=self.sigmas.grid(seq_len),
                 shift=self.sigmas.shift_value(seq_len),
@@ -339,6 +339,8 @@ class Recipe:
                 whole_groups=self.rows_per_update % self.group_size == 0,
             )
         )
+        self.objective.check(plan)
+        return plan
 
 
 PARTS: dict[str, type] = {

@@ -146,6 +146,10 @@ def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["train", "mix_gpro"], "unknown recipe 'mix_gpro'; did you mean 'mix_grpo'?"),
         (["train", "mix_grpo", "group_sise=4"], "did you mean 'group_size'?"),
+        (["train", "mix_grpo", "--group_size", "12"], "--group_size is not an option; write group_size=12"),
+        (["plan", "sd3.5-medium", "--lr=1e-4"], "--lr is not an option; write optimizer.lr=1e-4"),
+        (["train", "optimizr.lr=1"], "Recipe has no field 'optimizr'; did you mean 'optimizer.lr'?"),
+        (["train", "name=../outside"], "Recipe.name is '../outside'; it names a run's folder"),
         (["train", "group_size=1"], "needs at least 2 samples per prompt"),
         (["train", "sigmas.num_inference_steps=1"], "must be at least 2"),
         (["train", "window.size=20"], "outside the schedule"),

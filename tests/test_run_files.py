@@ -12,10 +12,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from flowgrpo_fast import recipes
+from flowgrpo_fast.names import resolve
 from flowgrpo_fast.recipe import FlowSDE, LoRA
 from flowgrpo_fast.recipe_io import load_recipe, save_recipe
 from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.engine import resolve
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").glob("*.json"))

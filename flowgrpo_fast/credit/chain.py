@@ -27,7 +27,9 @@ class CreditStep(Protocol):
 def assign(chain: Sequence[CreditStep], scored: Scored) -> Credit:
     """Advantages and weights of B samples: the rewards' weighted totals, taken through every step of the chain."""
     total = scored.scores.total
-    credit = Credit(advantages=total, weight=torch.ones_like(total))
+    valid = scored.scores.valid  # None: every sample has its score
+    weight = torch.ones_like(total) if valid is None else valid.to(total.dtype)
+    credit = Credit(advantages=total, weight=weight)
     for step in chain:
         credit = step(credit, scored)
     return credit

@@ -16,15 +16,21 @@ _ZERO = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """Advantages cut at `+-limit`, then bent as `soft * tanh(A / soft)` where soft is not 0 (V-GRPO eq. 17)."""
+    """Advantages cut at `+-limit`, then bent as `soft * tanh(A / soft)` where soft is not 0 (V-GRPO eq. 17).
+
+    With `to` the cut advantages are scaled so that the limit becomes that (AWM: 5 to 1).
+    """
 
     limit: float = 5.0
     soft: float = 0.0
+    to: float = 0.0  # 0 = as they are
 
     def __post_init__(self) -> None:
         """A positive limit."""
         positive(self, limit=self.limit)
-        require(self.soft >= 0, f"Bound.soft is {self.soft}; it must be at least 0")
+        for name in ("soft", "to"):
+            value = getattr(self, name)
+            require(value >= 0, f"Bound.{name} is {value}; it must be at least 0")
 
     @property
     def requires(self) -> Requires:
@@ -34,6 +40,8 @@ class Bound:
     def __call__(self, credit: Credit, scored: Scored) -> Credit:
         """As of `CreditStep`."""
         advantages = credit.advantages.clamp(-self.limit, self.limit)
+        if self.to:
+            advantages = advantages / self.limit * self.to
         if self.soft:
             advantages = self.soft * torch.tanh(advantages / self.soft)
         return Credit(advantages, credit.weight)

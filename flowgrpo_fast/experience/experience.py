@@ -13,7 +13,16 @@ from flowgrpo_fast.precision.parts import RolloutPrecision
 from flowgrpo_fast.rewards.scoring import Scorer, Scoring, collect
 from flowgrpo_fast.sampling.walk import Sampler, walk
 from flowgrpo_fast.schedule.plan import Plan
-from flowgrpo_fast.types import Draws, Imposed, PromptRows, Scored, Scores, Trajectory, Transitions
+from flowgrpo_fast.types import (
+    Draws,
+    Imposed,
+    PromptRows,
+    PromptSet,
+    Scored,
+    Scores,
+    Trajectory,
+    Transitions,
+)
 
 
 @dataclass(slots=True)
@@ -22,6 +31,7 @@ class Stage:
 
     sampler: Sampler
     scout: Sampler  # the same policy where it only ranks seeds
+    prompts: PromptSet
     conditioning: PromptRows  # of all prompts
     scorer: Scorer
     group_size: int  # finished samples a prompt
@@ -30,9 +40,14 @@ class Stage:
     # An ODE walk of so many steps, for so many samples a prompt: (num_inference_steps, group_size).
     ode: Callable[[int, int], Plan]
     prompts_per_chunk: int = 0  # 0 = all at once
-    memory: dict[str, Any] = field(
-        default_factory=dict
-    )  # what a part keeps from step to step, by its own name
+    # What a part keeps from step to step, by its own name.
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def score(self, samples: Trajectory) -> Scoring:
+        """Begins to score finished samples; the host waits for no reward."""
+        draws = samples.draws
+        asked = self.prompts.rows(draws.prompt_index[draws.group_id])
+        return self.scorer.start(samples.x0, asked, draws.group_id, samples.num_prompts)
 
 
 @dataclass(slots=True)
@@ -41,15 +56,16 @@ class Gathered:
 
     samples: Trajectory
     scorings: list[Scoring]
-    reward_weights: dict[str, float]
+    scorer: Scorer
     # What is known once the rewards are: metrics of the part that gathered.
     measures: Callable[[Scores], dict[str, float]] = lambda scores: {}
-    finished: Scores | None = None
 
     def scored(self) -> Scored:
         """Waits for the rewards."""
-        scores = self.finished if self.finished is not None else collect(self.scorings)
-        return Scored(self.samples, scores, self.reward_weights)
+        scores = collect(self.scorings)
+        owners = self.scorer.owners(scores)
+        weights = {name: owner.weight for name, owner in zip(scores.objectives, owners, strict=True)}
+        return Scored(self.samples, scores, weights)
 
 
 class Experience(Protocol):
@@ -98,12 +114,13 @@ def in_chunks(
     reads_rewards = any(cut.score == "reward" for _, cut in plan.cuts)
     for first, chunk in chunks(draws, stage.prompts_per_chunk):
         conditioning = stage.conditioning.rows(chunk.prompt_index[chunk.group_id])
-        score = stage.scorer.preview(chunk) if reads_rewards else None
+        asked = stage.prompts.rows(chunk.prompt_index) if reads_rewards else None
+        score = None if asked is None else stage.scorer.preview_score(asked)
         own = plan.of_prompts(first, len(chunk.prompt_index))
         group_size = len(chunk.group_id) // len(chunk.prompt_index)
         theirs = None if imposed is None else imposed.of_samples(first * group_size, len(chunk.group_id))
         parts.append(walk(sampler, own, conditioning, chunk, score, theirs))
-        scorings.append(stage.scorer.start(parts[-1]))
+        scorings.append(stage.score(parts[-1]))
     return joined(parts, plan), scorings
 
 

@@ -103,7 +103,7 @@ class Replayed:
         }
         shown = {"replayed": len(replayed) / len(prompts), "replay_weight": float(weight[index].mean())}
         return Gathered(
-            replace(samples, weight=weight), scorings, stage.scorer.weights, measures=lambda scores: shown
+            replace(samples, weight=weight), scorings, stage.scorer, measures=lambda scores: shown
         )
 
     def settle(self, stage: Stage, scored: Scored, step: int) -> None:

@@ -39,7 +39,7 @@ class Rollout:
     def collect(self, stage: Stage, draws: Draws, step: int) -> Gathered:
         """As of `Experience`."""
         samples, scorings = in_chunks(stage, stage.sampler, stage.plan(step), draws)
-        return Gathered(samples, scorings, stage.scorer.weights)
+        return Gathered(samples, scorings, stage.scorer)
 
     def settle(self, stage: Stage, scored: Scored, step: int) -> None:
         """Nothing is kept."""

@@ -15,7 +15,7 @@ from flowgrpo_fast.experience.rollout import Rollout
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.ops import top_bottom
 from flowgrpo_fast.precision.parts import RolloutPrecision, TrainingPrecision
-from flowgrpo_fast.rewards.scoring import collect
+from flowgrpo_fast.rewards.scoring import collect, require_all
 from flowgrpo_fast.sampling.prune import choose
 from flowgrpo_fast.types import Draws, Scored, Scores
 
@@ -92,7 +92,7 @@ class Scouts:
         """As of `Experience`."""
         plan = stage.ode(self.num_inference_steps, self.num_scouts)
         scouts, scorings = in_chunks(stage, stage.scout, plan, draws)
-        scores = collect(scorings)
+        scores = require_all(collect(scorings))
         rows = choose(scores.total.view(len(draws.prompt_index), -1), stage.group_size, self.select)
         chosen, mean, of_chosen = draws.rows(rows), scores.total.mean(), scores.total[rows]
         if self.regenerate:
@@ -104,8 +104,8 @@ class Scouts:
         finished = replace(scouts, draws=chosen, x0=scouts.x0[rows])
         return Gathered(
             finished,
-            [stage.scorer.start(finished)],
-            stage.scorer.weights,
+            [stage.score(finished)],
+            stage.scorer,
             measures=lambda full: {"scout_reward": float(mean)},
         )
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.checks import require
-from flowgrpo_fast.objectives.objective import Points, Requires, Stats, Terms
+from flowgrpo_fast.objectives.objective import Requires, Stats, Terms
 from flowgrpo_fast.objectives.policy_gradient import PolicyGradient
-from flowgrpo_fast.types import Batch
+from flowgrpo_fast.schedule.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +42,13 @@ class ChunkRatio(PolicyGradient):
         """The steps of a chunk."""
         return True
 
-    def points(self, batch: Batch) -> Points:
-        """One a trained step; the chunks must cover them.
-
-        Raises:
-            ValueError: they do not.
-        """
-        points = PolicyGradient.points(self, batch)
+    def check(self, plan: Plan) -> None:
+        """The chunks must cover the trained steps."""
         require(
-            sum(self.sizes) == len(points),
-            f"ChunkRatio.sizes is {self.sizes}, {sum(self.sizes)} steps in all; a sample trains on {len(points)}",
+            sum(self.sizes) == len(plan.kept) == plan.num_trained,
+            f"ChunkRatio.sizes is {self.sizes}, {sum(self.sizes)} steps in all; a sample trains on {plan.num_trained}: "
+            "name sizes that add up to them",
         )
-        return points
 
     def loss(self, stats: Stats, advantages: Tensor) -> Terms:
         """The loss of each sample, of tables `[B, N]`."""

@@ -11,7 +11,6 @@ arXiv 2605.08063. With mu the mean of a transition and q the SDE's rate without 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,6 +23,7 @@ from flowgrpo_fast.objectives.regularizers import Regularizer
 from flowgrpo_fast.objectives.snapshots import SnapshotRule
 from flowgrpo_fast.objectives.trust import Clip, Trust
 from flowgrpo_fast.ops import Extras, FlowLogProbOutput, flow_log_prob
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Transitions, spread, spread_guidance
 
 
@@ -31,7 +31,7 @@ from flowgrpo_fast.types import Batch, Transitions, spread, spread_guidance
 class Distillation:
     """See the module's text. `teachers` maps values of the metadata field `by` to weights."""
 
-    teachers: Mapping[str, SnapshotRule] = field(default_factory=dict)
+    teachers: dict[str, SnapshotRule] = field(default_factory=dict)
     by: str = "dataset"
     mode: Literal["gkd", "kl_only", "mixed"] = "gkd"
     scale: float = -1.0
@@ -47,8 +47,14 @@ class Distillation:
     @property
     def requires(self) -> Requires:
         """Stored transitions, and every teacher's weights."""
+        nobody = (
+            "Distillation.teachers is empty; name a teacher for each value of the prompts' metadata, such as "
+            'objective.teachers={"ocr": {"is": "Loaded", "path": "runs/ocr/checkpoints/step_000300"}}'
+        )
         needs = Requires(
-            log_probs=True, snapshots={f"teacher/{name}": rule for name, rule in self.teachers.items()}
+            log_probs=True,
+            snapshots={f"teacher/{name}": rule for name, rule in self.teachers.items()},
+            incomplete="" if self.teachers else nobody,
         )
         for part in self.regularizers:
             needs = needs.joined(part.requires)
@@ -58,6 +64,9 @@ class Distillation:
     def couples(self) -> bool:
         """Every edge by itself."""
         return False
+
+    def check(self, plan: Plan) -> None:
+        """Any plan that keeps what it requires."""
 
     def points(self, batch: Batch) -> Points:
         """One a kept step."""

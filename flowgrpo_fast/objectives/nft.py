@@ -21,6 +21,7 @@ from flowgrpo_fast.objectives.forward import at_schedule_steps, forward_process
 from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats, Terms
 from flowgrpo_fast.objectives.snapshots import Frozen, Ramp, SnapshotRule
 from flowgrpo_fast.ops import implicit_matching
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Noised
 
 _FLOOR = 1e-5
@@ -55,6 +56,9 @@ class NFT:
     def couples(self) -> bool:
         """Every noised sample by itself."""
         return False
+
+    def check(self, plan: Plan) -> None:
+        """Any plan that keeps what it requires."""
 
     def points(self, batch: Batch) -> Points:
         """Finished samples at some of the schedule's sigmas."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_fast.objectives.snapshots import SnapshotRule
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Predicted
 
 # name -> [E] or [E, *region], fp32. What carries a gradient is what the loss is differentiated by.
@@ -30,6 +31,7 @@ class Requires:
     all_steps: bool = False  # every kept step of a sample: none left to chance, none lost
     no_guidance: bool = False  # samples and trains at guidance_scale 1
     signals: frozenset[str] = frozenset()  # of the rewards, besides their scores
+    incomplete: str = ""  # what a run has to say that a recipe cannot know, one line with the remedy
 
     def joined(self, other: Requires) -> Requires:
         """The needs of two parts together."""
@@ -43,6 +45,7 @@ class Requires:
             all_steps=self.all_steps or other.all_steps,
             no_guidance=self.no_guidance or other.no_guidance,
             signals=self.signals | other.signals,
+            incomplete=self.incomplete or other.incomplete,
         )
 
 
@@ -143,6 +146,10 @@ class Objective(Protocol):
     @property
     def couples(self) -> bool:
         """Whether the loss joins a sample's steps, or a group: it is then linearised, see `training.update`."""
+        ...
+
+    def check(self, plan: Plan) -> None:
+        """Raises ValueError for a plan whose walks it cannot learn from."""
         ...
 
     def points(self, batch: Batch) -> Points:

@@ -15,6 +15,7 @@ from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stat
 from flowgrpo_fast.objectives.regularizers import Regularizer
 from flowgrpo_fast.objectives.surrogates import PathLogProb, Surrogate
 from flowgrpo_fast.objectives.trust import Clip, Trust
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch
 
 
@@ -43,6 +44,9 @@ class PolicyGradient:
     def penalties(self) -> tuple[Regularizer, ...]:
         """Those that weigh anything."""
         return tuple(part for part in self.regularizers if part.beta > 0)
+
+    def check(self, plan: Plan) -> None:
+        """Any plan that keeps what it requires."""
 
     def points(self, batch: Batch) -> Points:
         """The surrogate's."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from flowgrpo_fast.checks import require
 from flowgrpo_fast.objectives.objective import Requires, Stats
-from flowgrpo_fast.objectives.snapshots import Frozen
+from flowgrpo_fast.objectives.snapshots import Frozen, SnapshotRule
 
 
 class Regularizer(Protocol):
@@ -41,12 +41,15 @@ class TransitionKL:
 
         kl = drift / (2 * rate^2)      drift = mean((mean - ref_mean)^2), rate^2 = c^2 / -dt
 
-    `rate` is the SDE's diffusion rate *without* sqrt(-dt): the authors' heuristic. `exact` divides by c^2 instead, which
-    is the Gaussians' own KL.
+    `rate` is the SDE's diffusion rate *without* sqrt(-dt): the authors' heuristic. `exact` divides by c^2 instead: the
+    KL of the two Gaussians.
     """
 
     beta: float = 0.04
     to: str = "start"
+    rule: SnapshotRule = field(
+        default_factory=Frozen
+    )  # how the weights it measures from follow the trained ones
     exact: bool = False
 
     def __post_init__(self) -> None:
@@ -55,8 +58,8 @@ class TransitionKL:
 
     @property
     def requires(self) -> Requires:
-        """The start weights."""
-        return Requires(log_probs=True, snapshots={"start": Frozen()} if self.to == "start" else {})
+        """The snapshot it names."""
+        return Requires(log_probs=True, snapshots={self.to: self.rule})
 
     def penalty(self, stats: Stats) -> Tensor:
         """`[E]` fp32; gradient flows through the drift."""
@@ -71,6 +74,9 @@ class VelocityKL:
 
     beta: float = 1e-4
     to: str = "start"
+    rule: SnapshotRule = field(
+        default_factory=Frozen
+    )  # how the weights it measures from follow the trained ones
 
     def __post_init__(self) -> None:
         """A weight is not negative."""
@@ -78,8 +84,8 @@ class VelocityKL:
 
     @property
     def requires(self) -> Requires:
-        """The snapshot it names; all but the start are declared by whoever moves them."""
-        return Requires(snapshots={"start": Frozen()} if self.to == "start" else {})
+        """The snapshot it names."""
+        return Requires(snapshots={self.to: self.rule})
 
     def penalty(self, stats: Stats) -> Tensor:
         """`[E]` fp32."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flowgrpo_fast.checks import positive, require
 from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats, Terms
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Transitions
 
 
@@ -101,13 +102,18 @@ class LeapAlign:
         """Every sample by itself."""
         return False
 
+    def check(self, plan: Plan) -> None:
+        """Two states of every sample's own walk."""
+        alone = all(len(plan.steps[place].kept_heads) == plan.group_size for place in plan.kept)
+        require(
+            len(plan.kept) == 2 and alone,
+            f"LeapAlign reads two states of every sample; the plan keeps {len(plan.kept)} steps: use "
+            "Independent(at=RandomPair())",
+        )
+
     def points(self, batch: Batch) -> Points:
         """One: the pair of states that the window kept."""
         states = batch.samples.transitions
-        require(
-            len(states) == 2 and all(state.num_heads == len(batch) for state in states),
-            f"LeapAlign reads two states of every sample; the walk kept {len(states)}: use RandomPair as the window",
-        )
         return Points(1, lambda _: Leaps(states[0], states[1], batch.samples.x0))
 
     def measure(self, point: Leaps, evaluator: Evaluator) -> Stats:

@@ -21,15 +21,17 @@ def digits(recipe: Recipe) -> Recipe:
     sigmas = replace(recipe.sigmas, num_inference_steps=10, shift=1.0, spacing="linear")
     topology = with_field(recipe.topology, "at.every", 5)
     only = topology.only_group_size(sigmas.num_inference_steps)
+    # A schedule of ten steps has nine that may be stochastic.
+    objective = with_field(with_field(recipe.objective, "trust.range", 0.002), "sizes", (2, 3, 4))
     return replace(
         recipe,
         sigmas=sigmas,
         topology=topology,
         guidance_scale=1.0,
-        group_size=only or (recipe.group_size if topology.stages else 24),
+        group_size=only or (recipe.group_size if topology.stages or not recipe.credit else 24),
         num_prompts=10,
         credit=tuple(with_field(step, "eps", 0.3) for step in recipe.credit),
-        objective=with_field(recipe.objective, "trust.range", 0.002),
+        objective=objective,
         optimizer=replace(recipe.optimizer, lr=1e-4, num_updates=2),
         num_steps=60,
     )

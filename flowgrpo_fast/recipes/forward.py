@@ -7,15 +7,20 @@ from dataclasses import replace
 from flowgrpo_fast.recipe import (
     NFT,
     Bound,
+    Clip,
     Deterministic,
     DPMSolver2M,
+    ForwardError,
     Independent,
     LowPrecision,
     Normalise,
     Optimizer,
+    PolicyGradient,
+    Ramp,
     Recipe,
     Scouts,
     Sigmas,
+    VelocityKL,
 )
 
 
@@ -64,4 +69,26 @@ def naive_quantized() -> Recipe:
         diffusion_nft(),
         name="naive_quantized",
         experience=Scouts(num_scouts=96, num_inference_steps=10, regenerate=False, precision=precision),
+    )
+
+
+def awm() -> Recipe:
+    """AWM, SD3.5-M: the error on the forward process as a pseudo log-prob, weighted by advantage; near its average."""
+    return Recipe(
+        name="awm",
+        sigmas=Sigmas(num_inference_steps=14, shift=3.0, spacing="diffusers"),
+        topology=Independent(at=Deterministic()),
+        solver=DPMSolver2M(),
+        group_size=24,
+        num_prompts=48,
+        credit=(Normalise(std="batch", aggregate="sum"), Bound(limit=5.0, to=1.0)),
+        objective=PolicyGradient(
+            surrogate=ForwardError(weighting="ghuber", power=0.25, times=6),
+            trust=Clip(range=1.0),
+            regularizers=(
+                VelocityKL(beta=1e-3),
+                VelocityKL(beta=1.0, to="followed", rule=Ramp(rate=1e-3, most=0.3)),
+            ),
+        ),
+        optimizer=Optimizer(lr=3e-4),
     )

@@ -8,11 +8,13 @@ from flowgrpo_fast.recipe import (
     CPS,
     AllSteps,
     Bound,
+    ChunkRatio,
     Clip,
     Cuts,
     DanceSDE,
     DPMSolver2M,
     DropIdle,
+    EarlySteps,
     FlowSDE,
     FractionOfSteps,
     Independent,
@@ -21,10 +23,13 @@ from flowgrpo_fast.recipe import (
     PolicyGradient,
     RandomWindow,
     Recipe,
+    Replayed,
     SharedStart,
     Sigmas,
     SlidingWindow,
     TransitionKL,
+    Tree,
+    TreeBackup,
 )
 
 
@@ -122,4 +127,41 @@ def pro_grpo_flash() -> Recipe:
         pro_grpo(),
         name="pro_grpo_flash",
         topology=Cuts(inner=Independent(at=AllSteps()), steps=(5, 7), sizes=(24, 16)),
+    )
+
+
+def tree_grpo() -> Recipe:
+    """TreeGRPO, SD3.5-M: a binary tree of four stochastic steps, leaf advantages backed up to its edges."""
+    return Recipe(
+        name="tree_grpo",
+        sigmas=Sigmas(num_inference_steps=10, shift=3.0, spacing="diffusers"),
+        dynamics=FlowSDE(noise_level=0.7),
+        topology=Tree(at=SlidingWindow(size=4, every=50, stride=1), fan=2),
+        guidance_scale=4.5,
+        group_size=16,
+        num_prompts=16,
+        credit=(Normalise(aggregate="sum", eps=1e-8), Bound(), TreeBackup()),
+        objective=PolicyGradient(trust=Clip(range=1e-4)),
+        optimizer=Optimizer(lr=1e-5),
+    )
+
+
+def gcpo() -> Recipe:
+    """GCPO, FLUX: DanceGRPO with one ratio for each chunk of steps."""
+    return replace(
+        dance_grpo(),
+        name="gcpo",
+        sigmas=Sigmas(num_inference_steps=17, shift=3.0),
+        topology=SharedStart(at=AllSteps()),
+        objective=ChunkRatio(sizes=(2, 3, 4, 7), trust=Clip(range=1e-4)),
+    )
+
+
+def op_grpo() -> Recipe:
+    """OP-GRPO, SD3.5-M: Flow-GRPO on the early steps, with the best stored trajectory in every group."""
+    return replace(
+        flow_grpo(),
+        name="op_grpo",
+        topology=Independent(at=EarlySteps(size=6)),
+        experience=Replayed(num_early_steps=6),
     )

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from flowgrpo_fast.data.prompts import PromptSet
+from flowgrpo_fast.checks import require
 from flowgrpo_fast.experience.experience import Stage
 from flowgrpo_fast.models.adapters import has_adapter
 from flowgrpo_fast.models.loading import load_model
@@ -18,6 +19,7 @@ from flowgrpo_fast.precision import LowPrecisionModel, check_masters, check_trai
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.rewards.judges import Judge
 from flowgrpo_fast.rewards.scoring import Scorer
+from flowgrpo_fast.rewards.terms import Seen
 from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.sampling.prune import check_cells
@@ -31,7 +33,7 @@ from flowgrpo_fast.training.snapshots import (
     load_weights,
     trained_parameters,
 )
-from flowgrpo_fast.types import FlowModel
+from flowgrpo_fast.types import FlowModel, PromptSet
 
 
 @dataclass(slots=True)
@@ -89,11 +91,12 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # also for what asks for the current one: torch, rewards
     task, machine = recipe.task, recipe.machine
+    require(not recipe.requires.incomplete, recipe.requires.incomplete)
     check_training_precision(machine.precision, device)
     judge = resolve(task.judge) if task.judge else None
-    for term in task.rewards:
-        term.resolve()  # a name that does not resolve is found before anything is loaded
     setup = ModelSetup(network=recipe.network, precision=machine.precision, seed=recipe.seed)
+    for term in task.rewards:
+        term.resolve()  # a name that is not there is found before anything is loaded
     model = load_model(task.model, device, setup)
     prompts = recipe.data.load(model.own_prompts())
     check_cells(recipe.plan(0, model.image_seq_len), model)
@@ -106,7 +109,8 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     scouts = None
     if scouting is not None:
         scouts = low_precision if scouting == machine.rollout_precision else scouting.build(model)
-    learner = _learner(recipe, model)
+    scorer = Scorer(task.rewards, model.decode, device, task.reward_processes)
+    learner = _learner(recipe, model, scorer)
     sampled = learner.snapshots.get(recipe.requires.sampled_by, model)
     policy, graphs = learner.policy.of(sampled), Graphs() if machine.graphs else None
 
@@ -127,14 +131,9 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         scout=replace(
             sampler, policy=in_low_precision(scouts) if scouting is not None else policy, outside=None
         ),
+        prompts=prompts,
         conditioning=conditioning,
-        scorer=Scorer(
-            terms=task.rewards,
-            prompts=prompts,
-            decode=model.decode,
-            device=device,
-            num_processes=task.reward_processes,
-        ),
+        scorer=scorer,
         group_size=recipe.group_size,
         num_steps=recipe.sigmas.num_inference_steps,
         plan=lambda step: recipe.plan(step, model.image_seq_len),
@@ -158,8 +157,21 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     )
 
 
-def _learner(recipe: Recipe, model: FlowModel) -> Learner:
+def _learner(recipe: Recipe, model: FlowModel, scorer: Scorer) -> Learner:
     """Optimiser and snapshots of the generator."""
+
+    def reward_gradient(x0: Tensor, asked: PromptSet) -> Tensor:
+        seen = Seen(
+            images=model.decode_with_grad(x0),
+            prompts=list(asked.prompts),
+            metadata=list(asked.metadata),
+            source_images=list(asked.images) if asked.images else None,
+            group=torch.arange(len(asked), device=x0.device),
+            latents=x0,
+            num_groups=len(asked),
+        )
+        return scorer.with_gradient(seen)
+
     part, machine = recipe.optimizer, recipe.machine
     optimizer = torch.optim.AdamW(
         trained_parameters(model.module),
@@ -177,6 +189,7 @@ def _learner(recipe: Recipe, model: FlowModel) -> Learner:
         rows=recipe.rollout_rows,
         replay_rows=machine.replay_rows,
         steps_per_forward=machine.steps_per_forward,
+        reward_gradient=reward_gradient,
         snapshots={name: _snapshot(recipe, model, name, rule) for name, rule in recipe.snapshots.items()},
         rules=recipe.snapshots,
     )

@@ -35,9 +35,11 @@ def evaluate(engine: Engine) -> Evaluation:
         engine.stage.conditioning.rows(draws.prompt_index),
         draws,
     )
-    scoring = scorer.start(trajectory)
-    scores, images = scoring.result(), scoring.images
-    prompts = [engine.prompts.prompts[i] for i in draws.prompt_index.tolist()]
+    images = engine.model.decode(trajectory.x0)
+    # All samples of a prompt are one group, whichever place they have in the batch.
+    asked = engine.prompts.rows(draws.prompt_index)
+    scores = scorer.score(images, asked, draws.prompt_index, len(engine.prompts), trajectory.x0)
+    prompts = list(asked.prompts)
     metrics = {"eval/reward": float(scores.total.mean())}
     metrics |= {f"eval/{name}": float(value.mean()) for name, value in scores.objectives.items()}
     metrics["eval/diversity"] = diversity(images, draws.prompt_index)

@@ -14,10 +14,10 @@ from flowgrpo_fast.objectives.snapshots import Moment, SnapshotRule
 from flowgrpo_fast.ops import Guidance
 from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.training.snapshots import Snapshot, View, trained_parameters
-from flowgrpo_fast.types import Batch, Conditioning, Predicted
+from flowgrpo_fast.types import Batch, Conditioning, Predicted, PromptSet
 
-# Rewards `[R]` with gradient, of finished latents `[R, *S]` and the samples they are (host).
-RewardGradient = Callable[[Tensor, Any], Tensor]
+# Rewards `[R]` with gradient, of finished latents `[R, *S]` and what was asked of each.
+RewardGradient = Callable[[Tensor, PromptSet], Tensor]
 
 
 @dataclass(slots=True)
@@ -162,7 +162,13 @@ class Networks:
     def reward(self, x0: Tensor) -> Tensor:
         """As of `Evaluator`."""
         assert self.learner.reward_gradient is not None
-        return self.learner.reward_gradient(x0, self._samples)
+        prompts, places = self.batch.prompts, [int(sample) for sample in self._samples]
+        asked = PromptSet(
+            tuple(prompts.prompts[i] for i in places),
+            tuple(prompts.metadata[i] for i in places),
+            tuple(prompts.images[i] for i in places) if prompts.images else (),
+        )
+        return self.learner.reward_gradient(x0, asked)
 
 
 def networks(learner: Learner, batch: Batch, counts: Counts) -> Networks:

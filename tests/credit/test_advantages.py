@@ -7,7 +7,7 @@ import torch
 from flowgrpo_fast.credit import assign_credit
 from flowgrpo_fast.ops import group_advantages
 from flowgrpo_fast.recipe import Credit, RewardTerm
-from flowgrpo_fast.types import RewardOutput
+from flowgrpo_fast.types import Scores
 
 A, B = RewardTerm(function="m:a", weight=1.0), RewardTerm(function="m:b", weight=0.5)
 
@@ -33,7 +33,7 @@ def test_norm_then_sum_and_sum_then_norm() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(2, 8))
     ids = torch.arange(2).repeat_interleave(4)
-    output = RewardOutput(
+    output = Scores(
         total=torch.from_numpy(a + 0.5 * b),
         objectives={"a": torch.from_numpy(a), "b": torch.from_numpy(100 * b)},
     )
@@ -52,9 +52,7 @@ def test_norm_then_sum_and_sum_then_norm() -> None:
 def test_clip_bounds_the_advantage() -> None:
     rewards = torch.zeros(100, dtype=torch.float64)
     rewards[0] = 1.0
-    advantages, _ = assign_credit(
-        RewardOutput(total=rewards), torch.zeros(100, dtype=torch.int64), Credit(), ()
-    )
+    advantages, _ = assign_credit(Scores(total=rewards), torch.zeros(100, dtype=torch.int64), Credit(), ())
     assert advantages[0] == 5.0  # unclipped: 9.95
 
 
@@ -62,14 +60,14 @@ def test_clip_bounds_the_advantage() -> None:
 def test_groups_without_variance_are_dropped(drop: bool) -> None:
     rewards = torch.tensor([0.3, 0.3, 0.3, 0.1, 0.2, 0.4])
     ids = torch.tensor([0, 0, 0, 1, 1, 1])
-    _, weight = assign_credit(RewardOutput(total=rewards), ids, Credit(drop_zero_variance=drop), ())
+    _, weight = assign_credit(Scores(total=rewards), ids, Credit(drop_zero_variance=drop), ())
     assert weight.tolist() == ([0, 0, 0, 1, 1, 1] if drop else [1] * 6)
 
 
 def test_advantages_of_the_middle_of_a_group_are_kept() -> None:
     rewards = torch.tensor([0.0, 1.0, 2.0, 5.0, 5.0, 5.0])
     ids = torch.tensor([0, 0, 0, 1, 1, 1])
-    advantages, weight = assign_credit(RewardOutput(total=rewards), ids, Credit(), (), 2)
+    advantages, weight = assign_credit(Scores(total=rewards), ids, Credit(), (), 2)
     assert advantages[1] == 0
     assert weight.tolist() == [1, 1, 1, 0, 0, 0]
 
@@ -77,10 +75,10 @@ def test_advantages_of_the_middle_of_a_group_are_kept() -> None:
 def test_bad_rewards() -> None:
     ids = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"group_id has shape \[3\], must have \[2\]"):
-        assign_credit(RewardOutput(total=torch.zeros(2)), ids, Credit(), ())
+        assign_credit(Scores(total=torch.zeros(2)), ids, Credit(), ())
     bad = torch.tensor([0.0, float("nan"), 1.0])
     with pytest.raises(ValueError, match="reward of sample 1 is nan"):
-        assign_credit(RewardOutput(total=bad), ids, Credit(), ())
+        assign_credit(Scores(total=bad), ids, Credit(), ())
     objectives = {"a": torch.zeros(3), "b": torch.tensor([0.0, 1.0, float("inf")])}
     with pytest.raises(ValueError, match="reward of sample 2 is inf"):
-        assign_credit(RewardOutput(total=torch.zeros(3), objectives=objectives), ids, Credit(), (A, B))
+        assign_credit(Scores(total=torch.zeros(3), objectives=objectives), ids, Credit(), (A, B))

@@ -11,9 +11,9 @@ import torch
 from flowgrpo_fast.recipe import NFT, ClippedRatio, Deterministic, FractionOfSteps, LowPrecision
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import Engine, build_engine
 from flowgrpo_fast.training.loop import train_step
+from flowgrpo_fast.training.sample import draw
 from flowgrpo_fast.types import at_step
 from tests.models.families import WAN
 
@@ -70,7 +70,7 @@ def test_samples_are_those_of_both_to_the_bit(tiny_recipe) -> None:
     engine = build_engine(tiny_recipe(EXPERTS), CPU)
     recipe = engine.recipe
     schedule = resolve_schedule(recipe, 0, engine.seq_len)
-    draws = draw(recipe, len(engine.prompts), 0, CPU)
+    draws = draw(recipe, len(engine.prompt_set), 0, CPU)
     given = (engine.conditioning.rows(draws.prompt_index[draws.group_id]), draws, schedule, recipe)
     one = rollout(engine.model, *given)
     both(engine)

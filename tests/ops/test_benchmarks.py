@@ -18,10 +18,9 @@ from benchmarks.timing import Roof, interleaved, rounds_within
 from flowgrpo_fast.ops import Guidance, flow_log_prob, philox_normal
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import make_batch
-from flowgrpo_fast.training.score import score
+from flowgrpo_fast.training.sample import draw, start_scoring
 from flowgrpo_fast.training.update import _Tally, accumulate_share
 
 CPU = torch.device("cpu")
@@ -70,17 +69,17 @@ def test_the_steps_of_the_trainers_loop_agree_with_the_op(engine, make_step):
 def test_the_trainers_update_has_our_gradient(engine):
     """Same transitions, same credit: the loss written the long way gives the gradient of ours."""
     recipe, schedule = engine.recipe, schedule_of(engine)
-    draws = draw(recipe, len(engine.prompts), 0, CPU)
+    draws = draw(recipe, len(engine.prompt_set), 0, CPU)
     conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
     trajectory = rollout(engine.model, conditioning, draws, schedule, recipe)
-    rewards = score(engine, trajectory)
+    rewards = start_scoring(engine, trajectory).result()
     batch = make_batch(engine, trajectory, rewards, schedule)
     whole = slice(0, len(batch.advantages))
     accumulate_share(engine, batch, whole, _Tally())
     ours = [p.grad.clone() for p in engine.model.module.parameters()]
     engine.model.module.zero_grad()
 
-    prompts = [engine.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
+    prompts = [engine.prompt_set.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
     advantages = trainer_loop.advantages_of(rewards.total, prompts, recipe)
     torch.testing.assert_close(advantages, batch.advantages, rtol=1e-5, atol=1e-6)
     kept = trajectory.step_index

@@ -23,10 +23,10 @@ from flowgrpo_fast.recipe import (
 from flowgrpo_fast.sampling.sampler import rescored, rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import train, train_step
 from flowgrpo_fast.training.mismatch import Mismatch
+from flowgrpo_fast.training.sample import draw
 
 from .conftest import sd3
 
@@ -95,7 +95,7 @@ def test_the_ratio_is_exact_whatever_else_the_recipe_does(job, mode, changes) ->
 
 
 def parts(engine):
-    draws = draw(engine.recipe, len(engine.prompts), 0, CPU)
+    draws = draw(engine.recipe, len(engine.prompt_set), 0, CPU)
     schedule = resolve_schedule(engine.recipe, 0)
     return engine.conditioning.rows(draws.prompt_index[draws.group_id]), draws, schedule, engine.recipe
 

@@ -28,10 +28,9 @@ from flowgrpo_fast.sampling import graphs as module
 from flowgrpo_fast.sampling.graphs import StepGraph
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine, sync_weights
 from flowgrpo_fast.training.loop import train_step
-from flowgrpo_fast.training.sample import sample
+from flowgrpo_fast.training.sample import draw, sample
 
 CPU = torch.device("cpu")
 FORWARD = {"loss": NFT(), "window": Deterministic(), "credit": Credit(std="batch", drop_zero_variance=False)}

@@ -28,7 +28,7 @@ from flowgrpo_fast.sampling import sampler
 from flowgrpo_fast.sampling.prune import check_pool, choose, spread_subset
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.draws import draw
+from flowgrpo_fast.training.sample import draw
 from flowgrpo_fast.training.snapshots import Snapshot
 from tests.conftest import ToyModel
 

@@ -9,7 +9,16 @@ import time
 import torch
 from torch import Tensor
 
+from flowgrpo_fast.rewards.terms import Seen
+
 NAP = 0.4  # seconds a call
+
+
+def seen(images: Tensor) -> Seen:
+    """These images, and nothing else to tell of them; one group."""
+    count = len(images)
+    group = torch.zeros(count, dtype=torch.int64, device=images.device)
+    return Seen(images, [""] * count, [{} for _ in range(count)], None, group, None, 1)
 
 
 def bright(images: Tensor, prompts: list[str]) -> Tensor:
@@ -45,7 +54,11 @@ def dies(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def listed(images: Tensor, prompts: list[str]) -> list[float]:
-    return [0.0 for _ in images]
+    return bright(images, prompts).tolist()
+
+
+def worded(images: Tensor, prompts: list[str]) -> list[str]:
+    return ["good" for _ in images]
 
 
 def nan(images: Tensor, prompts: list[str]) -> Tensor:

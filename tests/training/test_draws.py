@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from flowgrpo_fast.training.draws import draw, draw_eval, draw_step_positions
+from flowgrpo_fast.data.draws import draw_eval, draw_step_positions
+from flowgrpo_fast.training.sample import draw
 
 CPU = torch.device("cpu")
 
@@ -23,13 +24,15 @@ def test_seeds_never_repeat_and_depend_on_step_and_seed(toy_recipe) -> None:
     assert not torch.isin(evaluation.seed, torch.cat(seeds)).any()
 
 
-def test_step_positions_are_permutations(toy_recipe) -> None:
-    recipe = toy_recipe(num_prompts=50)
-    all_steps = draw_step_positions(recipe, 5, 5, 0)
+def test_step_positions_are_permutations() -> None:
+    def positions(num_trained: int, step: int) -> torch.Tensor:
+        return draw_step_positions(step=step, seed=0, num_rows=400, num_kept=5, num_trained=num_trained)
+
+    all_steps = positions(5, 0)
     assert torch.equal(all_steps, torch.arange(5).expand(400, 5))
-    some = draw_step_positions(recipe, 5, 3, 0)
+    some = positions(3, 0)
     assert some.shape == (400, 3)
     assert all(len(set(row)) == 3 for row in some.tolist())
     counts = torch.bincount(some.flatten(), minlength=5)
     assert (counts > 180).all()  # 240 each on average
-    assert not torch.equal(some, draw_step_positions(recipe, 5, 3, 1))
+    assert not torch.equal(some, positions(3, 1))

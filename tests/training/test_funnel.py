@@ -22,11 +22,10 @@ from flowgrpo_fast.recipes import RECIPES
 from flowgrpo_fast.sampling.prune import choose
 from flowgrpo_fast.sampling.schedule import ode_schedule, resolve_schedule
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.explore import explore
 from flowgrpo_fast.training.loop import evaluate, train, train_step
-from flowgrpo_fast.training.sample import sample
+from flowgrpo_fast.training.sample import draw, sample
 from flowgrpo_fast.training.update import noised_terms
 from tests.conftest import ToyModel
 
@@ -118,8 +117,9 @@ def test_chosen_seeds_are_regenerated_from_exactly_the_scouts_noise(toy_recipe) 
     regenerated = sample(engine, explored.draws, schedule)
     rows = (explored.draws.seed[:, None] == drawn.seed[None]).int().argmax(1)
     torch.testing.assert_close(regenerated.x0, everyone.x0[rows], rtol=1e-5, atol=1e-6)
-    rewards = engine.rewards[0](
-        engine.model.decode(everyone.x0), [engine.prompts[i] for i in drawn.prompt_index[drawn.group_id]]
+    rewards = engine.scorer.terms[0].resolve()(
+        engine.model.decode(everyone.x0),
+        [engine.prompt_set.prompts[i] for i in drawn.prompt_index[drawn.group_id]],
     )
     assert torch.equal(rows, choose(rewards.view(4, 12), 4, "top_bottom"))
     torch.testing.assert_close(explored.scout_rewards, rewards[rows], rtol=1e-5, atol=1e-6)

@@ -24,11 +24,12 @@ from flowgrpo_fast.recipes import RECIPES, digits
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine, resolve
 from flowgrpo_fast.training.loop import diversity, evaluate, train, train_step
+from flowgrpo_fast.training.sample import draw
 from flowgrpo_fast.training.update import replay_terms
 from flowgrpo_fast.types import TrainBatch
+from tests.rewards.own_reward import OwnReward
 
 CPU = torch.device("cpu")
 
@@ -94,7 +95,7 @@ def test_every_recipe_is_exact_on_the_real_transformer(name, precision, monkeypa
     network.words.requires_grad_(False)
     for parameter in network.parameters():  # diffusers starts the output layer at 0; make it say something
         parameter.data += 0.05 * torch.randn_like(parameter)
-    monkeypatch.setattr("flowgrpo_fast.models.digits.load", lambda device, setup: DigitsModel(network))
+    monkeypatch.setattr("flowgrpo_fast.models.digits.load", lambda device: DigitsModel(network))
     recipe = dataclasses.replace(
         shrunk(digits(RECIPES[name].make())), num_prompts=4, num_steps=2, precision=precision
     )
@@ -210,12 +211,13 @@ def test_equal_rewards_everywhere_stop_the_run_at_once(toy_recipe, toy_module) -
             r"returned shape \(3,\) for 32 images; it must return \(32,\)",
         ),
         (lambda images, prompts: torch.full((len(images),), float("nan")), "of sample 0 is nan"),
-        (lambda images, prompts: [0.0] * 32, r"returned a list for 32 images; it must return a tensor"),
+        (lambda images, prompts: ["good"] * 32, r"returned a list for 32 images; it must return 32 numbers"),
+        (lambda images, prompts: None, r"returned a NoneType for 32 images; it must return 32 numbers"),
     ],
 )
 def test_bad_rewards_are_named(toy_recipe, function, message) -> None:
     engine = build_engine(toy_recipe(), CPU)
-    engine.rewards = (function,)
+    engine.scorer.terms = (OwnReward(function=function),)
     with pytest.raises(ValueError, match=message):
         train_step(engine)
 
@@ -234,7 +236,11 @@ def test_prompts_from_a_file(toy_recipe, tmp_path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("high\n\n  low \nhigh\n")
     task = dataclasses.replace(recipe.task, prompts=str(file))
-    assert build_engine(dataclasses.replace(recipe, task=task), CPU).prompts == ("high", "low", "high")
+    assert build_engine(dataclasses.replace(recipe, task=task), CPU).prompt_set.prompts == (
+        "high",
+        "low",
+        "high",
+    )
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
         build_engine(dataclasses.replace(recipe, task=task), CPU)

@@ -17,12 +17,10 @@ from flowgrpo_fast.recipe import LowPrecision, Prune, Scouts, TrainingPrecision
 from flowgrpo_fast.recipes import RECIPES, digits
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training import loop
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.explore import explore
 from flowgrpo_fast.training.loop import train_step
-from flowgrpo_fast.training.sample import sample
-from flowgrpo_fast.training.score import score
+from flowgrpo_fast.training.sample import draw, sample, start_scoring
 from flowgrpo_fast.training.update import update
 
 CPU = torch.device("cpu")
@@ -136,13 +134,13 @@ def check(recipe, spared: tuple[str, ...] = ()) -> None:
     engine = build_engine(recipe, CPU)
     train_step(engine)  # what is made once: states of the optimiser
     schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
-    draws = explore(engine, draw(recipe, len(engine.prompts), engine.step, CPU)).draws
+    draws = explore(engine, draw(recipe, len(engine.prompt_set), engine.step, CPU)).draws
     trajectory, log = waited(lambda: sample(engine, draws, schedule))
     assert counted(log) == [
         "__bool__ check_finite",
         "_local_scalar_dense check_finite",
     ]  # once, when the walk is over
-    batch = loop.make_batch(engine, trajectory, score(engine, trajectory), schedule)
+    batch = loop.make_batch(engine, trajectory, start_scoring(engine, trajectory).result(), schedule)
     metrics, log = waited(lambda: update(engine, batch))
     # The steps' names are on the host; then all metrics at once.
     assert counted(log) == ["tolist values"] * (trajectory.log_prob.numel() > 0) + ["tolist _metrics"]

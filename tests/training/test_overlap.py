@@ -16,15 +16,14 @@ import torch
 from flowgrpo_fast.recipe import NFT, Deterministic, Prune, RewardTerm, Scouts, Task
 from flowgrpo_fast.rewards.workers import RewardWorkers
 from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training import score as score_module
-from flowgrpo_fast.training.draws import draw
+from flowgrpo_fast.training import sample as sample_module
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.explore import explore
 from flowgrpo_fast.training.loop import evaluate, train, train_step
-from flowgrpo_fast.training.sample import sample_and_score
+from flowgrpo_fast.training.sample import draw, sample_and_score
 from tests.conftest import ToyModel
 from tests.training import rewards_elsewhere
-from tests.training.rewards_elsewhere import NAP
+from tests.training.rewards_elsewhere import NAP, seen
 
 CPU = torch.device("cpu")
 HERE = "tests.training.rewards_elsewhere"
@@ -132,7 +131,7 @@ def test_rewards_run_while_the_next_prompts_roll_out(job, where, monkeypatch) ->
 def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
     order = []
     decode, submit = ToyModel.decode, RewardWorkers.submit
-    rollout = score_module.start_scoring
+    rollout = sample_module.start_scoring
 
     def spy(name, function):
         def call(*arguments):
@@ -156,8 +155,8 @@ def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
         ("nan", r"^reward 'tests.training.rewards_elsewhere:nan' of sample 0 is nan$"),
         ("too_few", r"^reward '.*:too_few' returned shape \(3,\) for 8 images; it must return \(8,\)$"),
         (
-            "listed",
-            r"^reward '.*:listed' returned a list for 8 images; it must return a tensor of shape \(8,\)$",
+            "worded",
+            r"^reward '.*:worded' returned a list for 8 images; it must return 8 numbers, as a tensor, an array or",
         ),
     ],
 )
@@ -185,11 +184,11 @@ def test_processes_ignore_interrupts_and_end_with_the_engine(job) -> None:
     images = torch.rand(4, 1, 2, 3)
     workers = RewardWorkers(1)
     term = RewardTerm(function=f"{HERE}:where", where="process")
-    pid, ignored = workers.submit(term, rewards_elsewhere.where, images, [""] * 4).result()[:2].int().tolist()
+    pid, ignored = workers.submit(term, seen(images)).result().total[:2].int().tolist()
     assert ignored
     assert pid != os.getpid()
     stuck = RewardTerm(function=f"{HERE}:stuck", where="process")
-    future = workers.submit(stuck, rewards_elsewhere.stuck, images, [""] * 4)
+    future = workers.submit(stuck, seen(images))
     time.sleep(0.2)
     workers.close()
     with pytest.raises(ValueError, match=r"stuck' died"):
@@ -208,10 +207,10 @@ def test_images_leave_the_device_without_anyone_waiting(where) -> None:
         images = [torch.rand(4, 3, 256, 256) for _ in range(4)]
         futures = []
         for part in images:
-            futures.append(workers.submit(term, rewards_elsewhere.edge, part.cuda(), [""] * 4))
+            futures.append(workers.submit(term, seen(part.cuda())))
         for part, future in zip(images, futures, strict=True):
             expected = rewards_elsewhere.edge(part, [""] * 4)
-            torch.testing.assert_close(future.result().cpu().double(), expected, rtol=1e-6, atol=0)
+            torch.testing.assert_close(future.result().total.cpu().double(), expected, rtol=1e-6, atol=0)
     finally:
         workers.close()
 
@@ -239,8 +238,8 @@ if __name__ == "__main__":
     workers, images = RewardWorkers(1), torch.rand(2, 1, 2, 3)
     def start(name, place):
         term = RewardTerm(function=f"tests.training.rewards_elsewhere:{name}", where=place)
-        return workers.submit(term, getattr(rewards_elsewhere, name), images, [""] * 2)
-    print(int(start("where", "process").result()[0]), flush=True)
+        return workers.submit(term, rewards_elsewhere.seen(images))
+    print(int(start("where", "process").result().total[0]), flush=True)
     start("stuck", "thread")
     start("stuck", "process").result()
 """
