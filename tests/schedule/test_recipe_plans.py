@@ -58,8 +58,9 @@ def test_every_recipe_resolves_at_every_iteration(name: str) -> None:
         assert plan.coeffs.dtype == torch.float32
         assert torch.isfinite(plan.coeffs).all()
         rows = [row for place in plan.kept for row in plan.steps[place].kept_rows]
-        assert (plan.coeffs[rows, 5] > 0).all()
-        assert (0 < plan.num_trained <= len(plan.kept)) == recipe.requires.log_probs
+        needs = recipe.requires
+        assert (plan.coeffs[rows, 5] > 0).all() == (needs.log_probs or not rows)
+        assert (0 < plan.num_trained <= len(plan.kept)) == (needs.log_probs or needs.states)
 
 
 def test_dynamic_shift_reaches_the_tail_too() -> None:
