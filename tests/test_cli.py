@@ -18,6 +18,7 @@ from flowgrpo_fast.cli import fitted_recipe, main, pick_device
 from flowgrpo_fast.recipes import digits, mix_grpo
 
 SMALL = ["num_steps=3", "group_size=4", "task.num_eval_samples=20", "task.eval_every=2"]
+HANGS = 1800  # seconds: no program takes as long, however busy the machine
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -90,7 +91,7 @@ def test_from_with_an_override(finished: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_saves_everything_and_the_run_resumes(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run"
-    small = [*SMALL[1:], "num_steps=400"]
+    small = [*SMALL[1:], "num_steps=100000"]  # more than are done before the signal on any machine
     process = subprocess.Popen(
         command("train", *small, "--out", str(folder)),
         stdout=subprocess.PIPE,
@@ -99,16 +100,16 @@ def test_ctrl_c_saves_everything_and_the_run_resumes(tmp_path: Path, capsys) -> 
         env=ENVIRONMENT,
     )
     metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS
     while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("\n") < 4):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 0, output
     assert "continue with" in output
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     last = lines[-1]["step"]
-    assert 3 <= last < 400
+    assert 3 <= last < 100000
     assert "eval/judge" in lines[-1]
     assert (folder / "checkpoints" / f"step_{last:06d}" / "state.json").exists()
     assert (folder / "report.html").exists()

@@ -55,7 +55,7 @@ def test_a_run_file_has_the_published_size(path: Path, tmp_path: Path) -> None:
     assert network.path
     assert module.load.__self__.family() == recipe.task.model
     assert all(callable(resolve(term.function)) for term in recipe.task.rewards)
-    prompts = (ROOT / recipe.task.prompts).read_text().splitlines()
+    prompts = Prompts(path=str(ROOT / recipe.task.prompts)).load().prompts
     assert len(set(prompts)) == len(prompts) >= 5
     save_recipe(recipe, tmp_path / "recipe.json")
     assert load_recipe(tmp_path) == recipe

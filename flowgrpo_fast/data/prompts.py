@@ -164,11 +164,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _string(record: Any, key: str) -> str:
     if not isinstance(record, dict):
-        raise ValueError(
-            f'a {type(record).__name__}; each line must be an object such as {{"prompt": "a cat"}}'
-        )
+        raise ValueError('not an object; each line must be one, such as {"prompt": "a cat"}')
     if key not in record:
-        raise ValueError(f'no "{key}"; each line must be an object such as {{"prompt": "a cat"}}')
+        raise ValueError(f'no "{key}"; each line must have one, such as {{"prompt": "a cat"}}')
     value = record[key]
     if not isinstance(value, str):
         raise ValueError(f'"{key}" is {json.dumps(value)}; it must be a string')

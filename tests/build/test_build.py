@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,11 +71,9 @@ def test_module_lands_in_the_package_and_imports_without_torch(built):
 
 
 @pytest.mark.slow
-def test_second_build_does_nothing_and_is_quick(built):
+def test_second_build_does_nothing(built):
     before = object_times(built)
-    start = time.perf_counter()
     result = build(built)
-    assert time.perf_counter() - start < 5  # well under a second on an idle machine
     assert "no work to do" in result.stdout
     assert object_times(built) == before
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
+from flowgrpo_fast.monitor import cost
 from flowgrpo_fast.monitor.cost import CostMeter, device_name
 from flowgrpo_fast.monitor.figures import sample_grid, series, svg, time_figure
 from flowgrpo_fast.monitor.metrics import MetricsLog, make_tracker, read_metrics
@@ -82,10 +84,12 @@ def test_without_a_terminal_lines_take_the_bars_place() -> None:
     assert [line.split("reward")[0].strip() for line in lines] == ["step    2/4", "step    4/4"]
 
 
-def test_cost_counts_from_where_the_run_was() -> None:
-    cost = CostMeter(torch.device("cpu"), earlier_seconds=3600).read()
-    assert 3600 <= cost["seconds"] < 3610
-    assert cost["cpu_core_hours"] == pytest.approx(torch.get_num_threads(), rel=0.01)
+def test_cost_counts_from_where_the_run_was(monkeypatch) -> None:
+    clock = iter([100.0, 100.0 + 1800])
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    read = CostMeter(torch.device("cpu"), earlier_seconds=3600).read()
+    assert read["seconds"] == 3600 + 1800
+    assert read["cpu_core_hours"] == pytest.approx(1.5 * torch.get_num_threads())
     assert "cores" in device_name(torch.device("cpu"))
 
 

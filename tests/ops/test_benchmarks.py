@@ -1,18 +1,22 @@
-"""The benchmarks' contenders compute the same, their rows say what was measured, and the ops stay clearly faster."""
+"""The benchmarks' contenders compute the same, their rows say what a clock said, and the ops move less than eager.
+
+No test here asks how fast this machine is: where a time matters, the clock is ours.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import baselines, measure, report, suite, timing, trainer_loop
+from benchmarks import baselines, measure, report, rows, suite, timing, trainer_loop
 from benchmarks.cases import SD3, SIZES, Case, Size, options
+from benchmarks.counters import count
 from benchmarks.rows import machine, machine_afterwards, measured_row
 from benchmarks.timing import Roof, interleaved, rounds_within
 from flowgrpo_fast.ops import Guidance, flow_log_prob, philox_normal
@@ -24,6 +28,7 @@ from flowgrpo_fast.training.sample import draw, start_scoring
 from flowgrpo_fast.training.update import _Tally, accumulate_share
 
 CPU = torch.device("cpu")
+HANGS = 1800  # seconds: no program takes as long, however busy the machine
 
 
 def test_baselines_agree_with_the_op():
@@ -172,39 +177,65 @@ def small_roof(monkeypatch):
     return Roof(CPU)
 
 
+class Clock:
+    """A clock on which a function takes the time it is said to take, on any machine."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def taking(self, seconds, function=lambda: None):
+        def run():
+            self.now += seconds
+            return function()
+
+        return run
+
+
 @pytest.fixture
-def result(small_roof) -> dict:
-    """Two rows measured here: one real op, and one of sleeps with known times."""
-    case = cases_of("flow", suite.TOY)["sampling"]
-    real = Case(
-        case.operation, SD3, case.dtype, case.bytes, {n: case.contenders[n] for n in ("ours", "eager")}
-    )
-    waits = {"ours": lambda: time.sleep(0.002), "eager": lambda: time.sleep(0.008)}
+def clock(monkeypatch) -> Clock:
+    """The benchmarks' clock. The large copy moves 40 GB/s on it, and a copy of a case's bytes 25 GB/s."""
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    monkeypatch.setattr(timing, "copy_of", lambda moved, device: clock.taking(moved / 40e9))
+    monkeypatch.setattr(rows, "copy_of", lambda moved, device: clock.taking(moved / 25e9))
+    return clock
+
+
+@pytest.fixture
+def result(clock) -> dict:
+    """Two rows on that clock: one of a real op, and one of functions that do nothing."""
+    case, roof = cases_of("flow", suite.TOY)["sampling"], Roof(CPU)
+    functions = {n: clock.taking(t, case.contenders[n]) for n, t in (("ours", 0.001), ("eager", 0.008))}
+    real = Case(case.operation, SD3, case.dtype, case.bytes, functions)
+    waits = {"ours": clock.taking(0.002), "eager": clock.taking(0.008)}
     known = Case("waiting", SD3, torch.float32, 40_000_000, waits)
-    rows = [measured_row(each, CPU, 0.05, small_roof) for each in (real, known)]
-    return {"machine": machine_afterwards(machine(CPU), small_roof), "rows": rows}
+    measured = [measured_row(each, CPU, 0.05, roof) for each in (real, known)]
+    return {"machine": machine_afterwards(machine(CPU), roof), "rows": measured}
 
 
 def test_rows_say_what_was_measured(result):
     real, known = json.loads(json.dumps(result["rows"]))
     assert real["counts"]["ours"]["syncs"] == 0
     assert real["counts"]["eager"]["launches"] > real["counts"]["ours"]["launches"]
-    assert known["median_ms"]["ours"] == pytest.approx(2, rel=0.5)
-    assert known["speedup_by_median"] == {"eager": pytest.approx(4, rel=0.4)}
-    assert known["gbps"] == pytest.approx(0.04 / known["median_ms"]["ours"] * 1e3, rel=0.01)
-    assert known["share_of_copy"] == pytest.approx(known["gbps"] / known["copy_gbps"], rel=0.01)
-    assert known["share_of_equal_copy"] == pytest.approx(
-        known["median_ms"]["copy"] / known["median_ms"]["ours"], rel=0.01
-    )
+    assert real["speedup_by_median"] == real["speedup_by_min"] == {"eager": 8}
+    assert known["median_ms"] == known["min_ms"] == {"ours": 2, "eager": 8, "copy": 1.6}
+    assert known["speedup_by_median"] == {"eager": 4}
+    assert (known["gbps"], known["copy_gbps"]) == (20, 40)
+    assert (known["share_of_copy"], known["share_of_equal_copy"]) == (0.5, 0.8)
+    assert result["machine"]["copy_gbps"] == [40, 40, 40]
 
 
 def test_targets_are_computed_from_the_rows(result):
     faster, moving, compiled, share, equal, noise = report.targets(result, "cpu")
-    assert faster[1:3] == ["missed", "1 of 2"]  # sleeping is only four times faster
-    assert faster[3].endswith(f"(waiting, {SD3.name}, float32)")
+    waiting = f"waiting, {SD3.name}, float32"
+    assert faster[1:] == ["missed", "1 of 2", f"4 ({waiting})"]
     assert moving[1:3] == ["met", "1 of 1"]
     assert compiled[1] == "not measured"
-    assert share[1:3] == equal[1:3] == ["missed", "0 of 1"]
+    assert share[1:] == ["missed", "0 of 1", f"50 ({waiting})"]
+    assert equal[1:] == ["met", "1 of 1", f"80 ({waiting})"]
     assert noise[1] == "not measured"
     assert [line[1] for line in report.targets(None, "cuda")] == ["not measured"] * 4
     row = result["rows"][1] | {
@@ -240,11 +271,14 @@ def test_the_table_prints_with_and_without_rich(result, capsys, monkeypatch):
         assert "of copy" in out
 
 
-def test_timing_takes_turns():
+def test_timing_takes_turns(clock):
     order = []
     interleaved({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, warmup=1)
     assert "".join(order) == "aabb" * 3
-    assert rounds_within({"a": lambda: time.sleep(0.01)}, seconds=0.5, most=200) == pytest.approx(25, abs=10)
+    a_pass = {"a": clock.taking(2**-7)}  # of which floating point adds up without a rounding
+    assert rounds_within(a_pass, seconds=0.5, most=200) == 32
+    assert rounds_within(a_pass, seconds=0.5, most=20) == 20
+    assert rounds_within(a_pass, seconds=0.01, most=200) == 5
 
 
 @pytest.mark.slow
@@ -261,10 +295,10 @@ def test_measure_runs_as_a_script_from_anywhere(tmp_path):
         "--threads",
         "1",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     assert "toy x8" in done.stdout
-    done = subprocess.run([sys.executable, str(script), "opz"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(script), "opz"], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 2
     assert "level is 'opz', must be one of ops, rollout, train_step, levers" in done.stderr
 
@@ -282,7 +316,7 @@ def test_a_name_that_no_case_has_is_an_error(monkeypatch, small_roof, capsys):
 def test_the_suites_are_collected():
     root = Path(measure.__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "benchmarks"]
-    listed = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300).stdout
+    listed = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=HANGS).stdout
     for test in (
         f"bench_ops.py::bench_op[sampling {SD3.name} float32-ours]",
         "bench_rollout.py::bench_rollout[digits-network]",
@@ -292,28 +326,12 @@ def test_the_suites_are_collected():
         assert test in listed
 
 
-def best_seconds(function, repeats=7):
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operation", "at_least"), [("sampling", 2), ("replay", 3), ("replay_and_backward", 2)]
 )
-def test_faster_than_eager(operation, at_least):
-    """Best of several on one thread, three tries: measured 7, 9 and 6 times, asked for a fraction of it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        functions = baselines.contenders(baselines.make_workload((8, 16, 64, 64)))[operation]
-        ratios = []
-        while len(ratios) < 3 and max(ratios, default=0) < at_least:
-            ratios.append(best_seconds(functions["eager"]) / best_seconds(functions["ours"]))
-    finally:
-        torch.set_num_threads(before)
-    assert max(ratios) >= at_least, f"{operation}: {ratios}"
+def test_eager_does_the_work_several_times(operation, at_least):
+    """What makes ours faster, counted: the bytes that each moves and the kernels that each launches."""
+    functions = baselines.contenders(baselines.make_workload((8, 16, 64, 64)))[operation]
+    ours, eager = count(functions["ours"]), count(functions["eager"])
+    assert eager.bytes >= at_least * ours.bytes > 0
+    assert eager.launches >= at_least * ours.launches > 0

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,9 +124,20 @@ def test_attention_that_hides_from_the_counter_is_counted_from_the_configuration
     assert floor.flops == pytest.approx(32 * 6 * work.forward + 32 * 3 * (work.forward + work.backward(1.0)))
 
 
-def test_the_rate_is_that_of_matrix_products_now() -> None:
-    rate = measured_rate(CPU, torch.float32)
-    assert 1e9 < rate < 1e14
+def test_the_rate_is_that_of_matrix_products_now(monkeypatch) -> None:
+    """On a clock of our own: the best of the products that fill the time."""
+    now, products = [0.0], []
+
+    def product(left, right) -> None:
+        assert (left.dtype, left.shape) == (right.dtype, right.shape) == (torch.bfloat16, (side, side))
+        products.append(2.0**-6 if len(products) == 3 else 2.0**-4)  # seconds; the first warms up
+        now[0] += products[-1]
+
+    side = live._SIDE["cpu"]
+    monkeypatch.setattr(live.torch, "mm", product)
+    monkeypatch.setattr(live, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert measured_rate(CPU, torch.bfloat16) == 2.0 * side**3 * 2**6
+    assert sum(products[1:-1]) < live._MEASURING <= sum(products[1:])
 
 
 def finished_run(recipe, folder: Path) -> str:
@@ -134,10 +146,18 @@ def finished_run(recipe, folder: Path) -> str:
     return text.getvalue()
 
 
-def test_every_step_tells_its_time_over_the_floor(toy_recipe, tmp_path) -> None:
+def test_every_step_tells_its_time_over_the_floor(toy_recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(live, "measured_rate", lambda device, dtype: 1e9)
     shown = finished_run(toy_recipe(), tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert all(record["time_over_floor"] > 1 for record in records[1:])
+    floor = floor_of(build_engine(toy_recipe(), CPU))
+    assert floor is not None
+    for record in records[1:]:
+        outside = ("seconds/self_test", "seconds/evaluation")
+        phases = {n: s for n, s in record.items() if n.startswith("seconds/") and n not in outside}
+        assert {"seconds/rollout", "seconds/update"} <= set(phases)
+        rounding = 1e-4 * len(phases) / floor.seconds + 1e-3  # of the phases and of the quotient
+        assert record["time_over_floor"] == pytest.approx(sum(phases.values()) / floor.seconds, abs=rounding)
     assert f"{records[-1]['time_over_floor']:.3g}x floor" in shown
     assert "floor " in shown.splitlines()[2]
     assert "time over the floor of its FLOPs" in (tmp_path / "report.html").read_text()

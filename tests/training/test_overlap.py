@@ -16,14 +16,15 @@ import torch
 from flowgrpo_fast.recipe import NFT, Deterministic, Prune, RewardTerm, Scouts, Task
 from flowgrpo_fast.rewards.workers import RewardWorkers
 from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training import sample as sample_module
+from flowgrpo_fast.training import score as score_module
+from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.explore import explore
 from flowgrpo_fast.training.loop import evaluate, train, train_step
-from flowgrpo_fast.training.sample import draw, sample_and_score
+from flowgrpo_fast.training.sample import sample_and_score
 from tests.conftest import ToyModel
 from tests.training import rewards_elsewhere
-from tests.training.rewards_elsewhere import NAP, seen
+from tests.training.rewards_elsewhere import HANGS, SIGNS, count_signs, put_sign, wait_for_signs
 
 CPU = torch.device("cpu")
 HERE = "tests.training.rewards_elsewhere"
@@ -109,29 +110,44 @@ def test_scouts_come_in_chunks_too(job) -> None:
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-6)
 
 
+@pytest.fixture(autouse=True)
+def signs(tmp_path, monkeypatch) -> Path:
+    """Where rewards and tests tell each other how far they are."""
+    folder = tmp_path / "signs"
+    folder.mkdir()
+    monkeypatch.setenv(SIGNS, str(folder))
+    return folder
+
+
 @pytest.mark.parametrize("where", ["thread", "process"])
 def test_rewards_run_while_the_next_prompts_roll_out(job, where, monkeypatch) -> None:
-    """Four chunks, whose rollouts and rewards sleep: 4 naps of each one after another, or 4 + 1."""
-    naps = 6  # steps of a rollout
+    """Four chunks: the reward of one ends only when the next rolls out, so one after another they would never end. And
+    the next is done only when the reward has begun, which is then at work beside it."""
+    calls, steps = 0, 6
     plain = ToyModel.velocity
 
-    def slow(model, *arguments):
-        time.sleep(0 if torch.is_grad_enabled() else NAP / naps)
+    def velocity(model, *arguments):
+        nonlocal calls
+        if not torch.is_grad_enabled():
+            chunk, step = divmod(calls, steps)
+            calls += 1
+            if step == 0:
+                put_sign(f"rollout {chunk + 1}")
+            if step == steps - 1:
+                wait_for_signs("reward", chunk)
         return plain(model, *arguments)
 
-    engine = job(where, "sleepy", prompts_per_chunk=1)
-    train_step(engine)  # starts the process
-    monkeypatch.setattr(ToyModel, "velocity", slow)
-    report = train_step(engine)
-    elapsed = report.seconds["rollout"] + report.seconds["reward"]
-    assert 5 * NAP <= elapsed < 7 * NAP  # of 8
-    assert report.seconds["reward"] < 2 * NAP
+    monkeypatch.setattr(ToyModel, "velocity", velocity)
+    engine = job(where, "meets_next_rollout", prompts_per_chunk=1)
+    train_step(engine)
+    assert calls == 4 * steps
+    assert count_signs("rollout") == count_signs("reward") == 4
 
 
 def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
     order = []
     decode, submit = ToyModel.decode, RewardWorkers.submit
-    rollout = sample_module.start_scoring
+    rollout = score_module.start_scoring
 
     def spy(name, function):
         def call(*arguments):
@@ -155,8 +171,8 @@ def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
         ("nan", r"^reward 'tests.training.rewards_elsewhere:nan' of sample 0 is nan$"),
         ("too_few", r"^reward '.*:too_few' returned shape \(3,\) for 8 images; it must return \(8,\)$"),
         (
-            "worded",
-            r"^reward '.*:worded' returned a list for 8 images; it must return 8 numbers, as a tensor, an array or",
+            "listed",
+            r"^reward '.*:listed' returned a list for 8 images; it must return a tensor of shape \(8,\)$",
         ),
     ],
 )
@@ -184,15 +200,15 @@ def test_processes_ignore_interrupts_and_end_with_the_engine(job) -> None:
     images = torch.rand(4, 1, 2, 3)
     workers = RewardWorkers(1)
     term = RewardTerm(function=f"{HERE}:where", where="process")
-    pid, ignored = workers.submit(term, seen(images)).result().total[:2].int().tolist()
+    pid, ignored = workers.submit(term, rewards_elsewhere.where, images, [""] * 4).result()[:2].int().tolist()
     assert ignored
     assert pid != os.getpid()
     stuck = RewardTerm(function=f"{HERE}:stuck", where="process")
-    future = workers.submit(stuck, seen(images))
-    time.sleep(0.2)
+    future = workers.submit(stuck, rewards_elsewhere.stuck, images, [""] * 4)
+    wait_for_signs("stuck", 1)
     workers.close()
     with pytest.raises(ValueError, match=r"stuck' died"):
-        future.result(timeout=20)
+        future.result(timeout=HANGS)
     assert gone(pid)
     workers.close()  # nothing is left to end
 
@@ -207,16 +223,17 @@ def test_images_leave_the_device_without_anyone_waiting(where) -> None:
         images = [torch.rand(4, 3, 256, 256) for _ in range(4)]
         futures = []
         for part in images:
-            futures.append(workers.submit(term, seen(part.cuda())))
+            futures.append(workers.submit(term, rewards_elsewhere.edge, part.cuda(), [""] * 4))
         for part, future in zip(images, futures, strict=True):
             expected = rewards_elsewhere.edge(part, [""] * 4)
-            torch.testing.assert_close(future.result().total.cpu().double(), expected, rtol=1e-6, atol=0)
+            torch.testing.assert_close(future.result().cpu().double(), expected, rtol=1e-6, atol=0)
     finally:
         workers.close()
 
 
 def gone(pid: int) -> bool:
-    for _ in range(100):
+    deadline = time.monotonic() + HANGS
+    while time.monotonic() < deadline:
         try:
             os.kill(pid, 0)
             if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
@@ -238,8 +255,8 @@ if __name__ == "__main__":
     workers, images = RewardWorkers(1), torch.rand(2, 1, 2, 3)
     def start(name, place):
         term = RewardTerm(function=f"tests.training.rewards_elsewhere:{name}", where=place)
-        return workers.submit(term, rewards_elsewhere.seen(images))
-    print(int(start("where", "process").result().total[0]), flush=True)
+        return workers.submit(term, getattr(rewards_elsewhere, name), images, [""] * 2)
+    print(int(start("where", "process").result()[0]), flush=True)
     start("stuck", "thread")
     start("stuck", "process").result()
 """
@@ -268,9 +285,9 @@ def test_nothing_outlives_the_program(number, tmp_path) -> None:
         text=True,
     )
     worker = int(process.stdout.readline())
-    time.sleep(0.3)
+    wait_for_signs("stuck", 2)
     process.send_signal(number)
-    process.wait(timeout=20)
+    process.wait(timeout=HANGS)
     assert gone(worker)
 
 

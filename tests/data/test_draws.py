@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from flowgrpo_fast.data.draws import draw as draw_seeds
 from flowgrpo_fast.data.draws import draw_eval, draw_step_positions
+from flowgrpo_fast.data.prompts import Prompts
 from flowgrpo_fast.training.sample import draw
 
 CPU = torch.device("cpu")
@@ -36,3 +39,25 @@ def test_step_positions_are_permutations() -> None:
     counts = torch.bincount(some.flatten(), minlength=5)
     assert (counts > 180).all()  # 240 each on average
     assert not torch.equal(some, positions(3, 1))
+
+
+def test_a_source_of_ones_own_may_choose_other_prompts() -> None:
+    """The prompts are given; noise depends on the step and the run's seed alone."""
+    chosen = np.array([7, 7, 2])
+    arguments = {"step": 5, "seed": 3, "num_drawn": 4, "device": CPU}
+    apart = draw_seeds(chosen, share_start=False, **arguments)
+    assert apart.prompt_index.tolist() == [7, 7, 2]
+    assert apart.group_id.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert torch.equal(apart.seed, apart.start_seed)
+    words = np.random.SeedSequence([3, 2, 5]).generate_state(12, np.uint64).view(np.int64)
+    assert apart.seed.tolist() == words.tolist()
+    shared = draw_seeds(chosen, share_start=True, **arguments)
+    assert torch.equal(shared.seed, apart.seed)
+    assert shared.start_seed.tolist() == [int(words[4 * (i // 4)]) for i in range(12)]
+
+
+def test_prompts_are_drawn_as_the_epochs_written_out() -> None:
+    everything = np.concatenate([np.random.default_rng([9, 1, epoch]).permutation(5) for epoch in range(8)])
+    drawn = np.concatenate([Prompts().draw(step, 9, 8, 5) for step in range(5)])
+    assert drawn.dtype == np.int64
+    assert drawn.tolist() == everything.tolist()
