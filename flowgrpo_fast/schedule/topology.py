@@ -281,10 +281,13 @@ class Comb:
             course.whole_groups,
             "Comb: an optimiser step takes whole combs; make num_updates divide num_prompts",
         )
-        builder = PlanBuilder(course.sigmas)
+        # A solver may shorten the steps after the last branch has landed, which all branches take.
+        sigmas = course.solver.tail(course.sigmas, leaving[-1] + self.merge, course.shift)
+        num_steps = len(sigmas) - 1
+        builder = PlanBuilder(sigmas)
         euler = [builder.euler(step) for step in range(num_steps)]
         solver = [
-            builder.row(course.solver.row(course.sigmas, step, step + 1), step, step + 1)
+            builder.row(course.solver.row(sigmas, step, step + 1), step, step + 1)
             for step in range(num_steps)
         ]
         waits: list[int] = []  # of each branch, the step at which it moves again
@@ -304,7 +307,7 @@ class Comb:
                 kept.append(False)
             if step in leaving:
                 to = step + self.merge
-                noisy = builder.row(course.dynamics.row(course.sigmas, step, to), step, to)
+                noisy = builder.row(course.dynamics.row(sigmas, step, to), step, to)
                 parent += [0] * self.fan
                 row += [noisy] * self.fan
                 kept += [course.keeps] * self.fan
@@ -343,23 +346,38 @@ class OneStepEach:
         num_steps = len(course.sigmas) - 1
         choices = self.at.steps(num_steps, course.iteration, course.seed).stochastic
         require(bool(choices), "OneStepEach.at leaves no step stochastic; name those to draw from")
+        require(
+            len(course.solver.tail(course.sigmas, choices[0] + 1, course.shift)) == len(course.sigmas),
+            "OneStepEach.at has a step of its own for every prompt; a solver cannot leave out steps after all of them: "
+            "set its keep to 1",
+        )
         generator = np.random.default_rng([course.seed, course.iteration, _OWN_STEP_STREAM])
         own = np.array(choices)[generator.integers(len(choices), size=course.num_prompts)]
         builder = PlanBuilder(course.sigmas)
-        for step in range(num_steps):
-            builder.euler(step)
+        # The table is the same in every iteration, whichever rows of it are taken.
+        euler = [builder.euler(step) for step in range(num_steps)]
+        later = [course.solver.row(course.sigmas, step, step + 1) for step in range(num_steps)]
+        # Where the solver steps as Euler does, prompts on both sides of their own step share a row.
+        solver = [
+            euler[step] if row == builder.rows[euler[step]] else builder.row(row, step, step + 1)
+            for step, row in enumerate(later)
+        ]
         noisy = {
             step: builder.row(course.dynamics.row(course.sigmas, step, step + 1), step, step + 1)
             for step in choices
         }
-        members = np.ones((1, course.group_size), dtype=int)
         for step in range(num_steps):
-            here = (own == step)[:, None] & (members > 0)
-            row = np.where(here, noisy.get(step, step), step)
-            if here.any():
-                builder.step(step, row, range(course.group_size), here & course.keeps)
-            else:
-                builder.step(step, step, range(course.group_size))
+            here = own == step
+            row = np.where(here, noisy.get(step, 0), np.where(own < step, solver[step], euler[step]))
+            if (row == row[0]).all():
+                row, here = row[:1], here[:1]
+            every = (len(row), course.group_size)
+            builder.step(
+                step,
+                np.broadcast_to(row[:, None], every),
+                range(course.group_size),
+                np.broadcast_to(here[:, None] & course.keeps, every),
+            )
         return builder.plan(course.group_size, 1 if course.keeps else 0)
 
 
@@ -454,15 +472,16 @@ class Cuts:
         )
         plan = self.inner.plan(course._replace(group_size=self.num_candidates(course.group_size)))
         left = dict(zip(self.steps, (*self.sizes[1:], course.group_size), strict=True))
-        steps, size = [], self.sizes[0]
+        steps, size, width = [], self.sizes[0], plan.width
         for step in plan.steps:
-            width = len(step.parent)
-            # A cut takes whole samples: each has a row of its own by then, and edges of its own wherever it is trained.
-            own = width == self.sizes[0] and bool(step.kept.all() or not step.is_kept) and not step.differs
+            whole = step.kept.all() and len(step.parent) == self.sizes[0]
+            parted = width == len(step.parent) == self.sizes[0] and not step.differs
             require(
-                own or (step.step < self.steps[0] and not step.is_kept),
-                "Cuts.inner has samples that share what a cut would take apart; cut Independent or SharedStart",
+                (whole or not step.is_kept) and (parted or step.step + 1 < self.steps[0]),
+                f"Cuts.inner is a {type(self.inner).__name__}, in which candidates are not rows of their own from the "
+                "first cut on, or have kept edges of their own; cut Independent or SharedStart",
             )
+            width = len(step.parent)
             if step.step >= self.steps[0]:
                 step = replace(
                     step, row=step.row[:, :size], parent=step.parent[:size], kept=step.kept[:, :size]
