@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from flowgrpo_fast.losses.clipped_ratio import clipped_ratio, drift_kl
+from flowgrpo_fast.sampling.dynamics import coefficients
+
 from flowgrpo_fast.ops import Extras, flow_log_prob
 from flowgrpo_fast.recipe import ClippedRatio, FlowSDE
-from flowgrpo_fast.sampling.dynamics import coefficients
 
 
 def test_recorded_loss_and_gradient(golden) -> None:

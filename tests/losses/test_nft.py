@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from flowgrpo_fast.losses.nft import forward_process, nft, old_decay, optimality
+
 from flowgrpo_fast.ops import philox_normal
 from flowgrpo_fast.recipe import NFT
 

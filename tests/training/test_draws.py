@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import torch
+from flowgrpo_fast.training.sample import draw
 
 from flowgrpo_fast.data.draws import draw_eval, draw_step_positions
-from flowgrpo_fast.training.sample import draw
 
 CPU = torch.device("cpu")
 
