@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
+from flowgrpo_fast.data.prompts import Prompts
 from flowgrpo_fast.names import resolve
 from flowgrpo_fast.recipe import FlowSDE, LoRA
 from flowgrpo_fast.recipe_io import load_recipe, save_recipe

@@ -583,7 +583,7 @@ def test_cuts(steps, solver, window, iteration: int) -> None:
     for step in range(10):
         expected.append(under_way)
         under_way = left.get(step + 1, under_way)
-    assert plan.candidates() == expected
+    assert list(plan.candidates()) == expected
     assert plan.evaluations(2) == 2 * sum(expected)
     assert (plan.num_candidates, plan.group_size, plan.width) == (sizes[0], 4, sizes[0])
     assert all(plan.gives_x0(place) for place, _ in plan.cuts)
@@ -596,7 +596,7 @@ def test_cuts_of_a_shared_start_come_after_the_group_has_parted() -> None:
     found = follow(plan, 1)
     check_behind(plan)
     assert [len(step.parent) for step in plan.steps] == [1, 1, 12, 12, 8, 8, 4, 4, 4, 4]
-    assert plan.candidates() == [12, 12, 12, 12, 8, 8, 4, 4, 4, 4]
+    assert list(plan.candidates()) == [12, 12, 12, 12, 8, 8, 4, 4, 4, 4]
     assert found.evaluations == 1 + 1 + 1 + 12 + 8 + 8 + 4 * 4
     assert plan.width == 1
     assert Cuts(inner=inner, sizes=(12,)).shares_start
