@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from flowgrpo_fast.models.network import ModelSetup
@@ -17,8 +18,10 @@ from flowgrpo_fast.recipe import (
     FlowSDE,
     FrozenWindow,
     Independent,
+    Machine,
     Optimizer,
     PolicyGradient,
+    Prompts,
     Recipe,
     RewardTerm,
     Sigmas,
@@ -31,11 +34,38 @@ torch.set_num_threads(1)  # toy sizes: threads only wait for each other
 GOLDEN = Path(__file__).parent / "golden"
 
 
+# Minutes each, of compilers and of programs begun anew: first, so that no process is left alone with one at the end.
+LONG = ("test_cuda_on_host.py", "test_execution.py", "test_cli.py", "test_sanitize_cpu.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here: GPU code not run"))
+
+
+@pytest.fixture(scope="session")
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[..., Path]:
+    """Makes a folder under a name, once for the whole run: the workers of pytest-xdist share what one has made."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # a worker's folder is in that of the run
+        root = root.parent
+    root = root / "made_once"
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                make(half := path.with_name(f"{path.name}.half"))
+                half.rename(path)
+        return path
+
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,12 +79,6 @@ def small_heap() -> None:
 def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / request.param) as data:
         return dict(data)
-
-
-@pytest.fixture(scope="session")
-def methods() -> dict[str, dict]:
-    """Worked examples of the literature's methods by name: `inputs` and the `expected` numbers of each."""
-    return json.loads((GOLDEN / "methods.json").read_text())
 
 
 class ToyModel(FlowModel):
@@ -112,7 +136,7 @@ def toy_module(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def toy_recipe(toy_module: str) -> Callable[..., Recipe]:
-    """Makes small recipes for the toy job; keywords replace fields."""
+    """Makes small recipes for the toy job; keywords replace fields, those of `Machine` in the machine."""
     task = Task(
         model=f"{toy_module}:load",
         rewards=(RewardTerm(function=f"{toy_module}:brightness"),),
@@ -130,6 +154,15 @@ def toy_recipe(toy_module: str) -> Callable[..., Recipe]:
         objective=PolicyGradient(trust=Clip(range=0.05)),
         optimizer=Optimizer(lr=3e-3),
         num_steps=4,
+        machine=Machine(),
+        data=Prompts(),
         task=task,
     )
-    return lambda **changes: replace(recipe, **changes)
+    return lambda **changes: with_changes(recipe, **changes)
+
+
+def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other fields; those of its machine are named without it."""
+    machine = {name: changes.pop(name) for name in list(changes) if name in Machine.__dataclass_fields__}
+    changes.setdefault("machine", recipe.machine)
+    return replace(recipe, **{**changes, "machine": replace(changes["machine"], **machine)})

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy import stats
-
 from flowgrpo_fast.sampling.explore import ranks, spearman, top_overlap
+from scipy import stats
 
 
 def test_spearman_is_scipys_ties_included() -> None:

@@ -8,6 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from flowgrpo_fast.sampling.sampler import rollout
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.sample import draw, sample
 
 from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork
 from flowgrpo_fast.recipe import (
@@ -26,11 +29,8 @@ from flowgrpo_fast.recipe import (
 from flowgrpo_fast.recipes import digits, mix_grpo
 from flowgrpo_fast.sampling import graphs as module
 from flowgrpo_fast.sampling.graphs import StepGraph
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.engine import build_engine, sync_weights
 from flowgrpo_fast.training.loop import train_step
-from flowgrpo_fast.training.sample import draw, sample
 
 CPU = torch.device("cpu")
 FORWARD = {"loss": NFT(), "window": Deterministic(), "credit": Credit(std="batch", drop_zero_variance=False)}

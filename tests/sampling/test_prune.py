@@ -9,6 +9,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from flowgrpo_fast.sampling.sampler import rollout
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.sample import draw
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo_fast.models.digits import shipped
@@ -26,9 +29,6 @@ from flowgrpo_fast.recipe import (
 )
 from flowgrpo_fast.sampling import sampler
 from flowgrpo_fast.sampling.prune import check_pool, choose, spread_subset
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.sample import draw
 from flowgrpo_fast.training.snapshots import Snapshot
 from tests.conftest import ToyModel
 

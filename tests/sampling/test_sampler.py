@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from flowgrpo_fast.ops import philox_normal
-from flowgrpo_fast.recipe import CPS, AllSteps, DanceSDE, DPMSolver2M, FlowSDE
 from flowgrpo_fast.sampling.sampler import check_finite, replay, rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.sample import draw
+
+from flowgrpo_fast.ops import philox_normal
+from flowgrpo_fast.recipe import CPS, AllSteps, DanceSDE, DPMSolver2M, FlowSDE
 from tests.conftest import ToyModel
 
 CPU = torch.device("cpu")
