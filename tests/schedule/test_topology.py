@@ -430,7 +430,7 @@ def test_comb(fan: int, size: int, start: int, merge: int, num_steps: int, solve
         step = leaving[sample // fan]
         ((place, row),) = kept
         assert noisy == [row]
-        assert place == step
+        assert place == row == step  # noise is that of the step, as in any other walk
         merged = FlowSDE(noise_level=0.7).row(sigmas, step, step + merge)
         np.testing.assert_array_equal(plan.coeffs[row], np.float32(merged))
         assert float(plan.interval[row]) == pytest.approx(sigmas[step] - sigmas[step + merge], rel=1e-5)
@@ -517,6 +517,7 @@ def test_one_step_each(window, solver, num_prompts, group_size, iteration, share
         assert len(steps) == 1, "all samples of a prompt take the same one"
         (step,) = steps
         assert step in choices
+        assert {row for kept in found.kept[group] for _, row in kept} == {step}  # and so its noise
         assert all(
             noisy == [row] for noisy, ((_, row),) in zip(found.noisy[group], found.kept[group], strict=True)
         )
