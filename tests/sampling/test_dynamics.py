@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from flowgrpo_fast.sampling.dynamics import coefficient_row, coefficients, noise_rate
+from flowgrpo_fast.sampling.sigmas import make_sigmas
 
 from flowgrpo_fast.ops import Extras, flow_log_prob, flow_step
 from flowgrpo_fast.recipe import CPS, DanceSDE, DPMSolver2M, Euler, FlowSDE, Sigmas
-from flowgrpo_fast.sampling.dynamics import coefficient_row, coefficients, noise_rate
-from flowgrpo_fast.sampling.sigmas import make_sigmas
 
 SIGMAS = make_sigmas(Sigmas(num_inference_steps=10, shift=3.0))
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from flowgrpo_fast.sampling.dynamics import coefficient_row, coefficients
+from flowgrpo_fast.sampling.sigmas import make_sigmas
 
 from flowgrpo_fast.ops import flow_step, philox_normal
 from flowgrpo_fast.recipe import CPS, DanceSDE, DPMSolver2M, Euler, FlowSDE, Sigmas
-from flowgrpo_fast.sampling.dynamics import coefficient_row, coefficients
-from flowgrpo_fast.sampling.sigmas import make_sigmas
 
 MEAN, STD = 0.8, 0.6
 

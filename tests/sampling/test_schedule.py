@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from flowgrpo_fast.sampling.schedule import ode_schedule, resolve_schedule
 
 from flowgrpo_fast.recipe import NFT, DPMSolver2M, DynamicShift, FrozenWindow, Sigmas
 from flowgrpo_fast.recipes import RECIPES, mix_grpo, mix_grpo_flash
-from flowgrpo_fast.sampling.schedule import ode_schedule, resolve_schedule
 
 
 def test_stochastic_inside_the_window_euler_outside() -> None:

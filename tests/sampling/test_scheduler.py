@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from flowgrpo_fast.sampling.windows import window_steps
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo_fast.ops import flow_log_prob
 from flowgrpo_fast.recipe import SlidingWindow
 from flowgrpo_fast.sampling.scheduler import FlowMatchTransitionScheduler
-from flowgrpo_fast.sampling.windows import window_steps
 
 
 def make_scheduler(num_steps: int = 8, **options) -> FlowMatchTransitionScheduler:

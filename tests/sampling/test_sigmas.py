@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
+from flowgrpo_fast.sampling.sigmas import dynamic_shift, make_sigmas, respaced_tail, shift_sigmas
 
 from flowgrpo_fast.recipe import DynamicShift, Sigmas
-from flowgrpo_fast.sampling.sigmas import dynamic_shift, make_sigmas, respaced_tail, shift_sigmas
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from flowgrpo_fast.sampling.windows import sliding_start, window_steps
 
 from flowgrpo_fast.recipe import (
     AllSteps,
@@ -11,7 +12,6 @@ from flowgrpo_fast.recipe import (
     RandomWindow,
     SlidingWindow,
 )
-from flowgrpo_fast.sampling.windows import sliding_start, window_steps
 
 
 def starts(window, num_steps: int, iterations: int, seed: int = 0) -> list[int]:
