@@ -14,6 +14,7 @@ from flowgrpo_fast.checks import one_of, positive, require
 from flowgrpo_fast.credit.chain import CreditStep
 from flowgrpo_fast.credit.normalise import Normalise
 from flowgrpo_fast.credit.shape import Bound, DropIdle
+from flowgrpo_fast.credit.steps import AtLastStep
 from flowgrpo_fast.credit.tree import TreeBackup
 from flowgrpo_fast.data.prompts import Prompts, Source
 from flowgrpo_fast.experience.experience import Experience
@@ -362,7 +363,7 @@ PARTS: dict[str, type] = {
         *(PolicyGradient, PathLogProb, ForwardError, Clip, TransitionKL, VelocityKL),
         *(NFT, ChunkRatio, LeapAlign, Distillation),
         *(Frozen, EMA, Ramp, ResetWhen, Loaded),
-        *(Normalise, Bound, DropIdle, TreeBackup, Rollout, Scouts, Replayed, Prompts, RewardTerm),
+        *(Normalise, Bound, DropIdle, AtLastStep, TreeBackup, Rollout, Scouts, Replayed, Prompts, RewardTerm),
     )
 }
 # The kinds of part that a field of a recipe may name, for whoever writes one: each is a protocol.

@@ -154,7 +154,7 @@ class Transitions:
 
     row: Tensor  # [E] int64, rows of the plan's table
     latents: Tensor  # [H, *S]
-    next_latents: Tensor  # [E, *S] as stored
+    next_latents: Tensor  # [E, *S] as stored; [E, 0] where states are kept alone
     log_prob: Tensor  # [E] fp32, of the policy that sampled; the mean over latent elements
     samples: Tensor  # [E, m] int64 -> B, the samples behind an edge; it reads the credit of the first
     samples_host: NDArray[np.int64]  # the same on the host
@@ -177,6 +177,10 @@ class Transitions:
     def parent(self) -> Tensor:
         """`[E]` int64 -> H."""
         return torch.arange(self.num_heads, device=self.row.device).repeat_interleave(self.fan)
+
+    def states(self) -> Transitions:
+        """The same without what the edges lead to."""
+        return replace(self, next_latents=self.next_latents.new_empty(len(self.next_latents), 0))
 
     def heads(self, rows: slice) -> Transitions:
         """Some rows with all their edges: views. What they say of samples and prompts is unchanged."""

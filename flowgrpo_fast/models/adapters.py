@@ -116,6 +116,21 @@ def load_adapter(module: nn.Module, file: Path) -> list[Tensor]:
     return values
 
 
+def check_alpha(module: nn.Module, file: Path) -> None:
+    """Refuses an adapter whose configuration has another scale: its shapes would fit, its effect would not.
+
+    Raises:
+        ValueError: it was trained with another alpha.
+    """
+    with safe_open(file, framework="pt") as handle:
+        settings = json.loads((handle.metadata() or {}).get(_METADATA, "{}"))
+    for prefix, transformer in _transformers(module):
+        own = transformer.peft_config[_NAME].lora_alpha
+        alpha = settings.get(f"{prefix}.lora_alpha", own)
+        if alpha != own:
+            raise ValueError(f"it was trained with alpha {alpha}; LoRA.alpha is {own}")
+
+
 def _start_from(transformer: Any, part: LoRA, prefix: str) -> None:
     file = Path(part.path)
     file = file / ADAPTER_FILE if file.is_dir() else file

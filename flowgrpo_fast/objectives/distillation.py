@@ -6,7 +6,13 @@ arXiv 2605.08063. With mu the mean of a transition and q the SDE's rate without 
 
     "gkd"      loss = kl, differentiated
     "kl_only"  a policy gradient whose advantage at each step is clip(scale * kl, +-bound), without gradient
-    "mixed"    the same with the task's advantage added at the last trained step
+    "mixed"    the same with the task's advantage: clip(A + scale * kl, +-bound)
+
+`normalise` takes kl's z-score over the samples of an optimiser step, at each step of the walk (sample std + 1e-4).
+
+A kl depends on the state before a step alone, not on the noise that the step drew. So the expected gradient of
+"kl_only" is 0 before the first update: `E[A * grad log_prob] = A * E[grad log_prob] = 0`. The released loop does not
+detach A, whose own gradient is that of "gkd"; with A a number, "gkd" is what teaches.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.checks import one_of, positive, require
+from flowgrpo_fast.checks import one_of, positive
 from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats, Terms
 from flowgrpo_fast.objectives.regularizers import Regularizer
 from flowgrpo_fast.objectives.snapshots import SnapshotRule
@@ -25,6 +31,8 @@ from flowgrpo_fast.objectives.trust import Clip, Trust
 from flowgrpo_fast.ops import Extras, FlowLogProbOutput, flow_log_prob
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Transitions, spread, spread_guidance
+
+_FLOOR = 1e-4  # beside a standard deviation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +44,7 @@ class Distillation:
     mode: Literal["gkd", "kl_only", "mixed"] = "gkd"
     scale: float = -1.0
     bound: float = 5.0
+    normalise: bool = False  # of "kl_only" and "mixed"
     trust: Trust = field(default_factory=Clip)
     regularizers: tuple[Regularizer, ...] = ()
 
@@ -54,16 +63,22 @@ class Distillation:
         needs = Requires(
             log_probs=True,
             snapshots={f"teacher/{name}": rule for name, rule in self.teachers.items()},
+            metadata={self.by: tuple(self.teachers)} if self.teachers else {},
             incomplete="" if self.teachers else nobody,
         )
-        for part in self.regularizers:
+        for part in self.penalties:
             needs = needs.joined(part.requires)
         return needs
 
     @property
+    def penalties(self) -> tuple[Regularizer, ...]:
+        """Those that weigh anything."""
+        return tuple(part for part in self.regularizers if part.beta > 0)
+
+    @property
     def couples(self) -> bool:
-        """Every edge by itself."""
-        return False
+        """Every edge by itself, unless a z-score joins the samples."""
+        return self.normalise and self.mode != "gkd"
 
     def check(self, plan: Plan) -> None:
         """Any plan that keeps what it requires."""
@@ -74,19 +89,11 @@ class Distillation:
 
     def measure(self, point: Transitions, evaluator: Evaluator) -> Stats:
         """Distances from each row's own teacher and from the regularizers' snapshots `[E]`."""
-        names = []
-        for known in evaluator.metadata:
-            value = str(known.get(self.by, ""))
-            require(
-                value in self.teachers,
-                f"a prompt's metadata has {self.by} = {value!r}, for which Distillation.teachers has nobody; "
-                f"known: {', '.join(map(repr, self.teachers))}",
-            )
-            names.append(f"teacher/{value}")
+        names = [f"teacher/{known[self.by]}" for known in evaluator.metadata]
         given = (point.latents, point.sigma)
         velocity, guidance = evaluator.trained(*given, unconditional=point.unconditional)
         others = {"teacher": evaluator.routed(names, *given)}
-        others |= {part.to: evaluator.frozen(part.to, *given) for part in self.regularizers if part.to}
+        others |= {part.to: evaluator.frozen(part.to, *given) for part in self.penalties if part.to}
         stats = {"old_log_prob": point.log_prob}
         for name, (other, other_guidance) in others.items():
             negative = None if other_guidance is None else spread(other_guidance.negative_velocity, point.fan)
@@ -110,18 +117,26 @@ class Distillation:
         return stats | {"std": evaluator.coeffs[point.row, 3], "interval": evaluator.interval[point.row]}
 
     def loss(self, stats: Stats, advantages: Tensor) -> Terms:
-        """As of the module's text."""
+        """As of the module's text; of `[B, N]` tables a mean over the steps."""
         kl = stats["drift/teacher"] * stats["interval"] / (2 * stats["std"].square())
         log_ratio = self.log_ratio(stats)
         if self.mode == "gkd":
             loss, ratio = kl, torch.exp(log_ratio).detach()
         else:
-            credit = (self.scale * kl.detach()).clamp(-self.bound, self.bound)
-            credit = credit + advantages if self.mode == "mixed" else credit
-            loss, ratio, _ = self.trust(log_ratio, credit)
-        for part in self.regularizers:
+            signal = kl.detach()
+            if self.normalise:
+                signal = (signal - signal.mean(0)) / (signal.std(0, correction=1) + _FLOOR)
+            credit = self.scale * signal
+            if self.mode == "mixed":
+                wide = advantages[:, None] if credit.ndim > advantages.ndim else advantages
+                credit = credit + wide
+            loss, ratio, _ = self.trust(log_ratio, credit.clamp(-self.bound, self.bound))
+        for part in self.penalties:
             loss = loss + part.beta * part.penalty(stats)
         shown = {"loss": loss.detach(), "teacher_kl": kl.detach(), "ratio_mean": ratio}
+        if self.couples:
+            shown = {name: values.mean(1) for name, values in shown.items()}
+            return Terms(loss.mean(1), shown, {"ratio_max": ratio.amax(1)})
         return Terms(loss, shown, {"ratio_max": ratio})
 
     @property

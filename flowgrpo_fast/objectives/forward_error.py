@@ -9,6 +9,11 @@ the sample is:
     "uniform"  error              "sigma"   sigma * error                "sigma2"  sigma^2 * error
     "huber"    sigma * (sqrt(error + 1e-10) - 1e-5)
     "ghuber"   sigma / power * ((error + 1e-10)^power - 1e-10^power)       in fp64
+
+The error is a mean over elements before it is weighed. `ratio` says what an importance ratio is taken of:
+
+    "exp_first"  every noising has its own, exp(log_prob - old_log_prob); the loss is a mean over them (AWM's recipes)
+    "sum_first"  a sample has one, exp(mean over its noisings of log_prob - old_log_prob)
 """
 
 from __future__ import annotations
@@ -19,41 +24,51 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_fast.checks import fraction, one_of, positive, require
-from flowgrpo_fast.objectives.forward import at_schedule_steps, forward_process, noised_points
+from flowgrpo_fast.objectives.forward import forward_process, noised_points
 from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats
 from flowgrpo_fast.objectives.snapshots import Ramp, SnapshotRule
 from flowgrpo_fast.ops import matching
 from flowgrpo_fast.types import Batch, Noised
 
 _FLOOR = 1e-10
+_LEAST_SIGMA = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardError:
     """A surrogate that needs no stochastic trajectory: any solver may have made the samples.
 
-    `sigmas` "logit_normal": `times` sigmas a sample, one from each of as many equal parts of a logit-normal (0, 1)
-    distribution; "schedule": of the rollout's own, drawn without repetition. `old` "detached": the policy that sampled
-    is the present one, on-policy, so the old log-prob is the new one without its gradient; "snapshot": the weights
-    before this step's first update, kept and asked again.
+    Each sample is noised `times` times, once in each of as many equal parts (strata) of what `sigmas` names:
+    "schedule", the rollout's own sigmas without the first `skip`, up to `fraction` of the steps; "logit_normal", a
+    logit-normal (0, 1) distribution, shifted as schedules are, `shift * s / (1 + (shift - 1) * s)`, at least 0.01.
+
+    `old` "detached": the policy that sampled is the present one, on-policy, so the old log-prob is the new one without
+    its gradient; "snapshot": the weights before this step's first update, kept and asked again.
     """
 
     weighting: Literal["uniform", "sigma", "sigma2", "huber", "ghuber"] = "ghuber"
     power: float = 0.25  # of "ghuber"
     times: int = 6
-    sigmas: Literal["logit_normal", "schedule"] = "logit_normal"
+    sigmas: Literal["schedule", "logit_normal"] = "schedule"
+    skip: int = 1  # of "schedule"
+    fraction: float = 0.9  # of "schedule"
+    shift: float = 3.0  # of "logit_normal"
+    ratio: Literal["exp_first", "sum_first"] = "exp_first"
     old: Literal["detached", "snapshot"] = "detached"
 
     def __post_init__(self) -> None:
         """Known words, positive counts."""
         one_of(self, ("uniform", "sigma", "sigma2", "huber", "ghuber"), weighting=self.weighting)
-        one_of(self, ("logit_normal", "schedule"), sigmas=self.sigmas)
+        one_of(self, ("schedule", "logit_normal"), sigmas=self.sigmas)
+        one_of(self, ("exp_first", "sum_first"), ratio=self.ratio)
         one_of(self, ("detached", "snapshot"), old=self.old)
-        positive(self, times=self.times)
-        fraction(self, power=self.power)
+        positive(self, times=self.times, shift=self.shift)
+        fraction(self, power=self.power, fraction=self.fraction)
+        require(self.skip >= 0, f"ForwardError.skip is {self.skip}; it must be at least 0")
 
     @property
     def requires(self) -> Requires:
@@ -61,20 +76,38 @@ class ForwardError:
         rules: dict[str, SnapshotRule] = {"before": Ramp(most=0.0)} if self.old == "snapshot" else {}
         return Requires(snapshots=rules)
 
+    @property
+    def couples(self) -> bool:
+        """Whether a sample's noisings share a ratio."""
+        return self.ratio == "sum_first"
+
     def points(self, batch: Batch) -> Points:
         """One a time; every sample at each."""
-        if self.sigmas == "schedule":
-            num_steps = len(batch.samples.plan.sigmas) - 1
-            require(
-                self.times <= num_steps,
-                f"ForwardError.times is {self.times}, but the schedule has {num_steps} steps to draw from",
-            )
-            return at_schedule_steps(batch, self.times)
         drawn = batch.choices.uniform(self.times)  # [B, times]
-        strata = (np.arange(self.times) + drawn) / self.times
-        sigma = torch.sigmoid(torch.special.ndtri(torch.from_numpy(strata))).float().numpy()
-        steps = np.tile(np.arange(self.times), (len(batch), 1))
-        return noised_points(batch, self.times, lambda turn: (sigma[:, turn], steps[:, turn]))
+        if self.sigmas == "schedule":
+            schedule = batch.samples.plan.sigmas.numpy()
+            sigma = schedule[self.schedule_steps(drawn, len(schedule) - 1)]
+        else:
+            strata = torch.from_numpy((np.arange(self.times) + drawn) / self.times)
+            plain = torch.sigmoid(torch.special.ndtri(strata)).numpy()
+            sigma = np.maximum(self.shift * plain / (1 + (self.shift - 1) * plain), _LEAST_SIGMA)
+        turns = np.tile(np.arange(self.times), (len(batch), 1))
+        return noised_points(batch, self.times, lambda turn: (sigma[:, turn], turns[:, turn]))
+
+    def schedule_steps(self, drawn: NDArray[np.float64], num_steps: int) -> NDArray[np.int64]:
+        """A step of each stratum `[B, times]`, by numbers `drawn` in [0, 1).
+
+        Raises:
+            ValueError: there are more strata than steps.
+        """
+        end = int(self.fraction * num_steps)
+        require(
+            self.times <= end - self.skip,
+            f"ForwardError.times is {self.times}, but {num_steps} steps leave {max(0, end - self.skip)} to draw from "
+            f"(without the first {self.skip}, up to {self.fraction:g} of them): lower times, or take more steps",
+        )
+        bounds = np.linspace(self.skip, end, self.times + 1).astype(np.int64)
+        return bounds[:-1] + (drawn * np.diff(bounds)).astype(np.int64)
 
     def measure(self, point: Noised, evaluator: Evaluator, references: Sequence[str]) -> Stats:
         """As of `Surrogate`; gradient flows through the trained velocity."""

@@ -31,6 +31,9 @@ class Requires:
     all_steps: bool = False  # every kept step of a sample: none left to chance, none lost
     no_guidance: bool = False  # samples and trains at guidance_scale 1
     signals: frozenset[str] = frozenset()  # of the rewards, besides their scores
+    metadata: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # of each prompt: name -> values it may have
     incomplete: str = ""  # what a run has to say that a recipe cannot know, one line with the remedy
 
     def joined(self, other: Requires) -> Requires:
@@ -45,6 +48,7 @@ class Requires:
             all_steps=self.all_steps or other.all_steps,
             no_guidance=self.no_guidance or other.no_guidance,
             signals=self.signals | other.signals,
+            metadata={**self.metadata, **other.metadata},
             incomplete=self.incomplete or other.incomplete,
         )
 

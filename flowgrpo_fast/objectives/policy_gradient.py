@@ -1,6 +1,8 @@
 """The common case: a ratio of surrogates within a trust region, and penalties.
 
 loss = trust(log_prob - old_log_prob, A) + sum beta * penalty
+
+Where the surrogate couples a sample's points, log-ratio and penalty are means over them before they go in.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowgrpo_fast.checks import require
 from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats, Terms
 from flowgrpo_fast.objectives.regularizers import Regularizer
 from flowgrpo_fast.objectives.surrogates import PathLogProb, Surrogate
@@ -37,8 +40,8 @@ class PolicyGradient:
 
     @property
     def couples(self) -> bool:
-        """Every edge by itself."""
-        return False
+        """As the surrogate."""
+        return self.surrogate.couples
 
     @property
     def penalties(self) -> tuple[Regularizer, ...]:
@@ -60,10 +63,17 @@ class PolicyGradient:
     def loss(self, stats: Stats, advantages: Tensor) -> Terms:
         """As of the module's text."""
         log_ratio = self.log_ratio(stats)
+        if self.couples:
+            require(
+                advantages.ndim == 1,
+                "the surrogate has one ratio for all points of a sample, and the credit an advantage for each; leave "
+                "out the credit step that makes them",
+            )
+            log_ratio = log_ratio.mean(1)
         policy, ratio, clipped = self.trust(log_ratio, advantages)
         loss, kl = policy, torch.zeros_like(ratio).detach()
         for part in self.penalties:
-            penalty = part.penalty(stats)
+            penalty = part.penalty(stats).mean(1) if self.couples else part.penalty(stats)
             loss = loss + part.beta * penalty
             kl = kl + penalty.detach()
         shown = {

@@ -19,6 +19,11 @@ class Surrogate(Protocol):
         """What it needs."""
         ...
 
+    @property
+    def couples(self) -> bool:
+        """Whether a sample has one ratio, of the mean over its points of `log_prob - old_log_prob`; else each point."""
+        ...
+
     def points(self, batch: Batch) -> Points:
         """Where it is measured."""
         ...
@@ -40,6 +45,11 @@ class PathLogProb:
     def requires(self) -> Requires:
         """Stored transitions."""
         return Requires(log_probs=True)
+
+    @property
+    def couples(self) -> bool:
+        """Every transition has its own ratio."""
+        return False
 
     def points(self, batch: Batch) -> Points:
         """One a kept step; where a sample trains on some of its steps only, one for each that it trains on."""

@@ -21,15 +21,17 @@ def digits(recipe: Recipe) -> Recipe:
     sigmas = replace(recipe.sigmas, num_inference_steps=10, shift=1.0, spacing="linear")
     topology = with_field(recipe.topology, "at.every", 5)
     only = topology.only_group_size(sigmas.num_inference_steps)
+    # A range that is wider than that is meant never to act.
+    objective = with_field(recipe.objective, "trust.range", lambda own: max(own, 0.002))
     # A schedule of ten steps has nine that may be stochastic.
-    objective = with_field(with_field(recipe.objective, "trust.range", 0.002), "sizes", (2, 3, 4))
+    objective = with_field(objective, "sizes", (2, 3, 4))
     return replace(
         recipe,
         sigmas=sigmas,
         topology=topology,
         guidance_scale=1.0,
         group_size=only or (recipe.group_size if topology.stages or not recipe.credit else 24),
-        num_prompts=10,
+        num_prompts=10 if recipe.group_size > 1 else 60,  # near the paper's batch where samples stand alone
         credit=tuple(with_field(step, "eps", 0.3) for step in recipe.credit),
         objective=objective,
         optimizer=replace(recipe.optimizer, lr=1e-4, num_updates=2),
@@ -38,9 +40,11 @@ def digits(recipe: Recipe) -> Recipe:
 
 
 def with_field(part: Any, path: str, value: Any) -> Any:
-    """The part with a nested field changed; the part itself where it has no such field."""
+    """The part with a nested field changed, to a value or by a function; the part itself where it has no such field."""
     name, _, rest = path.partition(".")
     if name not in {f.name for f in dataclasses.fields(part)}:
         return part
-    inner = with_field(getattr(part, name), rest, value) if rest else value
-    return replace(part, **{name: inner})
+    old = getattr(part, name)
+    if rest:
+        return replace(part, **{name: with_field(old, rest, value)})
+    return replace(part, **{name: value(old) if callable(value) else value})

@@ -73,22 +73,25 @@ def naive_quantized() -> Recipe:
 
 
 def awm() -> Recipe:
-    """AWM, SD3.5-M: the error on the forward process as a pseudo log-prob, weighted by advantage; near its average."""
+    """AWM, SD3.5-M: the error on the forward process as a pseudo log-prob, weighted by advantage; near its average.
+
+    Of the authors' GenEval and OCR runs. The samples come from DPM-Solver++ 2M here, from an SA-solver there.
+    """
     return Recipe(
         name="awm",
         sigmas=Sigmas(num_inference_steps=14, shift=3.0, spacing="diffusers"),
         topology=Independent(at=Deterministic()),
         solver=DPMSolver2M(),
         group_size=24,
-        num_prompts=48,
+        num_prompts=72,
         credit=(Normalise(std="batch", aggregate="sum"), Bound(limit=5.0, to=1.0)),
         objective=PolicyGradient(
-            surrogate=ForwardError(weighting="ghuber", power=0.25, times=6),
+            surrogate=ForwardError(weighting="ghuber", power=0.25, times=6, sigmas="schedule"),
             trust=Clip(range=1.0),
             regularizers=(
                 VelocityKL(beta=1e-3),
                 VelocityKL(beta=1.0, to="followed", rule=Ramp(rate=1e-3, most=0.3)),
             ),
         ),
-        optimizer=Optimizer(lr=3e-4),
+        optimizer=Optimizer(lr=3e-4, ema_decay=0.99),
     )

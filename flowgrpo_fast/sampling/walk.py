@@ -42,6 +42,7 @@ class Sampler:
     graphs: Graphs | None = None  # captured steps, replayed where they fit; None launches each kernel
     # Whether the update will read the unconditional half of guidance that the rollout computes at kept steps.
     keeps_unconditional: bool = False
+    keeps_next: bool = True  # whether kept steps store what they lead to; False: the states before them alone
 
     def asked(self, ask: Ask) -> Policy:
         """The policy of an ask, its expert where all rows are at one sigma."""
@@ -187,7 +188,8 @@ class _UnderWay:
         if self.repeats is not None and self._repeats_at(place):
             result = self.repeats.imposed(place, given, result, self.coeffs)
         if ask.trained:
-            self.kept.append(_transitions(place, ask, given, result, self.coeffs))
+            step = _transitions(place, ask, given, result, self.coeffs)
+            self.kept.append(step if self.sampler.keeps_next else step.states())
         self.log_probs.append((place, ask.edge_index, result.out.log_prob))
         self.evaluations += ask.num_heads * policy.halves
         return _Answer(ask, given, result)

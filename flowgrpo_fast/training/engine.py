@@ -99,6 +99,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         term.resolve()  # a name that is not there is found before anything is loaded
     model = load_model(task.model, device, setup)
     prompts = recipe.data.load(model.own_prompts())
+    _check_metadata(recipe, prompts)
     check_cells(recipe.plan(0, model.image_seq_len), model)
     check_masters(model.module)
     model.module.eval()  # no dropout: rollout and replay must agree to the bit
@@ -111,6 +112,8 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         scouts = low_precision if scouting == machine.rollout_precision else scouting.build(model)
     scorer = Scorer(task.rewards, model.decode, device, task.reward_processes)
     learner = _learner(recipe, model, scorer)
+    if recipe.requires.reward_gradient:
+        _check_gradient(learner, prompts, device)
     sampled = learner.snapshots.get(recipe.requires.sampled_by, model)
     policy, graphs = learner.policy.of(sampled), Graphs() if machine.graphs else None
 
@@ -125,6 +128,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         outside=in_low_precision(low_precision),
         graphs=graphs,
         keeps_unconditional=machine.reuse_unconditional and recipe.objective.requires.log_probs,
+        keeps_next=recipe.requires.log_probs,
     )
     stage = Stage(
         sampler=sampler,
@@ -154,6 +158,32 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         judge=judge() if judge else None,
         device=device,
         copies=tuple(dict.fromkeys(copies)),
+    )
+
+
+def _check_metadata(recipe: Recipe, prompts: PromptSet) -> None:
+    """Refuses a prompt whose metadata a part could not read, before a step far into the run meets it."""
+    for name, known in recipe.requires.metadata.items():
+        for prompt, entry in zip(prompts.prompts, prompts.metadata, strict=True):
+            require(
+                str(entry.get(name, "")) in known,
+                f"the prompt {prompt!r} has {name} = {entry.get(name, '')!r} in its metadata; "
+                f"{type(recipe.objective).__name__} knows {', '.join(map(repr, known))}: name one of them in its line "
+                "of the prompt file (.jsonl)",
+            )
+
+
+def _check_gradient(learner: Learner, prompts: PromptSet, device: torch.device) -> None:
+    """Asks for one reward's gradient: a decoder or a reward without one is refused before anything is sampled."""
+    assert learner.reward_gradient is not None
+    model = learner.policy.model
+    x0 = torch.zeros(1, *model.latent_shape, device=device, requires_grad=True)
+    rewards = learner.reward_gradient(x0, prompts.part(slice(0, 1)))
+    (gradient,) = torch.autograd.grad(rewards.sum(), x0, allow_unused=True)
+    require(
+        gradient is not None,
+        f"the rewards' gradient does not reach the latents; {model.family()}'s decode_with_grad and every "
+        "differentiable reward must compute in torch, without no_grad, detach and numpy",
     )
 
 

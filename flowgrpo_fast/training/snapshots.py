@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from flowgrpo_fast.models.adapters import ADAPTER_FILE, adapters_off, has_adapter, load_adapter
+from flowgrpo_fast.models.adapters import ADAPTER_FILE, adapters_off, check_alpha, has_adapter, load_adapter
 from flowgrpo_fast.models.loading import one_line
 from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
@@ -167,6 +167,7 @@ def load_weights(snapshot: Snapshot, path: str) -> None:
     file = folder / name if folder.is_dir() else folder
     try:
         if has_adapter(module):
+            check_alpha(module, file)
             snapshot.load(load_adapter(module, file))
             return
         saved = load_file(file)

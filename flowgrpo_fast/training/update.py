@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,20 +162,32 @@ def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networ
     """
     objective, credit = learner.objective, share.credit
     tables: dict[str, Tensor] = {}
+    measured = np.zeros(len(share), dtype=bool)  # parts in which no sample carries weight are passed over
     with torch.no_grad():
         for column, point in micro_batches(learner, share, points):
             columns = column if isinstance(column, int) else column[:, None]
+            measured[point.samples_host] = True
             for name, values in objective.measure(point, evaluator.at(point)).items():
                 if name not in tables:
                     tables[name] = values.new_zeros(len(share), len(points), *values.shape[1:])
                 wide = values[:, None].expand(point.samples.shape[:2] + values.shape[1:])
                 tables[name][point.samples, columns] = wide
-    leaves = {name: values.requires_grad_() for name, values in tables.items()}
-    terms = objective.loss(leaves, credit.advantages)
     weight = credit.weight if share.samples.weight is None else credit.weight * share.samples.weight
+    advantages, own = credit.advantages, tables
+    if not measured.all():
+        rows = torch.from_numpy(np.flatnonzero(measured)).to(weight.device, non_blocking=True)
+        weight, advantages = weight[rows], advantages[rows]
+        own = {name: values[rows] for name, values in tables.items()}
+    leaves = {name: values.requires_grad_() for name, values in own.items()}
+    terms = objective.loss(leaves, advantages)
     mean = (terms.loss * weight).sum() / credit.weight.sum()
     slopes = torch.autograd.grad(mean, list(leaves.values()), allow_unused=True)
     slope_of = {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
+    if not measured.all():
+        slope_of = {
+            name: torch.zeros_like(tables[name]).index_copy_(0, rows, slope)
+            for name, slope in slope_of.items()
+        }
     tally.show(terms)
 
     def pull(column: int | Tensor, point: Any, stats: Stats) -> Tensor:

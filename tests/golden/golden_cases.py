@@ -32,7 +32,7 @@ FITTED = {
         "experience.num_early_steps=3",
         "num_prompts=4",
     ),  # prompts that come again
-    "awm": ("optimizer.num_updates=1",),
+    "awm": ("optimizer.num_updates=1", "objective.surrogate.times=3"),
     "leap_align": ("group_size=1", "num_prompts=4"),
     "flow_opd": (
         "data=tests.golden.digits_teachers:Taught",
