@@ -231,12 +231,12 @@ class PlanBuilder:
         kept: bool | Sequence[bool] | NDArray[np.bool_] = False,
     ) -> None:
         """Adds a step; one row, and one `kept`, may stand for all children."""
-        width = len(parent)
+        rows, keeps = np.asarray(row, dtype=np.int64), np.asarray(kept, dtype=bool)
         self.steps.append(
             StepPlan(
-                row=np.atleast_2d(np.broadcast_to(np.asarray(row, dtype=np.int64), _wide(row, width))),
+                row=np.atleast_2d(np.broadcast_to(rows, (*rows.shape[:-1], len(parent)))),
                 parent=np.asarray(parent, dtype=np.int64),
-                kept=np.atleast_2d(np.broadcast_to(np.asarray(kept, dtype=bool), _wide(kept, width))),
+                kept=np.atleast_2d(np.broadcast_to(keeps, (*keeps.shape[:-1], len(parent)))),
                 step=step,
             )
         )
@@ -255,8 +255,3 @@ class PlanBuilder:
             history=(coeffs[:, 4] != 0).numpy(),
             starts=starts.numpy(),
         )
-
-
-def _wide(values: object, width: int) -> tuple[int, ...]:
-    shape = np.asarray(values).shape
-    return (*shape[:-1], width) if shape else (width,)
