@@ -13,6 +13,7 @@ from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork
 from flowgrpo_fast.recipe import (
     NFT,
     AllSteps,
+    Bound,
     Comb,
     Cuts,
     Deterministic,
@@ -44,7 +45,7 @@ TWO = FrozenWindow(size=2, start=1)
 FORWARD = {
     "objective": NFT(),
     "topology": Independent(at=Deterministic()),
-    "credit": (Normalise(std="batch"),),
+    "credit": (Normalise(std="batch"), Bound()),
 }
 FUNNEL = Cuts(inner=Independent(at=AllSteps()), steps=(3, 4), sizes=(24, 16), score="latents", pool=2)
 CASES = {
