@@ -459,7 +459,7 @@ def test_files_are_utf8_whatever_the_editor(tmp_path: Path) -> None:
     assert (tmp_path / "b.json").read_bytes().isascii()
     assert FILES.load(tmp_path / "b.json") == job
     (tmp_path / "c.json").write_bytes(text.encode("latin-1"))
-    assert "c.json' is not a JSON recipe" in line(FILES.load, tmp_path / "c.json")
+    assert "c.json' is not UTF-8 text: its byte" in line(FILES.load, tmp_path / "c.json")
 
 
 def test_a_file_is_replaced_whole_and_only_if_it_changes(tmp_path: Path, monkeypatch) -> None:

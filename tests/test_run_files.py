@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
+from flowgrpo_fast.data.prompts import Prompts
 from flowgrpo_fast.names import resolve
 from flowgrpo_fast.recipe import FlowSDE, LoRA
 from flowgrpo_fast.recipe_io import load_recipe, save_recipe
@@ -54,7 +55,7 @@ def test_a_run_file_has_the_published_size(path: Path, tmp_path: Path) -> None:
     assert network.path
     assert module.load.__self__.family() == recipe.task.model
     assert all(callable(resolve(term.function)) for term in recipe.task.rewards)
-    prompts = (ROOT / recipe.data.path).read_text().splitlines()
+    prompts = Prompts(path=str(ROOT / recipe.data.path)).load().prompts
     assert len(set(prompts)) == len(prompts) >= 5
     save_recipe(recipe, tmp_path / "recipe.json")
     assert load_recipe(tmp_path) == recipe
