@@ -94,6 +94,10 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     require(not recipe.requires.incomplete, recipe.requires.incomplete)
     check_training_precision(machine.precision, device)
     judge = resolve(task.judge) if task.judge else None
+    require(
+        judge is None or callable(judge),
+        f"judge {task.judge!r} is a {type(judge).__name__}, which cannot be called",
+    )
     setup = ModelSetup(network=recipe.network, precision=machine.precision, seed=recipe.seed)
     for term in task.rewards:
         term.resolve()  # a name that is not there is found before anything is loaded
