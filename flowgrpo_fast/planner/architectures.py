@@ -35,7 +35,9 @@ from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
 _META = torch.device("meta")
 _CLIP_TOKENS = 77
-_SD3 = "StableDiffusion3Pipeline"  # whose tokens are those of a CLIP, and of a T5 whose number a recipe may set
+_SD3 = (
+    "StableDiffusion3Pipeline"  # whose tokens are those of a CLIP, and of a T5 whose number a recipe may set
+)
 # In the configurations of transformers: how wide an embedding of the text is.
 _TEXT_WIDTHS = ("joint_attention_dim", "text_dim", "caption_channels", "cap_feat_dim", "text_embed_dim")
 
@@ -83,7 +85,9 @@ class Architecture:
             )
             for name, (kind, config) in self.networks.items()
         }
-        pipe = family.pipeline_class(scheduler=None, **dict.fromkeys(family.text_parts), **parts, **self.options)
+        pipe = family.pipeline_class(
+            scheduler=None, **dict.fromkeys(family.text_parts), **parts, **self.options
+        )
         sized = replace(network, max_sequence_length=self.num_tokens(network))
         model = family(Path(), pipe, ModelSetup(network=sized, precision="bf16", seed=0))
         model.device = _META
@@ -238,7 +242,9 @@ def _count(content: str, network: Network) -> Counts:
         activations = count_activations(transformer, lambda: expert.velocity(latents, sigma, row), blocks)
     frames = f"x{network.num_frames}" if network.num_frames > 1 else ""
     held = (row.prompt_embeds, row.pooled_prompt_embeds, *row.extra.values())
-    text = [_text_encoder(kind, json.dumps(config), pipeline, network) for kind, config in pipeline.text_encoders]
+    text = [
+        _text_encoder(kind, json.dumps(config), pipeline, network) for kind, config in pipeline.text_encoders
+    ]
     adapter = sum(rank * (x.in_features + x.out_features) for part in adapted for x in part.values())
     return replace(
         counts,
