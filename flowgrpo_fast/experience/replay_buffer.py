@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from flowgrpo_fast.checks import fraction, positive, require
-from flowgrpo_fast.experience.experience import Experience, Gathered, Stage, in_chunks
+from flowgrpo_fast.experience.experience import Experience, Gathered, Stage, Walks, in_chunks
 from flowgrpo_fast.experience.rollout import Rollout
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.precision.parts import RolloutPrecision
@@ -54,6 +54,11 @@ class Replayed:
     def scout_precision(self) -> RolloutPrecision | None:
         """As what it wraps."""
         return self.inner.scout_precision
+
+    @property
+    def walks(self) -> Walks:
+        """As what it wraps: repeated steps are asked again."""
+        return self.inner.walks
 
     def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
         """As of `Experience`."""
