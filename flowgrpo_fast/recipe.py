@@ -271,8 +271,8 @@ class Recipe:
         for size in sizes:
             require(
                 self.num_prompts * size % self.rollout_rows == 0,
-                f"Machine.rows_per_forward is {machine.rows_per_forward}; it must divide {self.num_prompts * size}, the "
-                f"candidates of {size} a prompt, so that rollout and replay run the same forwards",
+                f"Machine.rows_per_forward is {machine.rows_per_forward}; it must divide {self.num_prompts * size}, "
+                f"the candidates of {size} a prompt, so that rollout and replay run the same forwards",
             )
         chunk = machine.prompts_per_chunk
         require(

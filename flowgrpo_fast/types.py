@@ -227,9 +227,12 @@ class Transitions:
         tensors = ["row", "latents", "next_latents", "log_prob", "sigma"]
         tensors += ["unconditional"] if here[0][1].unconditional is not None else []
         counts = [np.zeros(num_prompts, int) if part is None else np.diff(part.offsets) for part in parts]
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for _, part in here]) for name in tensors
+        }
         return replace(
             here[0][1],
-            **{name: torch.cat([getattr(part, name) for _, part in here]) for name in tensors},
+            **joined,
             samples=torch.cat([part.samples + place * num_samples for place, part in here]),
             samples_host=np.concatenate([part.samples_host + place * num_samples for place, part in here]),
             offsets=np.cumsum([0, *np.concatenate(counts)]),
@@ -241,9 +244,12 @@ class Transitions:
         first = steps[0]
         tensors = ["row", "latents", "next_latents", "log_prob", "sigma", "samples"]
         tensors += ["unconditional"] if first.unconditional is not None else []
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(step, name) for step in steps]) for name in tensors
+        }
         return replace(
             first,
-            **{name: torch.cat([getattr(step, name) for step in steps]) for name in tensors},
+            **joined,
             samples_host=np.concatenate([step.samples_host for step in steps]),
         )
 
@@ -251,7 +257,7 @@ class Transitions:
         """Of several steps of the same B rows, for each row that of step `choice[b]` (host)."""
         names = ["row", "latents", "next_latents", "log_prob", "sigma"]
         names += ["unconditional"] if self.unconditional is not None else []
-        filled = {name: torch.empty_like(getattr(self, name)) for name in names}
+        filled: dict[str, Any] = {name: torch.empty_like(getattr(self, name)) for name in names}
         for place, step in enumerate(own):
             index = torch.from_numpy(np.flatnonzero(choice == place)).to(self.row.device, non_blocking=True)
             for name, values in filled.items():
@@ -289,9 +295,12 @@ class Noised:
     def side_by_side(steps: Sequence[Noised]) -> Noised:
         """The same samples, noised several times, as the rows of one forward."""
         tensors = ("sigma", "step", "x0", "seed", "samples")
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(step, name) for step in steps]) for name in tensors
+        }
         return replace(
             steps[0],
-            **{name: torch.cat([getattr(step, name) for step in steps]) for name in tensors},
+            **joined,
             samples_host=np.concatenate([step.samples_host for step in steps]),
         )
 
