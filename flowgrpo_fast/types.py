@@ -196,17 +196,17 @@ class Transitions:
     def of_samples(self, rows: slice, num_samples: int) -> Transitions:
         """The part of some neighbouring samples, counted from 0 again; of `num_samples` in all.
 
-        Samples are whole groups, or, where each has a row of its own, any neighbours.
+        Samples are whole groups, or, where rows are not shared, any neighbours.
         """
         num_prompts = len(self.offsets) - 1
         group_size = num_samples // num_prompts
         if rows.start % group_size == 0 and rows.stop % group_size == 0:
             offsets = self.offsets[rows.start // group_size : rows.stop // group_size + 1]
         else:
-            assert self.num_heads == num_samples, (
+            assert self.samples.shape == (self.num_heads, 1), (
                 "members of a group share rows that an optimiser step splits"
             )
-            offsets = np.array([rows.start, rows.stop])
+            offsets = np.searchsorted(self.samples_host[:, 0], [rows.start, rows.stop])
         part = self.heads(slice(int(offsets[0]), int(offsets[-1])))
         return replace(
             part,
