@@ -55,6 +55,7 @@ from flowgrpo_fast.schedule.windows import (
     EarlySteps,
     FractionOfSteps,
     FrozenWindow,
+    GeometricWindow,
     RandomPair,
     RandomWindow,
     SlidingWindow,
@@ -340,6 +341,7 @@ class Recipe:
             )
         )
         self.objective.check(plan)
+        self.experience.check_plan(plan)
         return plan
 
 
@@ -356,6 +358,7 @@ PARTS: dict[str, type] = {
             FractionOfSteps,
             RandomWindow,
             FrozenWindow,
+            GeometricWindow,
             SlidingWindow,
         ),
         *(Independent, SharedStart, Tree, Comb, OneStepEach, Cuts),
