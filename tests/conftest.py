@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,12 @@ def small_heap() -> None:
     """What earlier modules left stays; the garbage collector, which loading a model calls, need not walk it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def methods() -> dict[str, dict]:
+    """Worked examples of the literature's methods by name: `inputs` and the `expected` numbers of each."""
+    return json.loads((GOLDEN / "methods.json").read_text())
 
 
 @pytest.fixture(params=sorted(path.name for path in GOLDEN.glob("*.npz")))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.checks import fraction, positive, require
-from flowgrpo_fast.experience.experience import Gathered, Stage, in_chunks
+from flowgrpo_fast.experience.experience import Gathered, Stage, Walks, in_chunks
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.precision.parts import RolloutPrecision
 from flowgrpo_fast.schedule.plan import Plan
@@ -67,6 +67,11 @@ class Replayed:
     def scout_precision(self) -> RolloutPrecision | None:
         """It ranks no seeds."""
         return None
+
+    @property
+    def walks(self) -> Walks:
+        """The recipe's plan: repeated steps are asked again."""
+        return Walks()
 
     def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
         """As of `Experience`."""

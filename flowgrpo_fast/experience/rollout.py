@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowgrpo_fast.experience.experience import Gathered, Stage, in_chunks
+from flowgrpo_fast.experience.experience import Gathered, Stage, Walks, in_chunks
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.precision.parts import RolloutPrecision
 from flowgrpo_fast.schedule.plan import Plan
@@ -29,6 +29,11 @@ class Rollout:
     def scout_precision(self) -> RolloutPrecision | None:
         """It ranks nothing."""
         return None
+
+    @property
+    def walks(self) -> Walks:
+        """The recipe's plan."""
+        return Walks()
 
     def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
         """Any walk will do."""

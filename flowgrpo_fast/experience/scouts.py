@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.checks import one_of, require
-from flowgrpo_fast.experience.experience import Experience, Gathered, Stage, in_chunks
+from flowgrpo_fast.experience.experience import Experience, Gathered, Stage, Walks, in_chunks
 from flowgrpo_fast.experience.rollout import Rollout
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.ops import top_bottom
@@ -66,6 +66,12 @@ class Scouts:
     def scout_precision(self) -> RolloutPrecision | None:
         """Its own."""
         return self.precision
+
+    @property
+    def walks(self) -> Walks:
+        """The scouts, and what it wraps where they are regenerated."""
+        full = self.regenerate and self.inner.walks.full
+        return Walks(full, self.num_scouts, self.num_inference_steps)
 
     def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
         """As of `Experience`."""

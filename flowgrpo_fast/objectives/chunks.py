@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_fast.checks import fraction, require
-from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats, Terms
+from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats, Terms
 from flowgrpo_fast.objectives.policy_gradient import PolicyGradient
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.schedule.sigmas import Array
@@ -68,6 +68,15 @@ class ChunkRatio(PolicyGradient):
             f"ChunkRatio.sizes is {self.sizes}, {sum(self.sizes)} steps in all; a sample trains on {plan.num_trained}: "
             "name sizes that add up to them",
         )
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """As of the policy gradient; of chunks that are drawn, what the longest cost."""
+        own = PolicyGradient.costs(self, plan, num_prompts)
+        if self.num_taken == len(self.sizes):
+            return own
+        ends = np.cumsum(self.sizes)[:-1]
+        rows = sorted(int(chunk.sum()) for chunk in np.split(np.array(plan.trained_rows(num_prompts)), ends))
+        return own._replace(rows=sum(rows[-self.num_taken :]))
 
     def points(self, batch: Batch) -> Points:
         """The kept steps, of all chunks or of those that are drawn. Drawing waits for the device, once."""

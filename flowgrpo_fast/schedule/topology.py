@@ -87,6 +87,36 @@ def _lanes(course: Course, window: WindowSteps) -> tuple[PlanBuilder, list[int]]
     return builder, list(range(len(builder.rows)))
 
 
+class _Parting(NamedTuple):
+    """Rows of the table where some leave by a stochastic step and others do not, by step of the schedule."""
+
+    noisy: dict[int, int]
+    euler: list[int]
+    solver: list[int]
+
+
+def _parting(builder: PlanBuilder, course: Course, leaving: tuple[int, ...], merge: int = 1) -> _Parting:
+    """Adds the rows of walks whose steps `leaving` are stochastic for some, and end `merge` steps on.
+
+    Row k of the table is the stochastic one of step k where there is one: noise is a function of the row's number, and
+    so of the step, as in walks that all take together. Where the solver steps as Euler does, they share a row.
+    """
+    sigmas, num_steps = builder.sigmas, len(builder.sigmas) - 1
+    rows = [
+        builder.row(course.dynamics.row(sigmas, step, step + merge), step, step + merge)
+        if step in leaving
+        else builder.euler(step)
+        for step in range(num_steps)
+    ]
+    euler = [builder.euler(step) if step in leaving else row for step, row in enumerate(rows)]
+    later = [course.solver.row(sigmas, step, step + 1) for step in range(num_steps)]
+    solver = [
+        euler[step] if row == builder.rows[euler[step]] else builder.row(row, step, step + 1)
+        for step, row in enumerate(later)
+    ]
+    return _Parting({step: rows[step] for step in leaving}, euler, solver)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Independent:
     """Every sample is a row of its own from the start."""
@@ -285,11 +315,7 @@ class Comb:
         sigmas = course.solver.tail(course.sigmas, leaving[-1] + self.merge, course.shift)
         num_steps = len(sigmas) - 1
         builder = PlanBuilder(sigmas)
-        euler = [builder.euler(step) for step in range(num_steps)]
-        solver = [
-            builder.row(course.solver.row(sigmas, step, step + 1), step, step + 1)
-            for step in range(num_steps)
-        ]
+        noisy, euler, solver = _parting(builder, course, leaving, self.merge)
         waits: list[int] = []  # of each branch, the step at which it moves again
         for step in range(num_steps):
             has_trunk = step <= leaving[-1]
@@ -306,12 +332,10 @@ class Comb:
                 row.append(IDLE if step < moves else ready)
                 kept.append(False)
             if step in leaving:
-                to = step + self.merge
-                noisy = builder.row(course.dynamics.row(sigmas, step, to), step, to)
                 parent += [0] * self.fan
-                row += [noisy] * self.fan
+                row += [noisy[step]] * self.fan
                 kept += [course.keeps] * self.fan
-                waits += [to] * self.fan
+                waits += [step + self.merge] * self.fan
             builder.step(step, row, parent, kept)
         return builder.plan(1, 1 if course.keeps else 0)
 
@@ -354,18 +378,8 @@ class OneStepEach:
         generator = np.random.default_rng([course.seed, course.iteration, _OWN_STEP_STREAM])
         own = np.array(choices)[generator.integers(len(choices), size=course.num_prompts)]
         builder = PlanBuilder(course.sigmas)
-        # The table is the same in every iteration, whichever rows of it are taken.
-        euler = [builder.euler(step) for step in range(num_steps)]
-        later = [course.solver.row(course.sigmas, step, step + 1) for step in range(num_steps)]
-        # Where the solver steps as Euler does, prompts on both sides of their own step share a row.
-        solver = [
-            euler[step] if row == builder.rows[euler[step]] else builder.row(row, step, step + 1)
-            for step, row in enumerate(later)
-        ]
-        noisy = {
-            step: builder.row(course.dynamics.row(course.sigmas, step, step + 1), step, step + 1)
-            for step in choices
-        }
+        # The table has the rows of all steps that may be drawn, so that it is as long in every iteration.
+        noisy, euler, solver = _parting(builder, course, choices)
         for step in range(num_steps):
             here = own == step
             row = np.where(here, noisy.get(step, 0), np.where(own < step, solver[step], euler[step]))
@@ -478,8 +492,8 @@ class Cuts:
             parted = width == len(step.parent) == self.sizes[0] and not step.differs
             require(
                 (whole or not step.is_kept) and (parted or step.step + 1 < self.steps[0]),
-                f"Cuts.inner is a {type(self.inner).__name__}, in which candidates are not rows of their own from the "
-                "first cut on, or have kept edges of their own; cut Independent or SharedStart",
+                f"Cuts.inner is a {type(self.inner).__name__}, whose samples share what a cut would take apart; cut "
+                "Independent or SharedStart",
             )
             width = len(step.parent)
             if step.step >= self.steps[0]:

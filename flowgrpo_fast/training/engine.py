@@ -24,7 +24,6 @@ from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.sampling.prune import check_cells
 from flowgrpo_fast.sampling.walk import Sampler
-from flowgrpo_fast.schedule.topology import ode_plan
 from flowgrpo_fast.training.learner import Learner
 from flowgrpo_fast.training.snapshots import (
     Snapshot,
@@ -94,6 +93,10 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     require(not recipe.requires.incomplete, recipe.requires.incomplete)
     check_training_precision(machine.precision, device)
     judge = resolve(task.judge) if task.judge else None
+    require(
+        judge is None or callable(judge),
+        f"judge {task.judge!r} is a {type(judge).__name__}, which cannot be called",
+    )
     setup = ModelSetup(network=recipe.network, precision=machine.precision, seed=recipe.seed)
     for term in task.rewards:
         term.resolve()  # a name that is not there is found before anything is loaded
@@ -137,11 +140,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         group_size=recipe.group_size,
         num_steps=recipe.sigmas.num_inference_steps,
         plan=lambda step: recipe.plan(step, model.image_seq_len),
-        ode=lambda num_steps, group_size: ode_plan(
-            replace(recipe.sigmas, num_inference_steps=num_steps).grid(model.image_seq_len),
-            recipe.solver,
-            group_size,
-        ),
+        ode=lambda num_steps, group_size: recipe.scout_plan(num_steps, group_size, model.image_seq_len),
         prompts_per_chunk=machine.prompts_per_chunk,
     )
     copies = [copy for copy in (low_precision, scouts) if copy is not None]

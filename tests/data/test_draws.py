@@ -4,11 +4,24 @@ import numpy as np
 import torch
 
 from flowgrpo_fast.data.draws import draw as draw_seeds
-from flowgrpo_fast.data.draws import draw_eval, draw_step_positions
+from flowgrpo_fast.data.draws import draw_eval
 from flowgrpo_fast.data.prompts import Prompts
-from flowgrpo_fast.training.sample import draw
+from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.types import Choices, Draws
 
 CPU = torch.device("cpu")
+
+
+def draw(recipe: Recipe, set_size: int, step: int, device: torch.device) -> Draws:
+    chosen = recipe.data.draw(step, recipe.seed, recipe.num_prompts, set_size)
+    return draw_seeds(
+        chosen,
+        step=step,
+        seed=recipe.seed,
+        num_drawn=recipe.num_drawn,
+        share_start=recipe.topology.shares_start,
+        device=device,
+    )
 
 
 def test_every_epoch_shows_every_prompt_once(toy_recipe) -> None:
@@ -29,7 +42,7 @@ def test_seeds_never_repeat_and_depend_on_step_and_seed(toy_recipe) -> None:
 
 def test_step_positions_are_permutations() -> None:
     def positions(num_trained: int, step: int) -> torch.Tensor:
-        return draw_step_positions(step=step, seed=0, num_rows=400, num_kept=5, num_trained=num_trained)
+        return torch.from_numpy(Choices(0, step, slice(0, 400), 400).taken(5, num_trained))
 
     all_steps = positions(5, 0)
     assert torch.equal(all_steps, torch.arange(5).expand(400, 5))
@@ -39,6 +52,9 @@ def test_step_positions_are_permutations() -> None:
     counts = torch.bincount(some.flatten(), minlength=5)
     assert (counts > 180).all()  # 240 each on average
     assert not torch.equal(some, positions(3, 1))
+    # A share of the samples draws what it draws among all.
+    share = Choices(0, 0, slice(0, 400), 400).of_samples(slice(100, 200))
+    assert torch.equal(torch.from_numpy(share.taken(5, 3)), some[100:200])
 
 
 def test_a_source_of_ones_own_may_choose_other_prompts() -> None:

@@ -45,7 +45,7 @@ def test_who_is_asked_and_who_is_kept() -> None:
     assert plan.evaluations(1) == 2 + 2 + 3
     assert plan.evaluations(5) == 5 * 7
     assert plan.group_size == plan.num_candidates == 3
-    assert plan.candidates() == [3, 3, 3]
+    assert list(plan.candidates()) == [3, 3, 3]
 
 
 def test_the_samples_behind_each_child_and_root() -> None:
@@ -80,7 +80,7 @@ def test_candidates_are_numbered_anew_after_a_cut() -> None:
         starts=plan.starts,
     )
     assert plan.cuts == ((0, cut),)
-    assert plan.candidates() == [6, 2, 2]
+    assert list(plan.candidates()) == [6, 2, 2]
     assert (plan.num_candidates, plan.group_size) == (6, 2)
     assert plan.behind()[0] == tuple((i,) for i in range(6))
     assert plan.behind()[1] == ((0,), (1,))

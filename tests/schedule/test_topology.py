@@ -430,7 +430,7 @@ def test_comb(fan: int, size: int, start: int, merge: int, num_steps: int, solve
         step = leaving[sample // fan]
         ((place, row),) = kept
         assert noisy == [row]
-        assert place == step
+        assert place == row == step  # noise is that of the step, as in any other walk
         merged = FlowSDE(noise_level=0.7).row(sigmas, step, step + merge)
         np.testing.assert_array_equal(plan.coeffs[row], np.float32(merged))
         assert float(plan.interval[row]) == pytest.approx(sigmas[step] - sigmas[step + merge], rel=1e-5)
@@ -517,6 +517,7 @@ def test_one_step_each(window, solver, num_prompts, group_size, iteration, share
         assert len(steps) == 1, "all samples of a prompt take the same one"
         (step,) = steps
         assert step in choices
+        assert {row for kept in found.kept[group] for _, row in kept} == {step}  # and so its noise
         assert all(
             noisy == [row] for noisy, ((_, row),) in zip(found.noisy[group], found.kept[group], strict=True)
         )
@@ -583,7 +584,7 @@ def test_cuts(steps, solver, window, iteration: int) -> None:
     for step in range(10):
         expected.append(under_way)
         under_way = left.get(step + 1, under_way)
-    assert plan.candidates() == expected
+    assert list(plan.candidates()) == expected
     assert plan.evaluations(2) == 2 * sum(expected)
     assert (plan.num_candidates, plan.group_size, plan.width) == (sizes[0], 4, sizes[0])
     assert all(plan.gives_x0(place) for place, _ in plan.cuts)
@@ -596,7 +597,7 @@ def test_cuts_of_a_shared_start_come_after_the_group_has_parted() -> None:
     found = follow(plan, 1)
     check_behind(plan)
     assert [len(step.parent) for step in plan.steps] == [1, 1, 12, 12, 8, 8, 4, 4, 4, 4]
-    assert plan.candidates() == [12, 12, 12, 12, 8, 8, 4, 4, 4, 4]
+    assert list(plan.candidates()) == [12, 12, 12, 12, 8, 8, 4, 4, 4, 4]
     assert found.evaluations == 1 + 1 + 1 + 12 + 8 + 8 + 4 * 4
     assert plan.width == 1
     assert Cuts(inner=inner, sizes=(12,)).shares_start
