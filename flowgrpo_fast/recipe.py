@@ -56,6 +56,7 @@ from flowgrpo_fast.schedule.windows import (
     EarlySteps,
     FractionOfSteps,
     FrozenWindow,
+    GeometricWindow,
     RandomPair,
     RandomWindow,
     SlidingWindow,
@@ -328,6 +329,7 @@ class Recipe:
         """
         plan = self.topology.plan(self.course(iteration, seq_len))
         self.objective.check(plan)
+        self.experience.check_plan(plan)
         return plan
 
     def course(self, iteration: int, seq_len: int | None = None) -> Course:
@@ -364,6 +366,7 @@ PARTS: dict[str, type] = {
             FractionOfSteps,
             RandomWindow,
             FrozenWindow,
+            GeometricWindow,
             SlidingWindow,
         ),
         *(Independent, SharedStart, Tree, Comb, OneStepEach, Cuts),

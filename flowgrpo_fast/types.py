@@ -436,13 +436,25 @@ class Choices:
         generator = np.random.default_rng([self.seed, _UNIFORM, self.step])
         return generator.random((self.num_samples, num))[self.rows]
 
+    def weighted(self, weights: Sequence[float], num_taken: int) -> list[int]:
+        """`num_taken` places, ascending, the same for all samples; drawn one after another by weight, none twice."""
+        generator = np.random.default_rng([self.seed, _WEIGHTED, self.step])
+        shares = np.asarray(weights, dtype=np.float64)
+        return sorted(
+            generator.choice(len(shares), num_taken, replace=False, p=shares / shares.sum()).tolist()
+        )
+
     def of_samples(self, rows: slice) -> Choices:
         """Those of some neighbouring samples."""
         first = self.rows.start
         return replace(self, rows=slice(first + rows.start, first + rows.stop))
 
 
-_STEPS, _UNIFORM = 4, 5  # streams of the run's seed that choices come from; data.draws has the others
+_STEPS, _UNIFORM, _WEIGHTED = (
+    4,
+    5,
+    6,
+)  # streams of the run's seed that choices come from; data.draws has the others
 
 
 @dataclass(frozen=True, slots=True, eq=False)
