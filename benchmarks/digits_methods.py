@@ -40,8 +40,13 @@ from flowgrpo_fast.training.loop import train  # noqa: E402
 
 FOLDER = RESULTS / "digits_methods"
 SHORT = ("num_steps=30", "num_prompts=5")
-# What a method needs besides: one sample a prompt, and so more of them.
-OWN = {"leap_align": ("num_prompts=30",)}
+# What a method needs besides: one sample a prompt, and so more of them; steps until as many network evaluations are spent
+# as Flow-GRPO's (100 800), where they are cheaper; whole trees in an optimiser step.
+OWN = {
+    "leap_align": ("num_prompts=30",),
+    "tree_grpo": ("num_prompts=4", "num_steps=200", "task.eval_every=20"),
+    "op_grpo": ("num_steps=38",),
+}
 
 HALVES = {"even": 0, "odd": 1}  # data sets of the distillation: the first digit of each
 TEACHERS_STEPS = 20

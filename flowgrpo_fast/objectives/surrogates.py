@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats
+from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats
 from flowgrpo_fast.ops import Extras, FlowLogProbOutput, flow_log_prob
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Transitions, spread, spread_guidance
 
 
@@ -22,6 +23,10 @@ class Surrogate(Protocol):
     @property
     def couples(self) -> bool:
         """Whether a sample has one ratio, of the mean over its points of `log_prob - old_log_prob`; else each point."""
+        ...
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """As of `Objective`, without the references."""
         ...
 
     def points(self, batch: Batch) -> Points:
@@ -50,6 +55,13 @@ class PathLogProb:
     def couples(self) -> bool:
         """Every transition has its own ratio."""
         return False
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """A row for each row before a kept step, or for each step that a sample trains on."""
+        rows, num_samples = plan.trained_rows(num_prompts), num_prompts * plan.group_size
+        if plan.num_trained >= len(rows) or any(count != num_samples for count in rows):
+            return Costs(sum(rows))
+        return Costs(plan.num_trained * num_samples)
 
     def points(self, batch: Batch) -> Points:
         """One a kept step; where a sample trains on some of its steps only, one for each that it trains on."""

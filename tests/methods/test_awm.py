@@ -100,7 +100,9 @@ def test_advantages_are_cut_and_scaled(limit: float) -> None:
 
 def test_the_followed_average_keeps_the_lesser_of_a_thousandth_a_step_and_0_3() -> None:
     rule = RECIPES["awm"].make().objective.regularizers[1].rule
-    at = [rule.keep(Moment(step=n, num_updates=n, ends_step=True, metrics={})) for n in (1, 50, 299, 300, 900)]
+    at = [
+        rule.keep(Moment(step=n, num_updates=n, ends_step=True, metrics={})) for n in (1, 50, 299, 300, 900)
+    ]
     assert at == pytest.approx([0.001, 0.05, 0.299, 0.3, 0.3])
 
 
