@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
-from flowgrpo_fast.cli import main
 from flowgrpo_fast.credit.shape import Bound
 from flowgrpo_fast.objectives.forward import forward_process
 from flowgrpo_fast.objectives.forward_error import ForwardError
@@ -18,20 +17,12 @@ from flowgrpo_fast.objectives.policy_gradient import PolicyGradient
 from flowgrpo_fast.objectives.regularizers import VelocityKL
 from flowgrpo_fast.objectives.snapshots import Moment
 from flowgrpo_fast.objectives.trust import Clip
-from flowgrpo_fast.recipe_io import override
-from flowgrpo_fast.recipes import RECIPES, digits
-from flowgrpo_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from flowgrpo_fast.recipes import RECIPES
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.learner import Counts, networks
-from flowgrpo_fast.training.loop import make_batch, train_step
+from flowgrpo_fast.training.loop import train_step
 from flowgrpo_fast.types import Choices, Credit
-
-CPU = torch.device("cpu")
-SMALL = ("num_prompts=2", "group_size=4", "task.judge=", "optimizer.num_updates=1")
-
-
-def small(*changes: str):
-    return override(digits(RECIPES["awm"].make()), [*SMALL, *changes])
+from tests.methods.runs import CPU, assert_resumes, batch_of, gradients, small, trained_by_command
 
 
 @pytest.mark.parametrize(
@@ -78,7 +69,7 @@ def test_sum_first_is_one_ratio_of_the_mean_over_noisings(methods) -> None:
     assert part.couples
     assert not PolicyGradient(surrogate=ForwardError()).couples
     terms = part.loss({name: values[None] for name, values in stats.items()}, advantages[:1])
-    (gradient,) = torch.autograd.grad(terms.loss.sum(), error)
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), error, retain_graph=True)
     ratio = torch.exp((stats["log_prob"] - stats["old_log_prob"]).mean())
     (expected,) = torch.autograd.grad(-advantages[0] * ratio, error)
     torch.testing.assert_close(terms.loss[0], -advantages[0] * ratio)
@@ -142,8 +133,6 @@ class OfSigmas:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_logit_normal_draws_fall_one_into_each_stratum(shift: float) -> None:
-    from scipy.stats import norm
-
     batch = OfSigmas(4000, torch.linspace(1, 0, 15))
     points = ForwardError(sigmas="logit_normal", shift=shift, times=6).points(batch)
     sigma = np.stack([point.sigma.double().numpy() for point in points], 1)
@@ -169,41 +158,13 @@ def test_noisings_of_a_sample_differ_and_are_functions_of_its_seed() -> None:
 # ---------------------------------------------------------------------------------------- in training
 
 
-def gradients(recipe, rows: int | None = None):
-    """Of the first share of the first step, and what the step measured."""
-    engine = build_engine(recipe, CPU)
-    if rows is not None:
-        engine.learner.rows = rows
-    held = []
-    step = type(engine.learner).step
-
-    def hold(self):
-        held.append([p.grad.clone() for p in self.parameters])
-        return step(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(engine.learner), "step", hold)
-        metrics = train_step(engine).metrics
-    return held[0], metrics
-
-
 @pytest.mark.parametrize("ratio", ["exp_first", "sum_first"])
 def test_gradient_of_a_step_is_that_of_the_formula(ratio: str) -> None:
     """The loss of the first step written out in plain torch, over all samples and noisings at once."""
-    recipe = small(f"objective.surrogate.ratio={ratio}", "optimizer.max_grad_norm=1e9")
+    recipe = small("awm", f"objective.surrogate.ratio={ratio}", "optimizer.max_grad_norm=1e9")
     got, metrics = gradients(recipe, rows=2)
     engine = build_engine(recipe, CPU)
-    from flowgrpo_fast.data.draws import draw
-
-    draws = draw(
-        recipe.data.draw(0, recipe.seed, 2, len(engine.prompts)),
-        step=0,
-        seed=recipe.seed,
-        num_drawn=4,
-        share_start=False,
-        device=CPU,
-    )
-    batch = make_batch(engine, recipe.experience.collect(engine.stage, draws, 0).scored())
+    batch = batch_of(engine)
     raw = batch.credit.advantages
     assert raw.abs().max() <= 1
     losses = []
@@ -228,7 +189,7 @@ def test_gradient_of_a_step_is_that_of_the_formula(ratio: str) -> None:
 
 @pytest.mark.parametrize("ratio", ["exp_first", "sum_first"])
 def test_micro_batches_do_not_matter(ratio: str) -> None:
-    recipe = small(f"objective.surrogate.ratio={ratio}")
+    recipe = small("awm", f"objective.surrogate.ratio={ratio}")
     one, _ = gradients(recipe, rows=1)
     all_, _ = gradients(recipe, rows=8)
     for a, b in zip(one, all_, strict=True):
@@ -237,9 +198,9 @@ def test_micro_batches_do_not_matter(ratio: str) -> None:
 
 def test_old_of_a_snapshot_is_the_policy_before_the_step() -> None:
     """Two updates: in the second the ratio is no longer 1, which a detached old log-prob would say it were."""
-    kept, metrics = gradients(small("objective.surrogate.old=snapshot", "optimizer.num_updates=2"))
+    kept, metrics = gradients(small("awm", "objective.surrogate.old=snapshot", "optimizer.num_updates=2"))
     assert metrics["ratio_max"] != 1
-    first, _ = gradients(small("objective.surrogate.old=detached", "optimizer.num_updates=2"))
+    first, _ = gradients(small("awm", "objective.surrogate.old=detached", "optimizer.num_updates=2"))
     for a, b in zip(kept, first, strict=True):  # of the first update, where both are the same policy
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
@@ -250,49 +211,31 @@ def test_old_of_a_snapshot_is_the_policy_before_the_step() -> None:
 )
 def test_network_evaluations(changes: tuple[str, ...], with_reference: int) -> None:
     """A sample: T in the rollout; 6 with gradient, and 6 for each other set of weights."""
-    metrics = train_step(build_engine(small(*changes), CPU)).metrics
+    metrics = train_step(build_engine(small("awm", *changes), CPU)).metrics
     assert metrics["network_evaluations"] == 8 * (10 + 6 * (1 + with_reference))
     assert metrics["network_backwards"] == 8 * 6
 
 
 def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
-    recipe = small("optimizer.lr=0.001")
-    engine = build_engine(recipe, CPU)
-    train_step(engine)
-    folder = save_checkpoint(engine, tmp_path)
-    train_step(engine)
-    expected = train_step(engine).metrics
-    again = build_engine(recipe, CPU)
-    load_checkpoint(again, folder)
-    train_step(again)
-    assert train_step(again).metrics == expected
-    for a, b in zip(engine.learner.parameters, again.learner.parameters, strict=True):
-        assert torch.equal(a, b)
-    followed = [e.learner.snapshots["followed"].values for e in (engine, again)]
-    assert all(torch.equal(a, b) for a, b in zip(*followed, strict=True))
+    assert_resumes(small("awm", "optimizer.lr=0.001"), tmp_path)
 
 
 def test_two_steps_of_the_command_line(tmp_path: Path) -> None:
-    words = [*SMALL, "num_steps=2", "task.num_eval_samples=10"]
-    main(["train", "awm", *words, "--out", str(tmp_path / "run"), "--device", "cpu"])
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = trained_by_command("awm", tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(np.isfinite(list(line.values())).all() for line in lines)
 
 
 def test_references_are_measured_each_from_its_own_weights() -> None:
     """After a step the average follows and the start does not: two drifts, both written out."""
-    recipe = small("optimizer.lr=0.01")
+    recipe = small("awm", "optimizer.lr=0.01")
     engine = build_engine(recipe, CPU)
     train_step(engine)
     part = PolicyGradient(
         surrogate=ForwardError(),
         regularizers=(VelocityKL(to="start"), VelocityKL(to="followed")),
     )
-    from flowgrpo_fast.data.draws import draw
-
-    draws = draw(np.array([0, 1]), step=1, seed=0, num_drawn=4, share_start=False, device=CPU)
-    batch = make_batch(engine, recipe.experience.collect(engine.stage, draws, 1).scored())
+    batch = batch_of(engine, 1)
     point = part.points(batch)[0]
     evaluator = networks(engine.learner, batch, Counts()).at(point)
     with torch.no_grad():
@@ -302,5 +245,5 @@ def test_references_are_measured_each_from_its_own_weights() -> None:
         for name in ("start", "followed"):
             other = engine.learner.snapshots[name].velocity(x, point.sigma, batch.conditioning)
             expected = (own - other).square().flatten(1).mean(1)
-            torch.testing.assert_close(stats[f"drift/{name}"], expected, rtol=1e-4, atol=1e-9)
-    assert not torch.equal(stats["drift/start"], stats["drift/followed"])
+            torch.testing.assert_close(stats[f"distance/{name}"], expected, rtol=1e-4, atol=1e-9)
+    assert not torch.equal(stats["distance/start"], stats["distance/followed"])
