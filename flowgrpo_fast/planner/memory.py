@@ -266,6 +266,8 @@ class _Held:
         ):  # survivors are gathered, both sides of each step; candidates are counted as if nobody had gone
             return (2 + self.unconditional) * len(plan.kept)
         states, heads = stored(plan, shared=not joined)
+        if not self.recipe.requires.log_probs:
+            return heads / plan.group_size  # states alone, see `Sampler.keeps_next`
         return (states + self.unconditional * heads) / plan.group_size
 
     def latents(self, samples: float, stored: float) -> float:
