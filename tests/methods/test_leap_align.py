@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +47,7 @@ def toy(given, alpha: float | None = None, j: int | None = None, k: int | None =
         return torch.tanh(weight * x) + slope * sigma
 
     with torch.no_grad():
-        for s, t in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for s, t in pairwise(sigmas):
             states.append(states[-1] + (t - s) * velocity(states[-1], s))
     seen = {}
 
@@ -324,5 +325,5 @@ def test_refusals_are_one_line(capsys, tmp_path: Path, words: list[str], message
 
 
 def test_a_pair_needs_two_steps() -> None:
-    with pytest.raises(ValueError, match="RandomPair.high is 3; it must be at least low \\+ 2 = 4"):
+    with pytest.raises(ValueError, match=r"RandomPair.high is 3; it must be at least low \+ 2 = 4"):
         RandomPair(low=2, high=3)
