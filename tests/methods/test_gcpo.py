@@ -59,7 +59,7 @@ def test_the_recipe_has_the_paper_s_defaults() -> None:
 
 
 def test_worked_case(methods) -> None:
-    """Ratios, loss and gradient of three chunks; the sample whose chunk is clipped has no gradient in any of its steps."""
+    """Ratios, loss and gradient of three chunks; a clipped one has no gradient in any of its steps."""
     case = methods["gcpo"]
     given, expected = case["inputs"], case["expected"]
     new = torch.tensor(given["dlogp"], dtype=torch.float64, requires_grad=True)
@@ -162,7 +162,7 @@ def test_chunks_of_one_step_are_flow_grpo(toy_recipe) -> None:
 
 
 def chunk_loss(engine, batch, sizes: tuple[int, ...], taken: tuple[int, ...]) -> Tensor:
-    """GCPO a sample at a time: the ratio of a chunk is the exponential of a mean; means over taken chunks, then samples."""
+    """GCPO a sample at a time: a chunk's ratio is the exponential of a mean; means over taken chunks, then samples."""
     clip, steps = engine.recipe.objective.trust.range, batch.samples.transitions
     ends = np.cumsum(sizes)
     total = torch.zeros((), dtype=torch.float64)
@@ -195,7 +195,7 @@ def test_loss_and_gradient_are_the_formula(toy_recipe, sizes: tuple[int, ...]) -
     move(engine)
     loss, found = gradient(engine, batch)
     expected_loss, expected = reference_gradient(
-        engine, lambda: chunk_loss(engine, batch, sizes, tuple(range(len(sizes))))
+        engine, chunk_loss(engine, batch, sizes, tuple(range(len(sizes))))
     )
     assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-7)
     close(found, expected)
@@ -216,7 +216,7 @@ def test_drawn_chunks_alone_are_trained(toy_recipe, beside: int) -> None:
         seen.add(taken)
         move(engine)
         loss, found = gradient(engine, batch)
-        expected_loss, expected = reference_gradient(engine, lambda: chunk_loss(engine, batch, sizes, taken))
+        expected_loss, expected = reference_gradient(engine, chunk_loss(engine, batch, sizes, taken))
         assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-7)
         close(found, expected)
         assert len(engine.learner.objective.points(batch)) == sum(sizes[chunk] for chunk in taken)

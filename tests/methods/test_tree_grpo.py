@@ -65,11 +65,11 @@ def test_the_recipe_has_the_released_defaults() -> None:
 
 
 def test_the_paper_s_best_is_a_few_overrides() -> None:
-    recipe = override(
-        tree_grpo(),
-        ["topology.at=GeometricWindow", "topology.at.size=3", "topology.at.ratio=0.5", "topology.fan=3"]
-        + ["group_size=27", "credit.2.shares=probability", "credit.0.aggregate=per_objective"],
+    words = (
+        "topology.at=GeometricWindow topology.at.size=3 topology.at.ratio=0.5 topology.fan=3 group_size=27 "
+        "credit.2.shares=probability credit.0.aggregate=per_objective"
     )
+    recipe = override(tree_grpo(), words.split())
     assert recipe.topology == Tree(at=GeometricWindow(size=3, ratio=0.5), fan=3)
     assert recipe.plan(0).evaluations(1) == sum(len(step.heads) for step in recipe.plan(0).steps)
 
@@ -100,7 +100,7 @@ def released_loss(engine, batch, leaf: Tensor, edges: str) -> Tensor:
     steps, clip = batch.samples.transitions, engine.recipe.objective.trust.range
     fan, num_leaves = steps[0].fan, len(leaf)
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for level, step in enumerate(steps):
+    for step in steps:
         behind = num_leaves // (step.num_heads * fan)
         for node in range(step.num_heads):
             owner = slice(node * fan * behind, node * fan * behind + 1)
@@ -132,7 +132,7 @@ def test_loss_and_gradient_are_those_of_the_released_loop(toy_recipe, edges: str
     leaf = assign(engine.recipe.credit[:2], walked).advantages
     move(engine)
     _, found = gradient(engine, batch)
-    _, expected = reference_gradient(engine, lambda: released_loss(engine, batch, leaf, edges))
+    _, expected = reference_gradient(engine, released_loss(engine, batch, leaf, edges))
     close(found, expected)
 
 
