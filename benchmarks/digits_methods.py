@@ -41,7 +41,7 @@ from flowgrpo_fast.training.loop import train  # noqa: E402
 FOLDER = RESULTS / "digits_methods"
 SHORT = ("num_steps=30", "num_prompts=5")
 # What a method needs besides: one sample a prompt, and so more of them; more steps where they are cheaper, to at most
-# Flow-GRPO's 100 800 network evaluations (a tree's window slides, and ends at 72 000); whole trees in an optimiser step.
+# Flow-GRPO's 100 800 network evaluations (72 000 of a tree, whose window slides); whole trees in an optimiser step.
 OWN = {
     "leap_align": ("num_prompts=30",),
     "tree_grpo": ("num_prompts=4", "num_steps=200", "task.eval_every=20"),
