@@ -119,6 +119,9 @@ VARIANTS = {
         'credit=[{"is": "Normalise", "aggregate": "sum", "eps": 0.3}, {"is": "Bound"}]',
     ),
     "flow_grpo_fast+narrow_clip": ("objective.trust.range=0.0001", "optimizer.max_grad_norm=0.1"),
+    "tree_grpo+by_samples": ("credit.2.edges=by_samples",),
+    "tree_grpo+paper": ("topology.at=GeometricWindow", "topology.at.size=2", "credit.2.shares=probability"),
+    "gcpo+drawn_chunks": ("objective.fraction=0.5",),
     "diffusion_nft+old_decay": (
         "objective.old.start=1",
         "objective.old.rate=0.2",
