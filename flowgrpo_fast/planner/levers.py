@@ -56,8 +56,9 @@ def levers(
     """Every lever that applies, the largest saving first; `again` counts a recipe whose network differs."""
 
     def floor(case: _Case) -> float:
-        same = case.recipe.network == recipe.network or again is None
-        return plan_step(counts if same else again(case.recipe), case.recipe, case.execution).floor(gpu)
+        same = again is None or case.recipe.network == recipe.network
+        counted = counts if same or again is None else again(case.recipe)
+        return plan_step(counted, case.recipe, case.execution).floor(gpu)
 
     found = []
     now = _Case(recipe, execution or Execution())

@@ -205,19 +205,22 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Held) -
     return Phase("update", (gradients, *held.update()), tuple(each_row))
 
 
-def stored(plan: Plan, shared: bool) -> tuple[float, float]:
-    """Latents that the transitions of one prompt are made of, and how many of them are rows before a kept step.
+def stored(plan: Plan, shared: bool = True) -> tuple[float, float]:
+    """Latents that a sample's transitions are made of, and how many of them are rows before a kept step.
 
-    Each kept step has its rows and the edges after them. `shared`: the state between two kept steps is one tensor, as a
-    walk leaves it; else both have their own, as chunks are joined.
+    Each kept step has its rows and the edges after them, each a part of a latent where samples have it in common.
+    `shared`: the state between two kept steps is one tensor, as a walk and its cuts leave it; else both have their own,
+    as chunks are joined.
     """
-    states, heads, before = 0.0, 0.0, None
-    for step in plan.steps:
+    states, heads = 0.0, 0.0
+    all_kept = False  # at the step before
+    for step, num_samples in zip(plan.steps, plan.candidates(), strict=True):
         num_prompts = max(len(step.row), len(step.kept))
-        rows, edges = (count / num_prompts for count in step.kept_of(num_prompts))
-        passed_on = before is not None and before.kept.all() and rows == len(before.parent)
-        states += edges + (0.0 if shared and passed_on else rows)
-        heads, before = heads + rows, step
+        rows, edges = (count / num_prompts / num_samples for count in step.kept_of(num_prompts))
+        passed_on = shared and all_kept and len(step.kept_heads) == step.parent.max() + 1
+        states += edges + (0.0 if passed_on else rows)
+        heads += rows
+        all_kept = bool(step.kept.all())
     return states, heads
 
 
@@ -260,13 +263,8 @@ class _Held:
 
     def kept(self, joined: bool = False) -> float:
         """Latents in fp32 that a sample keeps of its walk; what is `joined` of chunks are copies."""
-        plan = self.plan
-        if (
-            plan.cuts
-        ):  # survivors are gathered, both sides of each step; candidates are counted as if nobody had gone
-            return (2 + self.unconditional) * len(plan.kept)
-        states, heads = stored(plan, shared=not joined)
-        return (states + self.unconditional * heads) / plan.group_size
+        states, heads = stored(self.plan, shared=not joined)
+        return states + self.unconditional * heads
 
     def latents(self, samples: float, stored: float) -> float:
         """Bytes of `stored` latents in fp32 of each sample."""
