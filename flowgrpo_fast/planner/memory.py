@@ -148,6 +148,11 @@ def _width(recipe: Recipe) -> int:
     return 2 if recipe.machine.precision == "bf16" else _FP32
 
 
+def _halves(recipe: Recipe) -> int:
+    """Forwards of a velocity."""
+    return Policy(FlowModel(), recipe.guidance_scale).halves
+
+
 def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
     """The transformer, what is trained of it, and its copies."""
     full, width = recipe.network.train.trains_every_weight, _width(recipe)
@@ -186,7 +191,7 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Held) -
     network, steps = recipe.network, recipe.machine.steps_per_forward
     # Several velocities of a row may have to be there when its loss goes back.
     graphs = recipe.objective.costs(held.plan, recipe.num_prompts).trained
-    halves = held.halves if execution.uncond_gradient else 1
+    halves = _halves(recipe) if execution.uncond_gradient else 1
     kept = counts.activations.kept(network.checkpointing)
     if network.compile and network.checkpointing == "none":  # the compiler computes element-wise steps again
         kept = min(kept, counts.activations.kept("selective"))
@@ -234,11 +239,6 @@ class _Held:
     num_prompts: float
 
     @property
-    def halves(self) -> int:
-        """Forwards of a velocity."""
-        return Policy(FlowModel(), self.recipe.guidance_scale).halves
-
-    @property
     def vae_width(self) -> int:
         """Bytes of a number of the autoencoder."""
         return _FP32 if self.counts.vae_in_fp32 else _width(self.recipe)
@@ -247,19 +247,13 @@ class _Held:
     def unconditional(self) -> float:
         """Of a latent in fp32: what is kept of the unconditional half of guidance at a row before a kept step."""
         recipe = self.recipe
-        kept = recipe.machine.reuse_unconditional and recipe.objective.requires.log_probs and self.halves == 2
-        return kept * _width(recipe) / _FP32
+        kept = recipe.machine.reuse_unconditional and recipe.objective.requires.log_probs
+        return kept * (_halves(recipe) - 1) * _width(recipe) / _FP32
 
     @property
     def chunk(self) -> float:
         """Prompts that are rolled out together."""
         return min(self.num_prompts, self.recipe.machine.prompts_per_chunk or self.num_prompts)
-
-    @property
-    def most(self) -> int:
-        """Samples of a prompt that exist together in a rollout: at most those before and after a cut."""
-        sizes = (*self.recipe.topology.stages, self.recipe.group_size)
-        return max((before + after for before, after in pairwise(sizes)), default=self.recipe.group_size)
 
     def kept(self, joined: bool = False) -> float:
         """Latents in fp32 that a sample keeps of its walk; what is `joined` of chunks are copies."""
@@ -294,7 +288,10 @@ class _Held:
         if self.chunk < self.num_prompts:
             joined = self.latents(samples, self.kept() + self.kept(joined=True) + 2)
         scouts = self.latents(self.recipe.experience.walks.num_scouts * (self.chunk + self.num_prompts), 1)
-        latents, embeddings = self.candidates(self.most)
+        # Candidates exist on both sides of a cut at once.
+        sizes = (*self.recipe.topology.stages, self.recipe.group_size)
+        most = max((before + after for before, after in pairwise(sizes)), default=self.recipe.group_size)
+        latents, embeddings = self.candidates(most)
         return replace(latents, bytes=max(latents.bytes, scouts, joined)), embeddings
 
     def candidates(self, of_prompt: int) -> list[Part]:
