@@ -56,6 +56,7 @@ from flowgrpo_fast.schedule.windows import (
     EarlySteps,
     FractionOfSteps,
     FrozenWindow,
+    GeometricWindow,
     RandomPair,
     RandomWindow,
     SlidingWindow,
@@ -271,8 +272,8 @@ class Recipe:
         for size in sizes:
             require(
                 self.num_prompts * size % self.rollout_rows == 0,
-                f"Machine.rows_per_forward is {machine.rows_per_forward}; it must divide {self.num_prompts * size}, the "
-                f"candidates of {size} a prompt, so that rollout and replay run the same forwards",
+                f"Machine.rows_per_forward is {machine.rows_per_forward}; it must divide {self.num_prompts * size}, "
+                f"the candidates of {size} a prompt, so that rollout and replay run the same forwards",
             )
         chunk = machine.prompts_per_chunk
         require(
@@ -328,6 +329,7 @@ class Recipe:
         """
         plan = self.topology.plan(self.course(iteration, seq_len))
         self.objective.check(plan)
+        self.experience.check_plan(plan)
         return plan
 
     def course(self, iteration: int, seq_len: int | None = None) -> Course:
@@ -364,6 +366,7 @@ PARTS: dict[str, type] = {
             FractionOfSteps,
             RandomWindow,
             FrozenWindow,
+            GeometricWindow,
             SlidingWindow,
         ),
         *(Independent, SharedStart, Tree, Comb, OneStepEach, Cuts),

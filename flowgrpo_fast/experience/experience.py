@@ -103,6 +103,10 @@ class Experience(Protocol):
         """Raises ValueError for what it cannot do with such walks."""
         ...
 
+    def check_plan(self, plan: Plan) -> None:
+        """Raises ValueError for a plan that it cannot collect samples by."""
+        ...
+
     def num_drawn(self, num_candidates: int) -> int:
         """Seeds a prompt that a step begins with, for walks that begin with `num_candidates`."""
         ...

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flowgrpo_fast.experience.experience import Gathered, Stage, Walks, in_chunks
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.precision.parts import RolloutPrecision
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Draws, Scored
 
 
@@ -36,6 +37,9 @@ class Rollout:
 
     def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
         """Any walk will do."""
+
+    def check_plan(self, plan: Plan) -> None:
+        """Any plan will do."""
 
     def num_drawn(self, num_candidates: int) -> int:
         """One seed a candidate."""

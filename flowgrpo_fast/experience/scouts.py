@@ -17,6 +17,7 @@ from flowgrpo_fast.ops import top_bottom
 from flowgrpo_fast.precision.parts import RolloutPrecision, TrainingPrecision
 from flowgrpo_fast.rewards.scoring import collect, require_all
 from flowgrpo_fast.sampling.prune import choose
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Draws, Scored, Scores
 
 _MOST = 1024  # candidates of a prompt that `ops.best_variance_subset` and `ops.top_bottom` take
@@ -89,6 +90,10 @@ class Scouts:
             "the topology shares start noise; scouts differ in nothing but theirs: use Independent",
         )
         self.inner.check(num_steps, group_size, stages, shares_start)
+
+    def check_plan(self, plan: Plan) -> None:
+        """As what it wraps."""
+        self.inner.check_plan(plan)
 
     def num_drawn(self, num_candidates: int) -> int:
         """One seed a scout."""

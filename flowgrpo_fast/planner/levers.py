@@ -56,8 +56,9 @@ def levers(
     """Every lever that applies, the largest saving first; `again` counts a recipe whose network differs."""
 
     def floor(case: _Case) -> float:
-        same = again is None or case.recipe.network == recipe.network
-        counted = counts if same or again is None else again(case.recipe)
+        counted = counts
+        if again is not None and case.recipe.network != recipe.network:
+            counted = again(case.recipe)
         return plan_step(counted, case.recipe, case.execution).floor(gpu)
 
     found = []

@@ -28,6 +28,7 @@ from flowgrpo_fast.training.learner import Learner
 from flowgrpo_fast.training.snapshots import (
     Snapshot,
     Through,
+    View,
     WithoutAdapter,
     load_weights,
     trained_parameters,
@@ -62,7 +63,12 @@ class Engine:
     @property
     def sampled(self) -> FlowModel:
         """The policy that training samples come from."""
-        return self.learner.snapshots.get(self.recipe.requires.sampled_by, self.model)
+        return self._sampling_snapshot or self.model
+
+    @property
+    def _sampling_snapshot(self) -> View | None:
+        """The snapshot that samples; None where that is the trained policy itself."""
+        return self.learner.snapshots.get(self.recipe.requires.sampled_by)
 
     @property
     def evaluated(self) -> Policy:
@@ -71,8 +77,8 @@ class Engine:
 
     def refresh(self) -> None:
         """Brings copies in low precision up to the policy that samples, in place; all else shares its weights."""
-        sampled = self.sampled
-        with sampled.swapped_in() if sampled is not self.model else nullcontext():
+        snapshot = self._sampling_snapshot
+        with snapshot.changed() if snapshot is not None else nullcontext():
             for copy in self.copies:
                 copy.refresh()
 
@@ -114,13 +120,13 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         scouts = low_precision if scouting == machine.rollout_precision else scouting.build(model)
     scorer = Scorer(task.rewards, model.decode, device, task.reward_processes)
     learner = _learner(recipe, model, scorer)
-    sampled = learner.snapshots.get(recipe.requires.sampled_by, model)
-    policy, graphs = learner.policy.of(sampled), Graphs() if machine.graphs else None
+    sampled = learner.snapshots.get(recipe.requires.sampled_by)
+    policy, graphs = learner.policy.of(sampled or model), Graphs() if machine.graphs else None
 
     def in_low_precision(copy: LowPrecisionModel | None) -> Policy:
         if copy is None:
             return policy
-        return policy.of(copy.model if sampled is model else Through(sampled, copy.model))
+        return policy.of(copy.model if sampled is None else Through(sampled, copy.model))
 
     sampler = Sampler(
         policy=policy,
@@ -194,7 +200,7 @@ def _learner(recipe: Recipe, model: FlowModel, scorer: Scorer) -> Learner:
     )
 
 
-def _snapshot(recipe: Recipe, model: FlowModel, name: str, rule: SnapshotRule) -> FlowModel:
+def _snapshot(recipe: Recipe, model: FlowModel, name: str, rule: SnapshotRule) -> View:
     """The model under other weights; the start of a fresh adapter is the base alone, for no memory at all."""
     if name == "start" and has_adapter(model.module) and recipe.network.train.starts_from_base:
         return WithoutAdapter(model)

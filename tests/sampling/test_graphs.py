@@ -18,7 +18,6 @@ from flowgrpo_fast.recipe import (
     Cuts,
     Deterministic,
     DPMSolver2M,
-    FractionOfSteps,
     FrozenWindow,
     Independent,
     LowPrecision,
@@ -72,7 +71,10 @@ CASES = {
     "merged comb": {"topology": Comb(at=FrozenWindow(size=2, start=1), fan=4, merge=2), "precision": "bf16"},
     "one step each": {"topology": OneStepEach(share_start=True)},
     # The step before the window branches, all children alike: one is computed.
-    "members of their own": {"topology": SharedStart(at=FractionOfSteps(fraction=0.5))},
+    "members of their own": {
+        "topology": SharedStart(at=FrozenWindow(size=2, start=2)),
+        "optimizer": Optimizer(lr=1e-3, num_updates=16),
+    },
 }
 
 

@@ -31,7 +31,9 @@ def drawn(recipe: Recipe, step: int = 0, set_size: int = 2) -> Draws:
     )
 
 
-def sampled(engine: Engine, draws: Draws | None = None, step: int = 0, plan: Plan | None = None) -> Trajectory:
+def sampled(
+    engine: Engine, draws: Draws | None = None, step: int = 0, plan: Plan | None = None
+) -> Trajectory:
     """The walks of some draws, without experience and rewards."""
     draws = drawn(engine.recipe, step, len(engine.prompts)) if draws is None else draws
     plan = engine.recipe.plan(step, engine.seq_len) if plan is None else plan
@@ -59,7 +61,11 @@ def measured(engine: Engine, batch: Batch) -> list[Stats]:
 
 def weights(model_or_engine: object) -> Tensor:
     """All parameters of a model, an engine's or a view's as one vector, copied."""
-    model = getattr(model_or_engine, "model", model_or_engine) if isinstance(model_or_engine, Engine) else model_or_engine
+    model = (
+        getattr(model_or_engine, "model", model_or_engine)
+        if isinstance(model_or_engine, Engine)
+        else model_or_engine
+    )
     return torch.cat([p.detach().flatten().clone() for p in model.module.parameters()])  # type: ignore[attr-defined]
 
 

@@ -205,7 +205,10 @@ def test_scouts_widen_the_spread_of_rewards(toy_recipe) -> None:
 
 def test_the_naive_control_trains_on_the_scouts_themselves(toy_recipe, monkeypatch) -> None:
     scouts = Scouts(num_scouts=12, num_inference_steps=5, regenerate=False)
-    engine, seen = build_engine(toy_recipe(**FORWARD, group_size=4, experience=scouts), CPU), ScoutScores(monkeypatch)
+    engine, seen = (
+        build_engine(toy_recipe(**FORWARD, group_size=4, experience=scouts), CPU),
+        ScoutScores(monkeypatch),
+    )
     samples, draws = explored(engine), drawn(engine.recipe)
     assert samples.x0.shape == (16, 6)
     assert torch.equal(samples.draws.seed, draws.seed[choose(seen.rewards.view(4, 12), 4, "top_bottom")])
