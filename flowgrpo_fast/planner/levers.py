@@ -82,42 +82,36 @@ def _typed(now: _Case, gpu: Gpu) -> Iterator[_Change]:
     recipe = now.recipe
     num_steps = recipe.sigmas.num_inference_steps
     window = recipe.topology.at.steps(num_steps, 0, recipe.seed)
-    high = max(3, num_steps // 2)
-    long = recipe.objective.requires.log_probs and window.num_trained > 3 and num_steps > 4
-    tail = bool(window.stochastic) and window.stochastic[-1] + 1 < num_steps - 1
-    short = "{0}=RandomWindow {0}.size=3 {0}.high=" + str(high)
-    low, shared = "machine.rollout_precision", "topology.share_prefix"
-    formats = [name for name, rate in (("fp8_rows", gpu.fp8), ("nvfp4", gpu.fp4)) if rate]
+    low, shared, keep = "machine.rollout_precision", "topology.share_prefix", "solver.keep=1.0"
+    # (name, what pulls it, what lets it go, whether the estimator stays)
     rows: list[tuple[str, str, str, bool]] = [
-        *(
-            ("window of 3 stochastic steps", short.format(path) * long, "", False)
-            for path in ("topology.at", "topology.inner.at")
-        ),
         ("no guidance", "guidance_scale=1.0", "", False),
         ("no KL to the start weights", "objective.regularizers=[]", "", False),
         ("no KL to the start weights", "objective.kl_beta=0.0", "", False),
-        (
-            "second-order solver, 40 % of the tail",
-            "solver=DPMSolver2M solver.keep=0.4" * tail,
-            "solver.keep=1.0",
-            False,
-        ),
+        ("second-order solver, shorter tail", "", keep, False),
         ("shared steps up to the first stochastic one", f"{shared}=true", "", True),
-        *(
-            (f"{name} outside the window", f"{low}=LowPrecision {low}.format={name}", "", False)
-            for name in formats
-        ),
         ("low precision outside the window", "", f"{low}=TrainingPrecision", False),
-        ("LoRA instead of full fine-tuning", "network.train=LoRA", "", False),
     ]
+    if recipe.objective.requires.log_probs and window.num_trained > 3 and num_steps > 4:
+        for path in ("topology.at", "topology.inner.at"):
+            setting = f"{path}=RandomWindow {path}.size=3 {path}.high={max(3, num_steps // 2)}"
+            rows.append(("window of 3 stochastic steps", setting, "", False))
+    has_tail = bool(window.stochastic) and window.stochastic[-1] + 1 < num_steps - 1
+    if has_tail and _override(recipe, keep) == recipe:
+        setting = "solver=DPMSolver2M solver.keep=0.4"
+        rows.append(("second-order solver, 40 % of the tail", setting, "", False))
     if recipe.guidance_scale != 1.0:
         name, reuse = "unconditional half of the first update from the rollout", "machine.reuse_unconditional"
         rows.append((name, f"{reuse}=true", f"{reuse}=false", True))
+    if _override(recipe, f"{low}=TrainingPrecision") == recipe:
+        for form, rate in (("fp8_rows", gpu.fp8), ("nvfp4", gpu.fp4)):
+            setting = f"{low}=LowPrecision {low}.format={form}" if rate else ""
+            rows.append((f"{form} outside the window", setting, "", False))
     if recipe.network.checkpointing == "full":
-        rows += [
-            ("selective checkpointing", "network.checkpointing=selective", "", True),
-            ("no checkpointing", "network.checkpointing=none", "", True),
-        ]
+        rows.append(("selective checkpointing", "network.checkpointing=selective", "", True))
+        rows.append(("no checkpointing", "network.checkpointing=none", "", True))
+    if recipe.network.train.trains_every_weight:
+        rows.append(("LoRA instead of full fine-tuning", "network.train=LoRA", "", False))
     for name, pull, let_go, exact in rows:
         undone, done = _override(recipe, let_go), _override(recipe, pull)
         if undone != recipe:
@@ -158,9 +152,8 @@ def _others(now: _Case) -> Iterator[_Change]:
         name = "shared steps before the window"
         yield _Change(name, setting, True, True, now._replace(recipe=alone), first_apart)
         yield _Change("shared first stochastic step", setting, True, True, first_apart, now)
-    changes = [("prompts encoded once", "network.text_cache", "text_each_sample")]
+    once, each = (now._replace(execution=replace(execution, text_each_sample=on)) for on in (False, True))
+    yield _Change("prompts encoded once", "network.text_cache", True, now == once, each, once)
     if recipe.guidance_scale != 1.0:
-        changes.append(("unconditional half under no_grad", "always", "uncond_gradient"))
-    for name, setting, flag in changes:
-        with_, without = (now._replace(execution=replace(execution, **{flag: on})) for on in (False, True))
-        yield _Change(name, setting, True, now == with_, without, with_)
+        once, each = (now._replace(execution=replace(execution, uncond_gradient=on)) for on in (False, True))
+        yield _Change("unconditional half under no_grad", "always", True, now == once, each, once)

@@ -6,14 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from flowgrpo_fast.planner.architectures import Architecture, architecture, count, count_model
 from flowgrpo_fast.planner.devices import recognised_gpu
 from flowgrpo_fast.planner.memory import Memory, plan_memory
-from flowgrpo_fast.planner.published import PUBLISHED
 from flowgrpo_fast.planner.step import plan_step
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.training.engine import Engine
@@ -108,15 +106,11 @@ def memory_of(device: torch.device) -> float | None:
 
 
 def _known_pipeline(recipe: Recipe) -> Architecture | None:
-    """The architecture of a recipe's network, where the planner has its configuration and shapes."""
-    path = recipe.network.path
-    known = {name.lower() for key, entry in PUBLISHED.items() for name in (key, *entry["names"])}
-    if not path or not ((Path(path) / "model_index.json").is_file() or path.lower() in known):
-        return None
+    """The architecture of a recipe's network; None for one that the planner does not know."""
     try:
-        return architecture(path)
+        return architecture(recipe.network.path) if recipe.network.path else None
     except ValueError:
-        return None  # a family the planner has no shapes for; the model's own loader speaks for it
+        return None
 
 
 def planned_memory(recipe: Recipe) -> Memory | None:

@@ -148,6 +148,11 @@ def _width(recipe: Recipe) -> int:
     return 2 if recipe.machine.precision == "bf16" else _FP32
 
 
+def _halves(recipe: Recipe) -> int:
+    """Forwards of a velocity."""
+    return Policy(FlowModel(), recipe.guidance_scale).halves
+
+
 def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
     """The transformer, what is trained of it, and its copies."""
     full, width = recipe.network.train.trains_every_weight, _width(recipe)
@@ -186,7 +191,7 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Held) -
     network, steps = recipe.network, recipe.machine.steps_per_forward
     # Several velocities of a row may have to be there when its loss goes back.
     graphs = recipe.objective.costs(held.plan, recipe.num_prompts).trained
-    halves = held.halves if execution.uncond_gradient else 1
+    halves = _halves(recipe) if execution.uncond_gradient else 1
     kept = counts.activations.kept(network.checkpointing)
     if network.compile and network.checkpointing == "none":  # the compiler computes element-wise steps again
         kept = min(kept, counts.activations.kept("selective"))
@@ -205,19 +210,22 @@ def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Held) -
     return Phase("update", (gradients, *held.update()), tuple(each_row))
 
 
-def stored(plan: Plan, shared: bool) -> tuple[float, float]:
-    """Latents that the transitions of one prompt are made of, and how many of them are rows before a kept step.
+def stored(plan: Plan, shared: bool = True) -> tuple[float, float]:
+    """Latents that a sample's transitions are made of, and how many of them are rows before a kept step.
 
-    Each kept step has its rows and the edges after them. `shared`: the state between two kept steps is one tensor, as a
-    walk leaves it; else both have their own, as chunks are joined.
+    Each kept step has its rows and the edges after them, each a part of a latent where samples have it in common.
+    `shared`: the state between two kept steps is one tensor, as a walk and its cuts leave it; else both have their own,
+    as chunks are joined.
     """
-    states, heads, before = 0.0, 0.0, None
-    for step in plan.steps:
+    states, heads = 0.0, 0.0
+    all_kept = False  # at the step before
+    for step, num_samples in zip(plan.steps, plan.candidates(), strict=True):
         num_prompts = max(len(step.row), len(step.kept))
-        rows, edges = (count / num_prompts for count in step.kept_of(num_prompts))
-        passed_on = before is not None and before.kept.all() and rows == len(before.parent)
-        states += edges + (0.0 if shared and passed_on else rows)
-        heads, before = heads + rows, step
+        rows, edges = (count / num_prompts / num_samples for count in step.kept_of(num_prompts))
+        passed_on = shared and all_kept and len(step.kept_heads) == step.parent.max() + 1
+        states += edges + (0.0 if passed_on else rows)
+        heads += rows
+        all_kept = bool(step.kept.all())
     return states, heads
 
 
@@ -231,11 +239,6 @@ class _Held:
     num_prompts: float
 
     @property
-    def halves(self) -> int:
-        """Forwards of a velocity."""
-        return Policy(FlowModel(), self.recipe.guidance_scale).halves
-
-    @property
     def vae_width(self) -> int:
         """Bytes of a number of the autoencoder."""
         return _FP32 if self.counts.vae_in_fp32 else _width(self.recipe)
@@ -244,31 +247,20 @@ class _Held:
     def unconditional(self) -> float:
         """Of a latent in fp32: what is kept of the unconditional half of guidance at a row before a kept step."""
         recipe = self.recipe
-        kept = recipe.machine.reuse_unconditional and recipe.objective.requires.log_probs and self.halves == 2
-        return kept * _width(recipe) / _FP32
+        kept = recipe.machine.reuse_unconditional and recipe.objective.requires.log_probs
+        return kept * (_halves(recipe) - 1) * _width(recipe) / _FP32
 
     @property
     def chunk(self) -> float:
         """Prompts that are rolled out together."""
         return min(self.num_prompts, self.recipe.machine.prompts_per_chunk or self.num_prompts)
 
-    @property
-    def most(self) -> int:
-        """Samples of a prompt that exist together in a rollout: at most those before and after a cut."""
-        sizes = (*self.recipe.topology.stages, self.recipe.group_size)
-        return max((before + after for before, after in pairwise(sizes)), default=self.recipe.group_size)
-
     def kept(self, joined: bool = False) -> float:
         """Latents in fp32 that a sample keeps of its walk; what is `joined` of chunks are copies."""
-        plan = self.plan
-        if (
-            plan.cuts
-        ):  # survivors are gathered, both sides of each step; candidates are counted as if nobody had gone
-            return (2 + self.unconditional) * len(plan.kept)
-        states, heads = stored(plan, shared=not joined)
+        states, heads = stored(self.plan, shared=not joined)
         if not self.recipe.requires.log_probs:
-            return heads / plan.group_size  # states alone, see `Sampler.keeps_next`
-        return (states + self.unconditional * heads) / plan.group_size
+            return heads  # states alone, see `Sampler.keeps_next`
+        return states + self.unconditional * heads
 
     def latents(self, samples: float, stored: float) -> float:
         """Bytes of `stored` latents in fp32 of each sample."""
@@ -298,7 +290,10 @@ class _Held:
         if self.chunk < self.num_prompts:
             joined = self.latents(samples, self.kept() + self.kept(joined=True) + 2)
         scouts = self.latents(self.recipe.experience.walks.num_scouts * (self.chunk + self.num_prompts), 1)
-        latents, embeddings = self.candidates(self.most)
+        # Candidates exist on both sides of a cut at once.
+        sizes = (*self.recipe.topology.stages, self.recipe.group_size)
+        most = max((before + after for before, after in pairwise(sizes)), default=self.recipe.group_size)
+        latents, embeddings = self.candidates(most)
         return replace(latents, bytes=max(latents.bytes, scouts, joined)), embeddings
 
     def candidates(self, of_prompt: int) -> list[Part]:

@@ -167,10 +167,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "vae": _VAE_16,
         "text_encoders": _SD3_TEXT,
         "tokens": 205,
-        "names": (
-            "stabilityai/stable-diffusion-3.5-large",
-            "stabilityai/stable-diffusion-3.5-large-turbo",
-        ),
+        "names": ("stabilityai/stable-diffusion-3.5-large", "stabilityai/stable-diffusion-3.5-large-turbo"),
     },
     "flux.1-dev": {
         "pipeline": "FluxPipeline",
