@@ -373,7 +373,8 @@ def test_forwards_are_those_the_plan_counts(toy_recipe, name, scale) -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 @every_topology
 def test_nothing_of_a_walk_waits_until_its_end(toy_recipe, name, graphs) -> None:
-    waited = pytest.importorskip("tests.training.test_no_waiting").waited
+    from tests.training.test_no_waiting import waited
+
     recipe, model = fitted(toy_recipe, name, graphs=graphs, guidance_scale=2.0), Elementwise()
     draws, plan = drawn(recipe, 2), recipe.plan(0)
     conditioning = model.encode(["low", "high"]).rows(draws.prompt_index[draws.group_id])
