@@ -180,8 +180,14 @@ class _Place:
 def _regular(step: StepPlan, at: _Place, forwards: Forwards, uploads: _Uploads) -> _Draft:
     """One ask of all rows; its row of the table is the caller's to fill in."""
     num_prompts, num_rows, fan = at.num_prompts, at.num_prompts * len(step.parent), step.fan
-    first = at.over_prompts(np.array([leaf[0] for leaf in at.leaves]), at.size)
-    samples = at.samples(np.arange(num_rows)) if step.is_kept else None
+    if all(leaf == (member,) for member, leaf in enumerate(at.leaves)):  # every child is a sample by now
+        first = np.arange(num_rows)
+        samples = first[:, None] if step.is_kept else None
+        seed_index = None
+    else:
+        first = at.over_prompts(np.array([leaf[0] for leaf in at.leaves]), at.size)
+        samples = at.samples(np.arange(num_rows)) if step.is_kept else None
+        seed_index = uploads.unless_all(first, num_prompts * at.size)
     ask = {
         "num_heads": num_prompts * at.width,
         "fan": fan,
@@ -190,8 +196,10 @@ def _regular(step: StepPlan, at: _Place, forwards: Forwards, uploads: _Uploads) 
         "row_index": None,
         "head_index": None,
         "edge_index": None,
-        "sample_index": uploads.unless_all(first[::fan], num_prompts * at.size),
-        "seed_index": uploads.unless_all(first, num_prompts * at.size),
+        "sample_index": None
+        if seed_index is None and fan == 1
+        else uploads.unless_all(first[::fan], num_prompts * at.size),
+        "seed_index": seed_index,
         "kept_fan": fan if step.is_kept else 0,
         "kept_index": None,
         "kept_row": None,

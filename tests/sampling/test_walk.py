@@ -182,13 +182,21 @@ def test_the_first_ratio_is_exactly_one_in_chunks(toy_recipe, network, name, mac
         parts.append(walk(sampler_of(network, recipe), own, conditioning, chunk, score))
     trajectory = joined(parts, plan)
     assert is_exact(recipe, network, trajectory) > 0
-    # Whole or in chunks: the same forwards, so the same bits, but where chunks cut a forward of shared rows.
+    # Whole or in chunks: the same forwards, so the same bits, but where a forward of rows that are shared and not
+    # trained takes prompts of several chunks: a matrix product of another shape rounds otherwise.
     whole, _ = walked(recipe, network, prompts())
-    assert torch.equal(whole.x0, trajectory.x0)
+    close = {"rtol": 0, "atol": 0}
+    if plan.width < plan.num_candidates:
+        close = {"rtol": 1e-4, "atol": 1e-4} if machine == "fp32" else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(whole.x0, trajectory.x0, **close)
     assert torch.equal(whole.draws.seed, trajectory.draws.seed)
     for mine, theirs in zip(whole.transitions, trajectory.transitions, strict=True):
-        for field in ("latents", "next_latents", "log_prob", "row", "samples", "sigma"):
+        for field in ("row", "samples", "sigma"):
             assert torch.equal(getattr(mine, field), getattr(theirs, field)), field
+        for field in ("latents", "next_latents", "log_prob"):
+            torch.testing.assert_close(getattr(mine, field), getattr(theirs, field), **close)
+        assert mine.offsets.tolist() == theirs.offsets.tolist()
+        assert mine.samples_host.tolist() == theirs.samples_host.tolist()
 
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "guidance_scale": 2.0}], ids=str)
@@ -365,7 +373,8 @@ def test_forwards_are_those_the_plan_counts(toy_recipe, name, scale) -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 @every_topology
 def test_nothing_of_a_walk_waits_until_its_end(toy_recipe, name, graphs) -> None:
-    waited = pytest.importorskip("tests.training.test_no_waiting").waited
+    from tests.training.test_no_waiting import waited
+
     recipe, model = fitted(toy_recipe, name, graphs=graphs, guidance_scale=2.0), Elementwise()
     draws, plan = drawn(recipe, 2), recipe.plan(0)
     conditioning = model.encode(["low", "high"]).rows(draws.prompt_index[draws.group_id])
