@@ -25,7 +25,10 @@ __all__ = [
 # What a run file of the first edition may still say, and what says it now.
 REPLACED: dict[str | tuple[str, str], str] = {
     ("Recipe", "window"): "topology.at: topology=SharedStart or Independent, whose `at` is the window",
-    ("Recipe", "share_start_noise"): "topology: SharedStart shares a group's start noise, Independent does not",
+    (
+        "Recipe",
+        "share_start_noise",
+    ): "topology: SharedStart shares a group's start noise, Independent does not",
     ("Recipe", "share_prefix"): "topology.share_prefix: of SharedStart",
     ("Recipe", "prune"): "topology: Cuts(inner=..., steps=..., sizes=...)",
     ("Recipe", "explore"): "experience: experience=Scouts",

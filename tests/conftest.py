@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 
 from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.recipe import (
-    ClippedRatio,
+    Clip,
     FlowSDE,
     FrozenWindow,
+    Independent,
+    Machine,
     Optimizer,
+    PolicyGradient,
+    Prompts,
     Recipe,
     RewardTerm,
     Sigmas,
@@ -103,7 +108,7 @@ def toy_module(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def toy_recipe(toy_module: str) -> Callable[..., Recipe]:
-    """Makes small recipes for the toy job; keywords replace fields."""
+    """Makes small recipes for the toy job; keywords replace fields, those of `Machine` in the machine."""
     task = Task(
         model=f"{toy_module}:load",
         rewards=(RewardTerm(function=f"{toy_module}:brightness"),),
@@ -115,12 +120,21 @@ def toy_recipe(toy_module: str) -> Callable[..., Recipe]:
         name="toy",
         sigmas=Sigmas(num_inference_steps=6, shift=1.0),
         dynamics=FlowSDE(noise_level=0.7),
-        window=FrozenWindow(size=3, start=1),
+        topology=Independent(at=FrozenWindow(size=3, start=1)),
         group_size=8,
         num_prompts=4,
-        loss=ClippedRatio(clip_range=0.05),
+        objective=PolicyGradient(trust=Clip(range=0.05)),
         optimizer=Optimizer(lr=3e-3),
         num_steps=4,
+        machine=Machine(),
+        data=Prompts(),
         task=task,
     )
-    return lambda **changes: replace(recipe, **changes)
+    return lambda **changes: with_changes(recipe, **changes)
+
+
+def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other fields; those of its machine are named without it."""
+    machine = {name: changes.pop(name) for name in list(changes) if name in Machine.__dataclass_fields__}
+    changes.setdefault("machine", recipe.machine)
+    return replace(recipe, **{**changes, "machine": replace(changes["machine"], **machine)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,11 +14,21 @@ from flowgrpo_fast.ops import Guidance, compact, flow_log_prob, philox_normal
 from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.sampling.prune import Candidates, survivors
-from flowgrpo_fast.sampling.step import Ask, Forwards, StepInput, StepResult, Wanted, lay_out, take_step
-from flowgrpo_fast.schedule.plan import Index, Plan
+from flowgrpo_fast.sampling.step import (
+    Ask,
+    Forwards,
+    StepInput,
+    StepLayout,
+    StepResult,
+    Wanted,
+    lay_out,
+    take_step,
+)
+from flowgrpo_fast.schedule.plan import Cut, Plan
 from flowgrpo_fast.types import Conditioning, Draws, Imposed, PreviewScore, Trajectory, Transitions
 
 START_NOISE_STREAM = 1  # stream 0 is the noise of the steps
+_MOST_BUFFERS = 16  # that `ops.compact` gathers in one launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +37,16 @@ class Sampler:
 
     policy: Policy
     forwards: Forwards
-    outside: Policy | None = (
-        None  # asked at rows whose edges are not kept, say a copy in low precision; None = policy
-    )
+    # Asked at rows whose edges are not kept, say a copy in low precision; None = policy.
+    outside: Policy | None = None
     graphs: Graphs | None = None  # captured steps, replayed where they fit; None launches each kernel
     # Whether the update will read the unconditional half of guidance that the rollout computes at kept steps.
     keeps_unconditional: bool = False
 
-    def asked(self, ask: Ask, level: Tensor) -> Policy:
-        """The policy of an ask, its expert where all rows are at one sigma, 0-d on the host."""
+    def asked(self, ask: Ask) -> Policy:
+        """The policy of an ask, its expert where all rows are at one sigma."""
         policy = self.policy if ask.trained or self.outside is None else self.outside
-        return policy.at(level if ask.uniform else None)
+        return policy.at(ask.level)
 
 
 @torch.no_grad()
@@ -63,259 +74,304 @@ def walk(
         ValueError: the model gave a NaN or infinite velocity; names step and sample.
     """
     device, num_prompts = draws.seed.device, len(draws.prompt_index)
-    coeffs = plan.coeffs.to(device, non_blocking=True)
+    under_way = _UnderWay(
+        sampler=sampler,
+        plan=plan,
+        coeffs=plan.coeffs.to(device, non_blocking=True),
+        conditioning=conditioning,
+        draws=draws,
+        latents=_start(sampler, plan, draws),
+        repeats=None if imposed is None else _Repeats.of(imposed, plan, device),
+    )
     layouts = lay_out(plan, num_prompts, sampler.forwards, device)
-    roots = torch.from_numpy(_over_prompts(plan.roots(), num_prompts, plan.num_candidates))
-    own = (
-        draws.start_seed
-        if plan.width == plan.num_candidates
-        else draws.start_seed[roots.to(device, non_blocking=True)]
-    )
-    latents = philox_normal(own, sampler.policy.model.latent_shape, stream=START_NOISE_STREAM)
-    if imposed is not None:
-        assert plan.width == plan.num_candidates and not plan.cuts, (
-            "a walk is imposed on samples, not on groups"
-        )
-        imposed_index = torch.from_numpy(imposed.samples).to(device, non_blocking=True)
-        latents.index_copy_(0, imposed_index, imposed.states[0])
-    fed = _Fed(conditioning)
-    num_imposed = 0 if imposed is None else len(imposed.states) - 1
-    wanted = [
-        _wanted(sampler, plan, place, layout.asks, place < num_imposed)
-        for place, layout in enumerate(layouts)
-    ]
+    asked = [[under_way.asked(place, ask) for ask in layout.asks] for place, layout in enumerate(layouts)]
     if sampler.graphs is not None:
-        steps = [
-            (sampler.asked(ask, coeffs_level(plan, ask)), want, ask)
-            for layout, wants in zip(layouts, wanted, strict=True)
-            for ask, want in zip(layout.asks, wants, strict=True)
-        ]
-        first = layouts[0].asks[0]
-        given = StepInput(latents, fed.rows(first.first_samples), draws.seed, 0)
-        sampler.graphs.begin(steps, given, coeffs)
-    x0_pred: Tensor | None = None
-    kept: list[Transitions] = []
-    log_probs: list[tuple[int, Tensor, Index]] = []
-    evaluations = 0
-    for place, (step, layout) in enumerate(zip(plan.steps, layouts, strict=True)):
-        alone = len(layout.asks) == 1 and layout.idle is None
-        after = None if alone else latents.new_empty(layout.num_rows, *latents.shape[1:])
-        after_x0 = None
-        seen: Candidates | None = None
-        for ask, want in zip(layout.asks, wanted[place], strict=True):
-            level = coeffs_level(plan, ask)
-            policy = sampler.asked(ask, level)
-            given = StepInput(
-                latents=_taken(latents, ask.head_index),
-                conditioning=fed.rows(ask.first_samples),
-                seed=_taken(draws.seed, ask.seed_index),
-                row=ask.row,
-                x0_pred=None if x0_pred is None else _taken(x0_pred, ask.head_index),
-            )
-            if sampler.graphs is None:
-                result = take_step(policy, given, coeffs, want)
-            else:
-                result = sampler.graphs.take_step(policy, given, want)
-            if imposed is not None and place < num_imposed:
-                result = _repeated(given, result, coeffs, imposed_index, imposed.states[place + 1])
-            evaluations += ask.num_heads * policy.halves
-            log_probs.append((step.step, result.out.log_prob, np.repeat(ask.first_samples, ask.fan)))
-            if ask.trained:
-                assert layout.samples is not None
-                kept.append(_transitions(place, ask, given, result, coeffs, layout.samples, level))
-            if after is None and ask.edge_index is None:
-                next_latents, next_x0 = result.out.next_latents, result.out.x0_pred
-            else:
-                if after is None:
-                    after = latents.new_empty(layout.num_rows, *latents.shape[1:])
-                next_latents = after.index_copy_(0, _all(ask.edge_index, after), result.out.next_latents)
-                if result.out.x0_pred is not None:
-                    if after_x0 is None:
-                        after_x0 = result.out.x0_pred.new_zeros(layout.num_rows, *latents.shape[1:])
-                    after_x0.index_copy_(0, _all(ask.edge_index, after), result.out.x0_pred)
-                next_x0 = after_x0
-            if step.cut is not None:
-                assert alone and ask.fan == 1 and isinstance(ask.row, int) and result.velocity is not None
-                seen = Candidates(
-                    latents=given.latents,
-                    velocity=result.velocity,
-                    guidance=result.guidance,
-                    coeffs=coeffs,
-                    step=ask.row,
-                    x0_pred=result.out.x0_pred,
-                    num_groups=num_prompts,
-                    grid=sampler.policy.model.latent_grid,
-                )
-        if layout.idle is not None:
-            before_index, after_index = layout.idle
-            next_latents.index_copy_(0, after_index, latents.index_select(0, before_index))
-        latents, x0_pred = next_latents, next_x0
-        if step.cut is not None:
-            assert seen is not None
-            index = survivors(seen, step.cut, score)
-            moved = compact(index, latents, draws.group_id, draws.seed, draws.start_seed)
-            latents = moved[0]
-            draws = replace(draws, group_id=moved[1], seed=moved[2], start_seed=moved[3])
-            x0_pred = None if x0_pred is None else compact(index, x0_pred)[0]
-            kept = [_survived(t, index, step.cut.size, num_prompts) for t in kept]
-            fed = _Fed(fed.whole.rows(index))
-    check_finite(log_probs)
-    return Trajectory(plan, draws, latents, tuple(kept), coeffs, evaluations)
-
-
-def _repeated(
-    given: StepInput, result: StepResult, coeffs: Tensor, samples: Tensor, after: Tensor
-) -> StepResult:
-    """A step in which some samples go where they once went."""
-    assert result.velocity is not None and isinstance(given.row, int)
-    guidance = result.guidance
-    if guidance is not None:
-        guidance = Guidance(guidance.negative_velocity.index_select(0, samples), guidance.scale)
-    log_prob = flow_log_prob(
-        given.latents.index_select(0, samples),
-        result.velocity.index_select(0, samples),
-        after,
-        coeffs,
-        given.row,
-        guidance=guidance,
+        first = under_way.given(layouts[0].asks[0])
+        sampler.graphs.begin([each for step in asked for each in step], first, under_way.coeffs)
+    for place, (layout, asks) in enumerate(zip(layouts, asked, strict=True)):
+        answers = [under_way.answer(place, *each) for each in asks]
+        under_way.move(layout, answers)
+        cut = plan.steps[place].cut
+        if cut is not None:
+            under_way.cut(answers[0], cut, score)
+        del answers  # the next step needs the memory
+    check_finite(plan, num_prompts, under_way.log_probs)
+    return Trajectory(
+        plan=plan,
+        draws=under_way.draws,
+        x0=under_way.latents,
+        transitions=tuple(under_way.kept),
+        coeffs=under_way.coeffs,
+        evaluations=under_way.evaluations,
     )
-    out = result.out._replace(
-        next_latents=result.out.next_latents.index_copy(0, samples, after),
-        log_prob=result.out.log_prob.index_copy(0, samples, log_prob),
+
+
+def _start(sampler: Sampler, plan: Plan, draws: Draws) -> Tensor:
+    """Start noise of the `plan.width` rows of each prompt: that of the first sample behind a row."""
+    seed = draws.start_seed
+    if plan.width < plan.num_candidates:
+        first = plan.num_candidates * np.arange(len(draws.prompt_index))[:, None] + plan.roots()
+        seed = seed[torch.from_numpy(first.ravel()).to(seed.device, non_blocking=True)]
+    return philox_normal(seed, sampler.policy.model.latent_shape, stream=START_NOISE_STREAM)
+
+
+class _Answer(NamedTuple):
+    """One ask of a step."""
+
+    ask: Ask
+    given: StepInput
+    result: StepResult
+
+
+@dataclass(slots=True, eq=False)
+class _UnderWay:
+    """The rows of a walk, all before the same step, and what is kept of their way."""
+
+    sampler: Sampler
+    plan: Plan
+    coeffs: Tensor  # [N, 8], on the device
+    conditioning: Conditioning  # one row per sample, as the draws
+    draws: Draws
+    latents: Tensor
+    repeats: _Repeats | None
+    x0_pred: Tensor | None = None  # of the step before, where something reads it
+    kept: list[Transitions] = field(default_factory=list)
+    # Of each ask: the place of its step, its rows after the step (None = all), its log-probs.
+    log_probs: list[tuple[int, Tensor | None, Tensor]] = field(default_factory=list)
+    evaluations: int = 0
+    _fed: tuple[Tensor | None, Conditioning] | None = (
+        None  # the samples last asked for, and their conditioning
     )
-    return replace(result, out=out)
 
+    def __post_init__(self) -> None:
+        """Samples that repeat a walk begin where it began."""
+        if self.repeats is not None:
+            self.latents.index_copy_(0, self.repeats.index, self.repeats.states[0])
 
-def coeffs_level(plan: Plan, ask: Ask) -> Tensor:
-    """The sigma of an ask's rows, 0-d on the host; of the first one's where they differ."""
-    return plan.coeffs[ask.row, 0] if isinstance(ask.row, int) else plan.sigmas[0]
-
-
-class _Fed:
-    """The conditioning of the rows that are asked, gathered anew only when they are others than before."""
-
-    def __init__(self, whole: Conditioning) -> None:
-        self.whole = whole
-        self._index: Index | None = None
-        self._rows = whole
-
-    def rows(self, index: Index) -> Conditioning:
-        """The rows of samples `index` (host)."""
-        if self._index is None or not np.array_equal(self._index, index):
-            embeds, self._index = self.whole.prompt_embeds, index
-            if np.array_equal(index, np.arange(len(embeds))):
-                self._rows = self.whole
-            else:
-                on_device = torch.from_numpy(np.ascontiguousarray(index)).to(embeds.device, non_blocking=True)
-                self._rows = self.whole.rows(on_device)
-        return self._rows
-
-
-def _wanted(
-    sampler: Sampler, plan: Plan, place: int, asks: tuple[Ask, ...], is_imposed: bool
-) -> list[Wanted]:
-    return [
-        Wanted(
+    def asked(self, place: int, ask: Ask) -> tuple[Policy, Wanted, Ask]:
+        """Who is asked, and for what: known before the walk begins."""
+        wanted = Wanted(
             fan=ask.fan,
             rows=ask.rows,
-            reads_x0=plan.reads_x0(place),
-            gives_x0=plan.gives_x0(place),
-            gives_velocity=plan.steps[place].cut is not None or is_imposed,
-            gives_unconditional=sampler.keeps_unconditional and sampler.policy.halves == 2,
+            noisy=ask.noisy,
+            reads_x0=self.plan.reads_x0(place),
+            gives_x0=self.plan.gives_x0(place),
+            gives_velocity=self.plan.steps[place].cut is not None or self._repeats_at(place),
+            # At every step, kept or not: captured steps of one shape stay one graph.
+            gives_unconditional=self.sampler.keeps_unconditional and self.sampler.policy.halves == 2,
         )
-        for ask in asks
-    ]
+        return self.sampler.asked(ask), wanted, ask
+
+    def given(self, ask: Ask) -> StepInput:
+        """What a step reads of the rows that are asked."""
+        index = ask.sample_index
+        if (
+            self._fed is None or self._fed[0] is not index
+        ):  # else as at the step before: nothing is gathered anew
+            self._fed = index, self.conditioning if index is None else self.conditioning.rows(index)
+        return StepInput(
+            latents=_taken(self.latents, ask.head_index),
+            conditioning=self._fed[1],
+            seed=_taken(self.draws.seed, ask.seed_index),
+            row=ask.row if ask.row_index is None else ask.row_index,
+            x0_pred=None if self.x0_pred is None else _taken(self.x0_pred, ask.head_index),
+        )
+
+    def answer(self, place: int, policy: Policy, wanted: Wanted, ask: Ask) -> _Answer:
+        """The children of some rows."""
+        given, graphs = self.given(ask), self.sampler.graphs
+        if graphs is None:
+            result = take_step(policy, given, self.coeffs, wanted)
+        else:
+            result = graphs.take_step(policy, given, wanted)
+        if self.repeats is not None and self._repeats_at(place):
+            result = self.repeats.imposed(place, given, result, self.coeffs)
+        if ask.trained:
+            self.kept.append(_transitions(place, ask, given, result, self.coeffs))
+        self.log_probs.append((place, ask.edge_index, result.out.log_prob))
+        self.evaluations += ask.num_heads * policy.halves
+        return _Answer(ask, given, result)
+
+    def move(self, layout: StepLayout, answers: Sequence[_Answer]) -> None:
+        """One step further: children go to their places, rows that wait to theirs."""
+        ask, _, result = answers[0]
+        if len(answers) == 1 and ask.edge_index is None:
+            self.latents, self.x0_pred = result.out.next_latents, result.out.x0_pred
+            return
+        shape = layout.num_rows, *self.latents.shape[1:]
+        after, x0_pred = self.latents.new_empty(shape), None
+        for ask, _, result in answers:
+            assert ask.edge_index is not None, "several asks, or rows that wait: none has all edges"
+            after.index_copy_(0, ask.edge_index, result.out.next_latents)
+            if result.out.x0_pred is not None:
+                x0_pred = result.out.x0_pred.new_zeros(shape) if x0_pred is None else x0_pred
+                x0_pred.index_copy_(0, ask.edge_index, result.out.x0_pred)
+        if layout.idle is not None:
+            before_index, after_index = layout.idle
+            after.index_copy_(0, after_index, self.latents.index_select(0, before_index))
+        self.latents, self.x0_pred = after, x0_pred
+
+    def cut(self, answer: _Answer, cut: Cut, score: PreviewScore | None) -> None:
+        """Goes on with fewer samples, and with what is kept of them."""
+        ask, given, result = answer
+        draws, num_prompts = self.draws, len(self.draws.prompt_index)
+        assert ask.fan == 1 and result.velocity is not None
+        seen = Candidates(
+            latents=given.latents,
+            velocity=result.velocity,
+            guidance=result.guidance,
+            coeffs=self.coeffs,
+            step=ask.row,
+            x0_pred=result.out.x0_pred,
+            num_groups=num_prompts,
+            grid=self.sampler.policy.model.latent_grid,
+        )
+        index = survivors(seen, cut, score)
+        held = [self.latents, draws.group_id, draws.seed, draws.start_seed]
+        held += [] if self.x0_pred is None else [self.x0_pred]
+        for kept in self.kept:
+            held += [kept.next_latents, kept.log_prob]
+            if kept.fan == 1:
+                held += [kept.latents] if kept.unconditional is None else [kept.latents, kept.unconditional]
+        moved = _gathered(index, held)
+        self.kept = [_survived(kept, moved, cut.size, num_prompts) for kept in self.kept]
+        self.latents = moved[self.latents]
+        self.x0_pred = None if self.x0_pred is None else moved[self.x0_pred]
+        self.draws = replace(
+            draws,
+            group_id=moved[draws.group_id],
+            seed=moved[draws.seed],
+            start_seed=moved[draws.start_seed],
+        )
+        self.conditioning, self._fed = self.conditioning.rows(index), None
+
+    def _repeats_at(self, place: int) -> bool:
+        return self.repeats is not None and place + 1 < len(self.repeats.states)
 
 
-def _transitions(
-    place: int, ask: Ask, given: StepInput, result: StepResult, coeffs: Tensor, samples: Index, level: Tensor
-) -> Transitions:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Repeats:
+    """Samples that go where they once went, up to where their own steps begin."""
+
+    index: Tensor  # [N] int64
+    states: tuple[Tensor, ...]  # [N, *S] each, as of `Imposed`
+
+    @staticmethod
+    def of(imposed: Imposed, plan: Plan, device: torch.device) -> _Repeats:
+        """On the device."""
+        assert plan.width == plan.num_candidates and not plan.cuts, (
+            "walks are imposed on samples, not on groups"
+        )
+        return _Repeats(torch.from_numpy(imposed.samples).to(device, non_blocking=True), imposed.states)
+
+    def imposed(self, place: int, given: StepInput, result: StepResult, coeffs: Tensor) -> StepResult:
+        """A step in which they do, scored as the policy scores it that is asked now."""
+        assert result.velocity is not None and isinstance(given.row, int)
+        after, guidance = self.states[place + 1], result.guidance
+        if guidance is not None:
+            guidance = Guidance(guidance.negative_velocity.index_select(0, self.index), guidance.scale)
+        log_prob = flow_log_prob(
+            given.latents.index_select(0, self.index),
+            result.velocity.index_select(0, self.index),
+            after,
+            coeffs,
+            given.row,
+            guidance=guidance,
+        )
+        out = result.out._replace(
+            next_latents=result.out.next_latents.index_copy(0, self.index, after),
+            log_prob=result.out.log_prob.index_copy(0, self.index, log_prob),
+        )
+        return replace(result, out=out)
+
+
+def _transitions(place: int, ask: Ask, given: StepInput, result: StepResult, coeffs: Tensor) -> Transitions:
     """The kept edges of a step."""
-    if isinstance(ask.row, int):
-        row = torch.full((ask.num_heads * ask.fan,), ask.row, device=coeffs.device)
+    assert ask.kept_row is not None and ask.samples is not None and ask.samples_host is not None
+    if ask.row_index is None:
+        sigma = coeffs[ask.row, 0].expand(ask.num_heads)
     else:
-        row = ask.row
-    row = _taken(row, ask.kept_index)
+        sigma = coeffs[:, 0].index_select(0, ask.kept_row[:: ask.kept_fan])
     return Transitions(
-        row=row,
+        row=ask.kept_row,
         latents=given.latents,
         next_latents=_taken(result.out.next_latents, ask.kept_index),
         log_prob=_taken(result.out.log_prob, ask.kept_index),
-        samples=torch.from_numpy(samples).to(row.device, non_blocking=True),
-        samples_host=samples,
-        sigma=coeffs[:, 0].index_select(0, row[:: ask.kept_fan]),
+        samples=ask.samples,
+        samples_host=ask.samples_host,
+        sigma=sigma,
         offsets=ask.offsets,
         unconditional=result.unconditional,
-        level=level if ask.uniform else None,
+        level=ask.level,
         fan=ask.kept_fan,
         place=place,
         rows=ask.rows,
     )
 
 
-def _survived(kept: Transitions, index: Tensor, size: int, num_prompts: int) -> Transitions:
-    """The transitions of the candidates that go on, `size` of each prompt; each had one edge a step."""
-    edges = compact(index, kept.next_latents, kept.log_prob, kept.row)
-    behind = np.arange(len(index))[:, None]
-    samples = torch.arange(len(index), device=index.device)[:, None]
-    if kept.fan > 1:  # the prompts' shared rows all stay, with fewer children
-        return replace(
-            kept,
-            row=edges[2],
-            next_latents=edges[0],
-            log_prob=edges[1],
-            samples=samples,
-            samples_host=behind,
-            fan=size,
-        )
-    heads = [kept.latents, kept.sigma]
-    heads += [] if kept.unconditional is None else [kept.unconditional]
-    moved = compact(index, *heads)
-    return replace(
+def _survived(kept: Transitions, moved: dict[Tensor, Tensor], size: int, num_prompts: int) -> Transitions:
+    """The transitions of the samples that go on, `size` of each prompt; each has one edge a step, all by one row."""
+    num_samples = size * num_prompts
+    behind = np.arange(num_samples)[:, None]
+    edges = replace(
         kept,
-        row=edges[2],
-        latents=moved[0],
-        next_latents=edges[0],
-        log_prob=edges[1],
-        samples=samples,
+        row=kept.row[:num_samples],
+        next_latents=moved[kept.next_latents],
+        log_prob=moved[kept.log_prob],
+        samples=torch.arange(num_samples, device=kept.row.device)[:, None],
         samples_host=behind,
-        sigma=moved[1],
-        offsets=np.arange(num_prompts + 1) * size,
-        unconditional=None if kept.unconditional is None else moved[2],
     )
+    if kept.fan > 1:  # the prompts' shared rows all stay, with fewer children
+        return replace(edges, fan=size)
+    return replace(
+        edges,
+        latents=moved[kept.latents],
+        sigma=kept.sigma[:num_samples],
+        offsets=np.arange(num_prompts + 1) * size,
+        unconditional=None if kept.unconditional is None else moved[kept.unconditional],
+    )
+
+
+def _gathered(index: Tensor, values: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Rows `index` of each, by itself. What one step ends at the next begins with: the same tensor, which moves once."""
+    distinct = list(dict.fromkeys(values))
+    moved: list[Tensor] = []
+    for first in range(0, len(distinct), _MOST_BUFFERS):
+        moved += compact(index, *distinct[first : first + _MOST_BUFFERS])
+    return dict(zip(distinct, moved, strict=True))
 
 
 def _taken(values: Tensor, index: Tensor | None) -> Tensor:
     return values if index is None else values.index_select(0, index)
 
 
-def _all(index: Tensor | None, values: Tensor) -> Tensor:
-    return torch.arange(len(values), device=values.device) if index is None else index
-
-
-def _over_prompts(index: Index, num_prompts: int, size: int) -> Index:
-    """Places within a prompt's samples -> those of all prompts'."""
-    return (np.arange(num_prompts)[:, None] * size + index).ravel()
-
-
-def check_finite(log_probs: list[tuple[int, Tensor, Index]]) -> None:
-    """Refuses a rollout with a NaN or infinite velocity: a step's log-probs are not finite exactly there. Waits once.
+def check_finite(
+    plan: Plan, num_prompts: int, log_probs: Sequence[tuple[int, Tensor | None, Tensor]]
+) -> None:
+    """Refuses a walk with a NaN or infinite velocity: log-probs are not finite exactly there. Waits once.
 
     Args:
-        log_probs: of each step its number, its log-probs `[E]`, and the first sample behind each (host).
+        plan: what was walked.
+        log_probs: of each ask the place of its step, its rows after the step (None = all), and their log-probs.
 
     Raises:
-        ValueError: names the first step and sample.
+        ValueError: names the first step and sample, as samples are numbered in that step.
     """
-    if bool(torch.stack([torch.isfinite(log_prob).all() for _, log_prob, _ in log_probs]).all()):
+    if bool(torch.isfinite(torch.cat([log_prob for _, _, log_prob in log_probs])).all()):
         return
-    step, bad, sample = next(
-        (number, ~torch.isfinite(log_prob), samples)
-        for number, log_prob, samples in log_probs
-        if not torch.isfinite(log_prob).all()
-    )
+    sizes, first, hit = plan.candidates(), -1, dict[int, set[int]]()
+    for place, index, log_prob in log_probs:
+        if first >= 0 and any(step.cut for step in plan.steps[first:place]):
+            break  # after a cut others have these numbers
+        bad = ~torch.isfinite(log_prob)
+        edges = (torch.arange(len(bad), device=bad.device) if index is None else index)[bad].tolist()
+        for edge in edges:
+            prompt, child = divmod(edge, len(plan.steps[place].parent))
+            leaves = plan.behind()[place][child]
+            hit.setdefault(place, set()).update(prompt * sizes[place] + leaf for leaf in leaves)
+        first = min(hit, default=-1)
     raise ValueError(
-        f"the velocity is NaN or infinite at step {step}, sample {sample[int(bad.nonzero()[0])]} "
-        f"({int(bad.sum())} of {len(bad)} samples are hit); lower the learning rate or the guidance "
-        "scale, or run in a wider precision"
+        f"the velocity is NaN or infinite at step {plan.steps[first].step}, sample {min(hit[first])} "
+        f"({len(set().union(*hit.values()))} of {num_prompts * sizes[first]} samples are hit); lower the learning "
+        "rate or the guidance scale, or run in a wider precision"
     )

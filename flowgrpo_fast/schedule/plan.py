@@ -7,7 +7,7 @@ record. One walk runs any plan, one replay scores it again, and the planner coun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -41,6 +41,22 @@ class StepPlan:
     kept: NDArray[np.bool_]  # [1 | P, W'] the edge is stored and trained
     step: int  # which step of the schedule it is
     cut: Cut | None = None  # after the step
+    is_kept: bool = field(init=False)  # any edge is
+    # Children of a row, where all rows have as many, side by side, by one row of the table, and all edges are kept or
+    # none is; 0 elsewhere. Most steps of most plans are such, and a walk need not look at their arrays.
+    fan: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """What a walk asks at every step is worked out once."""
+        object.__setattr__(self, "is_kept", bool(self.kept.any()))
+        fan, row = int(np.count_nonzero(self.parent == 0)), self.row[0, 0]
+        regular = (
+            row != IDLE
+            and bool((self.row == row).all())
+            and bool(self.kept.all()) == self.is_kept
+            and bool((self.parent == np.arange(len(self.parent)) // max(fan, 1)).all())
+        )
+        object.__setattr__(self, "fan", fan if regular else 0)
 
     @property
     def heads(self) -> Index:
@@ -57,11 +73,6 @@ class StepPlan:
         """The rows of the table that kept edges take, ascending."""
         row, kept = np.broadcast_arrays(self.row, self.kept)
         return np.unique(row[kept])
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether any edge is."""
-        return bool(self.kept.any())
 
     @property
     def differs(self) -> bool:
@@ -81,11 +92,30 @@ class Plan:
     num_trained: int  # of the kept edges on a sample's way, how many it trains on
     history: NDArray[np.bool_]  # [N] whether a row reads the x0 prediction of the step before
     starts: Index  # [N] the step of the schedule that a row begins at
+    levels: tuple[Tensor, ...] = field(init=False)  # N of them, 0-d, host: the sigma that a row begins at
+    noisy: tuple[bool, ...] = field(init=False)  # N of them: whether a row adds noise
+    _behind: tuple[tuple[tuple[int, ...], ...], ...] = field(init=False)
+    _candidates: tuple[int, ...] = field(init=False)
+    _reads_x0: tuple[bool, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """What every walk along the plan asks is worked out once."""
+        late = bool(self.history.any())
+        for name, value in {
+            "levels": self.coeffs[:, 0].unbind(),
+            "noisy": tuple((self.coeffs[:, 3] != 0).tolist()),
+            "_behind": _behind(self.steps),
+            "_candidates": _candidates(self.steps),
+            "_reads_x0": tuple(
+                late and bool(self.history[step.row[step.row != IDLE]].any()) for step in self.steps
+            ),
+        }.items():
+            object.__setattr__(self, name, value)
 
     @property
     def num_candidates(self) -> int:
         """Samples a prompt begins with, before any cut."""
-        return self.candidates()[0]
+        return self._candidates[0]
 
     @property
     def group_size(self) -> int:
@@ -105,8 +135,7 @@ class Plan:
 
     def reads_x0(self, place: int) -> bool:
         """Whether a step reads the x0 predictions of the one before."""
-        row = self.steps[place].row
-        return bool(self.history[row[row != IDLE]].any())
+        return self._reads_x0[place]
 
     def gives_x0(self, place: int) -> bool:
         """Whether a cut after a step, or the next step, reads its x0 predictions."""
@@ -119,26 +148,11 @@ class Plan:
 
     def behind(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Of each step, of each child, the candidates behind it: as they are numbered before the step's cut."""
-        found: list[tuple[tuple[int, ...], ...]] = []
-        for step in reversed(self.steps):
-            width = len(step.parent)
-            if not found or step.cut:
-                children: tuple[tuple[int, ...], ...] = tuple((row,) for row in range(width))
-            else:
-                after, following = found[-1], self.steps[len(self.steps) - len(found)].parent
-                if np.array_equal(following, np.arange(width)):
-                    found.append(after)
-                    continue
-                children = tuple(
-                    tuple(leaf for child in np.flatnonzero(following == row) for leaf in after[child])
-                    for row in range(width)
-                )
-            found.append(children)
-        return tuple(reversed(found))
+        return self._behind
 
     def roots(self) -> Index:
         """Of each of the `width` rows a prompt begins with, its first candidate."""
-        first, behind = self.steps[0], self.behind()[0]
+        first, behind = self.steps[0], self._behind[0]
         return np.array(
             [behind[int(np.flatnonzero(first.parent == row)[0])][0] for row in range(self.width)],
             dtype=np.int64,
@@ -155,14 +169,37 @@ class Plan:
         steps = tuple(replace(s, row=own(s.row), kept=own(s.kept)) for s in self.steps)  # type: ignore[arg-type]
         return replace(self, steps=steps)
 
-    def candidates(self) -> list[int]:
+    def candidates(self) -> tuple[int, ...]:
         """Of each step, the samples a prompt has under way in it."""
-        sizes, size = [], self.group_size
-        for step in reversed(self.steps):
-            if step.cut:
-                size = len(step.parent)
-            sizes.append(size)
-        return sizes[::-1]
+        return self._candidates
+
+
+def _behind(steps: Sequence[StepPlan]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    found: list[tuple[tuple[int, ...], ...]] = []
+    for step in reversed(steps):
+        width = len(step.parent)
+        if not found or step.cut:
+            children: tuple[tuple[int, ...], ...] = tuple((row,) for row in range(width))
+        else:
+            after, following = found[-1], steps[len(steps) - len(found)].parent
+            if np.array_equal(following, np.arange(width)):
+                found.append(after)  # the same object, by which a walk sees that nothing has changed
+                continue
+            children = tuple(
+                tuple(leaf for child in np.flatnonzero(following == row) for leaf in after[child])
+                for row in range(width)
+            )
+        found.append(children)
+    return tuple(reversed(found))
+
+
+def _candidates(steps: Sequence[StepPlan]) -> tuple[int, ...]:
+    sizes, size = [], 0
+    for step in reversed(steps):
+        if step.cut or not sizes:
+            size = len(step.parent)
+        sizes.append(size)
+    return tuple(reversed(sizes))
 
 
 class PlanBuilder:
