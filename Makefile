@@ -5,11 +5,11 @@
 PYTHON ?= python3
 TORCH  ?= 2.13.0# the one place that pins torch
 
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)# processes of `make test`: a file's tests stay together
+
 VENV  := .venv
 BIN   := $(VENV)/bin
-PIP   := $(BIN)/pip --disable-pip-version-check
-SETUP := $(VENV)/.torch-$(TORCH)
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready-$(TORCH)
 
 NATIVE := $(wildcard csrc/* tests/build/*.cpp $(addprefix tests/cuda_on_host/*., h cpp cu))
 
@@ -18,8 +18,10 @@ NATIVE := $(wildcard csrc/* tests/build/*.cpp $(addprefix tests/cuda_on_host/*.,
 demo: build
 	$(BIN)/flowgrpo-fast train
 
+# The CUDA code for every architecture, where nvcc is found; the other targets compile it for the GPU that is here.
+test: export FLOWGRPO_FAST_ARCHS ?= all
 test: build lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # the CPU code under the sanitizers (a few minutes); that of the GPU, on the host, is part of the tests
 sanitize: build
@@ -61,24 +63,10 @@ levers: build
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--output $(OUT))
 
-$(READY): pyproject.toml $(SETUP)
-	$(PIP) install --quiet "setuptools>=77" "pybind11>=3.0" "ninja>=1.11"
-	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
-	@touch $@
-
-# Without an NVIDIA driver a CPU build of torch is asked for first, from the configured index, then from PyTorch's own.
-$(SETUP):
+$(READY): pyproject.toml install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $$($(PYTHON) --version) is too old; set PYTHON to Python 3.10 or later" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	@if command -v nvidia-smi >/dev/null 2>&1; then \
-	  $(PIP) install --quiet "torch==$(TORCH)"; \
-	else \
-	  $(PIP) install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || \
-	  $(PIP) install --quiet --retries 1 --timeout 15 "torch==$(TORCH)+cpu" \
-	    --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null || \
-	  $(PIP) install --quiet "torch==$(TORCH)"; \
-	fi
+	@$(PYTHON) install.py --venv $(VENV) --torch $(TORCH)
 	@touch $@
 
 clean:

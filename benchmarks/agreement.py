@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from flowgrpo_fast.sampling.sampler import START_NOISE_STREAM, rollout
+from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
+from flowgrpo_fast.training.sample import draw, start_scoring
 from torch import Tensor
 
 from benchmarks import trainer_loop
 from benchmarks.trainer_loop import Randn
 from flowgrpo_fast.ops import philox_normal
 from flowgrpo_fast.recipe import Recipe
-from flowgrpo_fast.sampling.sampler import START_NOISE_STREAM, rollout
-from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
 from flowgrpo_fast.sampling.step import row_slices
 from flowgrpo_fast.training.engine import Engine, build_engine
 from flowgrpo_fast.training.loop import make_batch
-from flowgrpo_fast.training.sample import draw, start_scoring
 from flowgrpo_fast.training.snapshots import trained_parameters
 from flowgrpo_fast.training.update import _Tally, accumulate_share
 from flowgrpo_fast.types import Draws

@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from flowgrpo_fast.sampling.sampler import rescored, rollout  # noqa: E402
+from flowgrpo_fast.sampling.schedule import resolve_schedule  # noqa: E402
+from flowgrpo_fast.training.sample import draw  # noqa: E402
+
 from benchmarks.rows import machine  # noqa: E402
 from flowgrpo_fast.models import digits  # noqa: E402
 from flowgrpo_fast.precision import FORMATS, build_low_precision  # noqa: E402
@@ -33,9 +37,6 @@ from flowgrpo_fast.precision.adapters import linear_layers  # noqa: E402
 from flowgrpo_fast.recipe import LowPrecision  # noqa: E402
 from flowgrpo_fast.recipes import digits as on_digits  # noqa: E402
 from flowgrpo_fast.recipes import flow_grpo  # noqa: E402
-from flowgrpo_fast.sampling.sampler import rescored, rollout  # noqa: E402
-from flowgrpo_fast.sampling.schedule import resolve_schedule  # noqa: E402
-from flowgrpo_fast.training.sample import draw  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/precision_cpu.json"
 PAGE = ROOT / "docs/precision.md"

@@ -242,7 +242,7 @@ def gpu() -> dict[str, str] | None:
     major, minor = torch.cuda.get_device_capability()
     return {
         "gpu": torch.cuda.get_device_name(),
-        "arch": f"{major}{minor}" + ("a" if (major, minor) in ((9, 0), (10, 0)) else ""),
+        "arch": f"{major}{minor}",
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }

@@ -25,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a script
     sys.path.insert(0, str(ROOT))
 
+from flowgrpo_fast.sampling.sampler import rollout  # noqa: E402
+from flowgrpo_fast.sampling.schedule import ode_schedule  # noqa: E402
+from flowgrpo_fast.training.sample import draw  # noqa: E402
+
 from benchmarks.agreement import agreement  # noqa: E402
 from benchmarks.counters import Counter  # noqa: E402
 from benchmarks.lever_report import COMPILED, EQUAL, FAST, FLASH, LOW, TRAINER, WINDOW  # noqa: E402
@@ -33,11 +37,8 @@ from benchmarks.rows import Row, rounded  # noqa: E402
 from benchmarks.trainer_loop import wait  # noqa: E402
 from flowgrpo_fast.planner.live import Floor, floor_of  # noqa: E402
 from flowgrpo_fast.recipe import ClippedRatio, Recipe  # noqa: E402
-from flowgrpo_fast.sampling.sampler import rollout  # noqa: E402
-from flowgrpo_fast.sampling.schedule import ode_schedule  # noqa: E402
 from flowgrpo_fast.training.engine import Engine  # noqa: E402
 from flowgrpo_fast.training.loop import StepReport  # noqa: E402
-from flowgrpo_fast.training.sample import draw  # noqa: E402
 
 _FIRST = (LOW, FAST, TRAINER, COMPILED, FLASH, EQUAL, WINDOW)  # on a GPU, where time may run out
 _A_ROW = 40.0  # seconds the first one may take, on a GPU with its compilation; then the longest so far

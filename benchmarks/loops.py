@@ -8,17 +8,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from flowgrpo_fast.sampling.sampler import rollout
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.sample import draw
 from torch import Tensor, nn
 
 from benchmarks import trainer_loop
 from benchmarks.cases import SD3, Case, Run, Size
 from flowgrpo_fast.recipe import AllSteps, Recipe, Sigmas
 from flowgrpo_fast.recipes import digits, mix_grpo
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import train_step
-from flowgrpo_fast.training.sample import draw
 from flowgrpo_fast.types import Conditioning, FlowModel
 
 

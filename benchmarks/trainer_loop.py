@@ -18,17 +18,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
+from flowgrpo_fast.training.sample import draw
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from flowgrpo_fast.models.pipeline import PipelineModel
 from flowgrpo_fast.ops import reference
 from flowgrpo_fast.recipe import ClippedRatio, FlowSDE, Recipe
-from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
 from flowgrpo_fast.sampling.step import row_slices
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.loop import StepReport
-from flowgrpo_fast.training.sample import draw
 from flowgrpo_fast.types import Conditioning, Draws, FlowModel
 
 

@@ -1,9 +1,16 @@
-// The Python module `_C`: every op once, a file bind_*.cpp a family. A call checks its arguments, borrows the tensors,
+// The Python module `_C`: every op once, a file bind_*.h a family. A call checks its arguments, borrows the tensors,
 // and runs on their device.
+//
+// The families are one translation unit because pybind11 itself is most of what there is to compile: six of them took
+// five times as long.
 #include "bindings.h"
 
+#include "bind_flow.h"
+#include "bind_group.h"
+#include "bind_matching.h"
+#include "bind_preview.h"
+#include "bind_quantize.h"
 #include "cpu_dispatch.h"
-#include "flow_step.h"
 
 namespace flowgrpo_fast {
 namespace {

@@ -1,5 +1,4 @@
-// What the files of the Python module share: borrowing arguments, running an op where its tensors are, and one function
-// a family of ops that adds it to the module.
+// What the families of ops in the Python module share: borrowing arguments, and running an op where its tensors are.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -39,11 +38,5 @@ inline void run(const Tensor& where, const Args& args, int num_threads, void (*o
 #else
 #define FLOWGRPO_ON_CUDA(op) nullptr
 #endif
-
-void bind_flow(py::module_& module);
-void bind_preview(py::module_& module);
-void bind_group(py::module_& module);
-void bind_quantize(py::module_& module);
-void bind_matching(py::module_& module);
 
 }  // namespace flowgrpo_fast

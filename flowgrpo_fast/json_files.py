@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -23,14 +24,36 @@ def read_json(path: Path) -> Any:
     """
     file = path / "recipe.json" if path.is_dir() else path
     try:
-        # Not the locale's encoding; an editor may have put a byte order mark first.
-        return parse_json(file.read_bytes().decode("utf-8-sig"))
+        text = read_text(file, "recipe")
     except FileNotFoundError:
         raise ValueError(f"no recipe at {str(file)!r}; give a run folder or its recipe.json") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {str(file)!r}: {error.strerror}") from None
+    try:
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is not a JSON recipe: {error}") from None
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A file's text, UTF-8 with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or is not UTF-8; names the first byte that is not.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot read {what}s from {str(path)!r}: {error.strerror}") from None
+    marked = data.startswith(codecs.BOM_UTF8)
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = error.start + marked * len(codecs.BOM_UTF8)
+        raise ValueError(
+            f"{str(path)!r} is not UTF-8 text: its byte {place} is 0x{data[place]:02x}; save it as UTF-8"
+        ) from None
 
 
 def parse_json(text: str) -> Any:

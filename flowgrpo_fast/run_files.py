@@ -280,6 +280,8 @@ class RunFiles(Generic[Root]):
                     raise self._no_choice(text, hint, place)
                 raise self._wrong_part(part, hint, place)
             return self._read({"is": text}, hint, place)
+        if text in self.replaced and not fits(text, hint):
+            raise ValueError(f"{place}: {text} {_was_replaced(self.replaced[text])}")
         try:
             value = parse_json(text)
         except json.JSONDecodeError:

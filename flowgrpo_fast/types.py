@@ -7,7 +7,7 @@ before it and E edges after it, `fan = E // H` children of each row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -33,11 +33,15 @@ class Conditioning:
 
     def rows(self, index: Tensor | slice) -> Conditioning:
         """Rows `index [B]` (int64) of every field, to repeat prompts over their group; a slice gives views."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
-        return replace(
-            self,
-            **{k: _rows(v, index) for k, v in tensors.items() if v is not None},
-            extra={k: _rows(v, index) for k, v in self.extra.items()},
+        # Written out: a walk calls it for every micro-batch, and a look at the fields' names would cost as much again.
+        return Conditioning(
+            _rows(self.prompt_embeds, index),
+            None if self.pooled_prompt_embeds is None else _rows(self.pooled_prompt_embeds, index),
+            None if self.negative_prompt_embeds is None else _rows(self.negative_prompt_embeds, index),
+            None
+            if self.negative_pooled_prompt_embeds is None
+            else _rows(self.negative_pooled_prompt_embeds, index),
+            {name: _rows(values, index) for name, values in self.extra.items()},
         )
 
     def negative(self) -> Conditioning:

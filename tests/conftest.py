@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from flowgrpo_fast.models.network import ModelSetup
@@ -33,11 +35,38 @@ torch.set_num_threads(1)  # toy sizes: threads only wait for each other
 GOLDEN = Path(__file__).parent / "golden"
 
 
+# Minutes each, of compilers and of programs begun anew: first, so that no process is left alone with one at the end.
+LONG = ("test_cuda_on_host.py", "test_execution.py", "test_cli.py", "test_sanitize_cpu.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here: GPU code not run"))
+
+
+@pytest.fixture(scope="session")
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[..., Path]:
+    """Makes a folder under a name, once for the whole run: the workers of pytest-xdist share what one has made."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # a worker's folder is in that of the run
+        root = root.parent
+    root = root / "made_once"
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                make(half := path.with_name(f"{path.name}.half"))
+                half.rename(path)
+        return path
+
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,6 +74,12 @@ def small_heap() -> None:
     """What earlier modules left stays; the garbage collector, which loading a model calls, need not walk it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def methods() -> dict[str, dict]:
+    """Worked examples of the literature's methods by name: `inputs` and the `expected` numbers of each."""
+    return json.loads((GOLDEN / "methods.json").read_text())
 
 
 @pytest.fixture(params=sorted(path.name for path in GOLDEN.glob("*.npz")))

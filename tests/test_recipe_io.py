@@ -14,7 +14,7 @@ import pytest
 from flowgrpo_fast import recipe_io
 from flowgrpo_fast.field_types import accepts, described, fits, lacks
 from flowgrpo_fast.json_files import check_name, named_code, read_json
-from flowgrpo_fast.recipes import mix_grpo
+from flowgrpo_fast.recipes.trajectory import mix_grpo
 from flowgrpo_fast.run_files import RunFiles
 
 
@@ -459,7 +459,7 @@ def test_files_are_utf8_whatever_the_editor(tmp_path: Path) -> None:
     assert (tmp_path / "b.json").read_bytes().isascii()
     assert FILES.load(tmp_path / "b.json") == job
     (tmp_path / "c.json").write_bytes(text.encode("latin-1"))
-    assert "c.json' is not a JSON recipe" in line(FILES.load, tmp_path / "c.json")
+    assert "c.json' is not UTF-8 text: its byte" in line(FILES.load, tmp_path / "c.json")
 
 
 def test_a_file_is_replaced_whole_and_only_if_it_changes(tmp_path: Path, monkeypatch) -> None:
@@ -634,7 +634,9 @@ def test_show_lists_every_value_in_the_order_of_the_fields() -> None:
 
 def test_what_is_shown_can_be_typed() -> None:
     shown = recipe_io.show(mix_grpo())
-    again = recipe_io.override(mix_grpo(), ["window=AllSteps", "group_size=4", "loss=NFT", "optimizer.lr=1"])
+    again = recipe_io.override(
+        mix_grpo(), ["topology.at=AllSteps", "group_size=4", "objective=NFT", "optimizer.lr=1"]
+    )
     # A reward has no default function, so its name alone makes none.
     lines = [f"{path}={text}" for path, text in shown if text != "RewardTerm"]
     assert recipe_io.override(again, lines) == mix_grpo()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,10 @@ class Normalise:
             not (self.ddof and self.aggregate == "gdpo"),
             "Normalise.ddof is 1, which 'gdpo' does not know; its second pass is over the population",
         )
+        require(
+            not (self.std == "batch" and self.aggregate == "gdpo"),
+            "Normalise.std is 'batch', which 'gdpo' does not know; its first pass is by groups: set std='group'",
+        )
 
     @property
     def requires(self) -> Requires:
@@ -57,13 +62,17 @@ class Normalise:
         values = torch.stack(list(objectives.values()), 1) if apart else credit.advantages
         _require_finite(values)
         count = len(draws.group_id) // len(draws.prompt_index) if self.std == "group" else len(draws.group_id)
-        # With std_1 = f * std_0 the wanted r / (f std_0 + eps) is r / (std_0 + eps / f) / f: the kernel's own, rescaled.
+        weights = [scored.reward_weights[name] for name in objectives] if apart else None
+        if scored.scores.valid is not None:
+            return Credit(self._of_scored(values, scored, weights).float(), credit.weight)
+        # With std_1 = f * std_0 the wanted r / (f std_0 + eps) is r / (std_0 + eps / f) / f: the kernel's own,
+        # rescaled.
         bessel = math.sqrt(count / (count - 1)) if self.ddof else 1.0
         advantages = group_advantages(
             values.double(),
             draws.group_id,
             len(draws.prompt_index),
-            [scored.reward_weights[name] for name in objectives] if apart else None,
+            weights,
             self.aggregate if apart else "sum",
             self.std,
             self.eps / bessel,
@@ -71,6 +80,45 @@ class Normalise:
         if self.ddof:
             advantages = advantages / bessel
         return Credit(advantages.float(), credit.weight)
+
+    def _of_scored(self, values: Tensor, scored: Scored, weights: Sequence[float] | None) -> Tensor:
+        """The same, where some samples have no score: no mean and no deviation counts them, and theirs is 0.
+
+        The kernel knows no such samples, and how many there are is known on the device alone.
+        """
+        valid = scored.scores.valid
+        assert valid is not None
+        # Members of a group are neighbours, and as many in each: sums over an axis are in a fixed order.
+        num_groups = len(scored.samples.draws.prompt_index)
+        here = valid.view(num_groups, -1, 1)
+        table = values.double().view(*here.shape[:2], -1)
+        # Counted from a score of its own group, equal rewards are exactly 0 whatever the rounding of their mean.
+        lowest = table.where(here, torch.inf).amin(1, keepdim=True)
+        shifted = (table - lowest).where(here, 0.0)
+        num = here.sum(1, keepdim=True).double()
+
+        def deviation(centred: Tensor, num: Tensor, over: tuple[int, ...]) -> Tensor:
+            squares = centred.square().sum(over, keepdim=True)
+            return (squares / (num - self.ddof).clamp(min=1)).sqrt()
+
+        centred = (shifted - shifted.sum(1, keepdim=True) / num.clamp(min=1)).where(here, 0.0)
+        if self.std == "group":
+            scale = deviation(centred, num, (1,))
+        else:
+            mean = table.where(here, 0.0).sum((0, 1), keepdim=True) / num.sum().clamp(min=1)
+            scale = deviation((table - mean).where(here, 0.0), num.sum(), (0, 1))
+        z = centred / (scale + self.eps)
+        if weights is None:
+            return z.flatten()
+        z = z * torch.tensor(weights, dtype=z.dtype).to(z.device, non_blocking=True)
+        if self.aggregate == "separate":
+            return z.flatten(0, 1)
+        advantages = z.sum(2, keepdim=True)
+        if self.aggregate == "gdpo":
+            mean = advantages.sum() / num.sum().clamp(min=1)
+            centred = (advantages - mean).where(here, 0.0)
+            advantages = centred / (deviation(centred, num.sum(), (0, 1)) + self.eps)
+        return advantages.flatten()
 
 
 def _require_finite(rewards: Tensor) -> None:

@@ -7,12 +7,13 @@ A(edge)             = sum over the edges that leave its end of share * A
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.checks import one_of
+from flowgrpo_fast.checks import one_of, require
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.types import Credit, Scored, Transitions
 
@@ -37,8 +38,18 @@ class TreeBackup:
         return Requires(log_probs=True, all_steps=True)
 
     def __call__(self, credit: Credit, scored: Scored) -> Credit:
-        """Advantages `[B, K]`: at each kept step that of the edge on the sample's way."""
+        """Advantages `[B, K]`: at each kept step that of the edge on the sample's way.
+
+        Raises:
+            ValueError: the kept steps make no tree, each going on from every edge of the one before.
+        """
         steps = scored.samples.transitions
+        require(
+            all(len(above.row) == below.num_heads for above, below in pairwise(steps))
+            and steps[-1].samples.shape == (len(credit.advantages), 1),
+            f"TreeBackup needs kept steps that make a tree; rows before and edges after them are "
+            f"{[(step.num_heads, len(step.row)) for step in steps]}: use the topology Tree, without Cuts",
+        )
         columns = []
         value = credit.advantages[steps[-1].samples].mean(1)  # [E] of the last step
         for step in reversed(steps):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowgrpo_fast.data.draws import draw_prompts
+from flowgrpo_fast.json_files import read_text
 from flowgrpo_fast.types import PromptSet
 
 
@@ -89,29 +89,6 @@ class Prompts:
         return draw_prompts(step=step, seed=seed, num_prompts=num_prompts, set_size=set_size)
 
 
-def read_text(path: str | Path, what: str) -> str:
-    """A file's text, UTF-8 with or without a byte order mark.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or is not UTF-8; names the first byte that is not.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"cannot read {what}s from {str(path)!r}: {error.strerror}") from None
-    marked = data.startswith(codecs.BOM_UTF8)
-    try:
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = error.start + marked * len(codecs.BOM_UTF8)
-        raise ValueError(
-            f"{str(path)!r} is not UTF-8 text: its byte {place} is 0x{data[place]:02x}; save it as UTF-8"
-        ) from None
-
-
 def read_lines(path: str, what: str) -> list[str]:
     """A file's lines, stripped, without the empty ones. Only a line feed ends a line.
 
@@ -164,11 +141,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _string(record: Any, key: str) -> str:
     if not isinstance(record, dict):
-        raise ValueError(
-            f'a {type(record).__name__}; each line must be an object such as {{"prompt": "a cat"}}'
-        )
+        raise ValueError('not an object; each line must be one, such as {"prompt": "a cat"}')
     if key not in record:
-        raise ValueError(f'no "{key}"; each line must be an object such as {{"prompt": "a cat"}}')
+        raise ValueError(f'no "{key}"; each line must have one, such as {{"prompt": "a cat"}}')
     value = record[key]
     if not isinstance(value, str):
         raise ValueError(f'"{key}" is {json.dumps(value)}; it must be a string')

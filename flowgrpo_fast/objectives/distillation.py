@@ -101,7 +101,12 @@ class Distillation:
             )
             assert isinstance(out, FlowLogProbOutput)
             assert out.drift is not None
-            stats |= {"log_prob": out.log_prob, f"drift/{name}": out.drift}
+            distance = out.drift / evaluator.coeffs[point.row, 2].square()
+            stats |= {
+                "log_prob": out.log_prob,
+                f"drift/{name}": out.drift,
+                f"distance/{name}": distance,
+            }
         return stats | {"std": evaluator.coeffs[point.row, 3], "interval": evaluator.interval[point.row]}
 
     def loss(self, stats: Stats, advantages: Tensor) -> Terms:

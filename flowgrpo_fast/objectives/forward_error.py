@@ -94,7 +94,7 @@ class ForwardError:
             if drift is None:  # the kernel takes one reference a call
                 drift = matching(velocity, target, reference_velocity=other).reference_drift
             assert drift is not None
-            stats[f"drift/{name}"] = drift
+            stats[f"distance/{name}"] = drift
         return stats
 
     def weigh(self, error: Tensor, sigma: Tensor) -> Tensor:

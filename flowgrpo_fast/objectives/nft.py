@@ -78,7 +78,7 @@ class NFT:
             "positive": x0_error(means.positive, means.positive_abs, point.sigma),
             "negative": x0_error(means.negative, means.negative_abs, point.sigma),
         }
-        return stats if means.reference_drift is None else {**stats, "drift/start": means.reference_drift}
+        return stats if means.reference_drift is None else {**stats, "distance/start": means.reference_drift}
 
     def loss(self, stats: Stats, advantages: Tensor) -> Terms:
         """As of the module's text."""
@@ -87,7 +87,7 @@ class NFT:
         loss = self.most / self.beta * (good * positive + (1 - good) * negative)
         kl = torch.zeros_like(loss).detach()
         if self.kl_beta:
-            kl = stats["drift/start"]
+            kl = stats["distance/start"]
             loss = loss + self.kl_beta * kl
         shown = {"loss": loss, "positive_loss": positive, "negative_loss": negative, "kl": kl}
         return Terms(loss, {name: value.detach() for name, value in shown.items()}, {})

@@ -27,7 +27,10 @@ class Regularizer(Protocol):
 
     @property
     def to(self) -> str:
-        """The snapshot it measures the distance from: the surrogate then gives `drift/<to>`; empty = none."""
+        """The snapshot it measures from: the surrogate then gives `distance/<to>`, and `drift/<to>` of transitions.
+
+        Empty = none.
+        """
         ...
 
     def penalty(self, stats: Stats) -> Tensor:
@@ -88,5 +91,5 @@ class VelocityKL:
         return Requires(snapshots={self.to: self.rule})
 
     def penalty(self, stats: Stats) -> Tensor:
-        """`[E]` fp32."""
-        return stats[f"drift/{self.to}"]
+        """`[E]` fp32; gradient flows through the distance."""
+        return stats[f"distance/{self.to}"]

@@ -122,6 +122,11 @@ class ResetWhen:
     above: float = 3e-4
     every: int = 0  # training steps; 0 = only by the metric
 
+    def __post_init__(self) -> None:
+        """A metric to look at, a count that is not negative."""
+        require(bool(self.metric), "ResetWhen.metric is empty; name a metric of the update, such as 'kl'")
+        require(self.every >= 0, f"ResetWhen.every is {self.every}; it must be at least 0")
+
     @property
     def path(self) -> str:
         """The model's own."""

@@ -24,7 +24,11 @@ class Surrogate(Protocol):
         ...
 
     def measure(self, point: Any, evaluator: Evaluator, references: Sequence[str]) -> Stats:
-        """`log_prob` and `old_log_prob [E]`, and `drift/<name>` from each snapshot in `references`."""
+        """`log_prob` and `old_log_prob [E]`, and how far each snapshot in `references` is.
+
+        `distance/<name>` is the mean square distance of velocities; of stored transitions `drift/<name>`, that of their
+        means, besides, with the `std` and the `interval` of the step.
+        """
         ...
 
 
@@ -67,7 +71,13 @@ class PathLogProb:
             out = flow_log_prob(*transition, guidance=guidance, extras=extras)
             assert isinstance(out, FlowLogProbOutput)
             assert out.drift is not None
-            stats |= {"log_prob": out.log_prob, f"drift/{name}": out.drift}
+            # The means of one row differ by its coefficient of the velocity times what the velocities do.
+            distance = out.drift / evaluator.coeffs[point.row, 2].square()
+            stats |= {
+                "log_prob": out.log_prob,
+                f"drift/{name}": out.drift,
+                f"distance/{name}": distance,
+            }
         if references:
             # Advanced indexing copies these to the edges without a look at the device.
             stats |= {"std": evaluator.coeffs[point.row, 3], "interval": evaluator.interval[point.row]}

@@ -161,7 +161,7 @@ class RewardTerm:
             self.differentiable,
             f"reward {self.function!r} is asked for its gradient; set RewardTerm.differentiable, if it has one",
         )
-        total = as_scores(self.score(seen), len(seen), self.label).total
+        total = scored(self, seen).total
         require(
             total.requires_grad,
             f"reward {self.function!r} is differentiable by its RewardTerm, but its scores carry no gradient; "
@@ -172,7 +172,8 @@ class RewardTerm:
 
 def scored(term: Reward, seen: Seen) -> Scores:
     """One reward's scores, in fp32, of the right shapes. Raises ValueError as `as_scores`, or as the reward does."""
-    return as_scores(term.score(seen), len(seen), term.label)
+    num_samples = len(seen)  # before the reward, which may change even the list of prompts
+    return as_scores(term.score(seen), num_samples, term.label)
 
 
 def as_scores(returned: object, num_samples: int, label: str) -> Scores:

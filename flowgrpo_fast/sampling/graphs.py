@@ -1,8 +1,8 @@
 """One step of a rollout as a CUDA graph, captured once per shape and replayed at every step of every rollout.
 
-The rows of the table live on the device, so stochastic and deterministic steps of a shape are the same graph. Inputs are
-static buffers that all shapes share, the smaller ones as leading rows of the largest; outputs live in one memory pool
-and are copied out before the next replay. Weights are read where they are: an update in place is seen, as is a
+The rows of the table live on the device, so stochastic and deterministic steps of a shape are the same graph. Inputs
+are static buffers that all shapes share, the smaller ones as leading rows of the largest; outputs live in one memory
+pool and are copied out before the next replay. Weights are read where they are: an update in place is seen, as is a
 snapshot's, whose own memory the pointers of its capture name.
 
 Without a CUDA device, or where a capture failed, the same function runs on the same buffers, uncaptured.
@@ -33,6 +33,7 @@ class _Key(NamedTuple):
     model: FlowModel  # by itself: two views of one module are two
     rows: int  # of a micro-batch
     fan: int
+    repeats: bool  # children of a row are one, copied
     carries_x0: bool
     gives_velocity: bool
     gives_unconditional: bool
@@ -163,6 +164,7 @@ class Graphs:
             policy.model,
             rows,
             wanted.fan,
+            wanted.fan > 1 and not wanted.noisy,
             bool(layout[0]),
             wanted.gives_velocity,
             wanted.gives_unconditional,
@@ -187,8 +189,8 @@ class Graphs:
             except RuntimeError as error:  # the driver's and torch's own are
                 self._refused = True
                 line = str(_first(error)).strip().splitlines()[0]
-                message = f"graphs: a step of {key.rows} rows cannot be captured ({line}); steps are launched one by one"
-                warnings.warn(message, RuntimeWarning, stacklevel=4)
+                message = f"graphs: a step of {key.rows} rows cannot be captured ({line})"
+                warnings.warn(f"{message}; steps are launched one by one", RuntimeWarning, stacklevel=4)
         return graph
 
 

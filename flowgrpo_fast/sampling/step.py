@@ -246,7 +246,9 @@ def _irregular(plan: Plan, step: StepPlan, at: _Place, forwards: Forwards, uploa
                 "offsets": np.concatenate([[0], np.cumsum(counts)]),
             }
             asks.append(ask)
-    assert sum(ask["trained"] for ask in asks) <= 1, "the kept rows of a step have equally many children"
+    assert sum(bool(ask["trained"]) for ask in asks) <= 1, (
+        "the kept rows of a step have equally many children"
+    )
     still = np.flatnonzero(~moves)
     idle = (uploads.add(head[still]), uploads.add(still)) if len(still) else None
     return _Draft(asks, num_prompts * num_children, idle)
@@ -301,15 +303,10 @@ def take_step(policy: Policy, given: StepInput, coeffs: Tensor, wanted: Wanted) 
     fan, row, seed = wanted.fan, given.row, given.seed
     # Children of one row start from one sigma, whatever rows of the table they take.
     sigma = coeffs[row, 0] if isinstance(row, int) else coeffs[:, 0].index_select(0, row[::fan])
-    parts = [
-        policy.predict(
-            given.latents[rows],
-            sigma if sigma.ndim == 0 else sigma[rows],
-            given.conditioning.rows(rows),
-        )
-        for rows in row_slices(len(given.latents), wanted.rows)
-    ]
-    predicted = parts[0] if len(parts) == 1 else _joined(parts, policy.guidance_scale)
+    if given.latents.shape[0] <= wanted.rows:
+        predicted = policy.predict(given.latents, sigma, given.conditioning)
+    else:
+        predicted = _predict_in_parts(policy, given, sigma, wanted.rows)
     copies = 1
     if fan > 1 and not wanted.noisy:  # one child is computed, and repeated
         fan, copies, seed = 1, fan, seed[::fan].contiguous()
@@ -337,7 +334,14 @@ def take_step(policy: Policy, given: StepInput, coeffs: Tensor, wanted: Wanted) 
     )
 
 
-def _joined(parts: list[Predicted], scale: float) -> Predicted:
+def _predict_in_parts(policy: Policy, given: StepInput, sigma: Tensor, rows: int) -> Predicted:
+    """Velocities of all rows, one micro-batch after another."""
+    parts = [
+        policy.predict(
+            given.latents[part], sigma if sigma.ndim == 0 else sigma[part], given.conditioning.rows(part)
+        )
+        for part in row_slices(given.latents.shape[0], rows)
+    ]
     velocity = torch.cat([part.velocity for part in parts])
     negative = [part.guidance.negative_velocity for part in parts if part.guidance is not None]
-    return Predicted(velocity, Guidance(torch.cat(negative), scale) if negative else None)
+    return Predicted(velocity, Guidance(torch.cat(negative), policy.guidance_scale) if negative else None)

@@ -24,7 +24,7 @@ from flowgrpo_fast.sampling.step import (
     lay_out,
     take_step,
 )
-from flowgrpo_fast.schedule.plan import Cut, Plan
+from flowgrpo_fast.schedule.plan import Cut, Index, Plan
 from flowgrpo_fast.types import Conditioning, Draws, Imposed, PreviewScore, Trajectory, Transitions
 
 START_NOISE_STREAM = 1  # stream 0 is the noise of the steps
@@ -215,7 +215,8 @@ class _UnderWay:
         """Goes on with fewer samples, and with what is kept of them."""
         ask, given, result = answer
         draws, num_prompts = self.draws, len(self.draws.prompt_index)
-        assert ask.fan == 1 and result.velocity is not None
+        assert ask.fan == 1, "a cut is of samples"
+        assert result.velocity is not None
         seen = Candidates(
             latents=given.latents,
             velocity=result.velocity,
@@ -234,7 +235,10 @@ class _UnderWay:
             if kept.fan == 1:
                 held += [kept.latents] if kept.unconditional is None else [kept.latents, kept.unconditional]
         moved = _gathered(index, held)
-        self.kept = [_survived(kept, moved, cut.size, num_prompts) for kept in self.kept]
+        samples = np.arange(num_prompts * cut.size)[:, None]
+        on_device = torch.arange(len(samples), device=index.device)[:, None]
+        offsets = np.arange(num_prompts + 1) * cut.size
+        self.kept = [_survived(kept, moved, on_device, samples, offsets) for kept in self.kept]
         self.latents = moved[self.latents]
         self.x0_pred = None if self.x0_pred is None else moved[self.x0_pred]
         self.draws = replace(
@@ -259,14 +263,14 @@ class _Repeats:
     @staticmethod
     def of(imposed: Imposed, plan: Plan, device: torch.device) -> _Repeats:
         """On the device."""
-        assert plan.width == plan.num_candidates and not plan.cuts, (
-            "walks are imposed on samples, not on groups"
-        )
+        assert plan.width == plan.num_candidates, "walks are imposed on samples, not on groups"
+        assert not plan.cuts, "no sample that repeats a walk is cut"
         return _Repeats(torch.from_numpy(imposed.samples).to(device, non_blocking=True), imposed.states)
 
     def imposed(self, place: int, given: StepInput, result: StepResult, coeffs: Tensor) -> StepResult:
         """A step in which they do, scored as the policy scores it that is asked now."""
-        assert result.velocity is not None and isinstance(given.row, int)
+        assert result.velocity is not None
+        assert isinstance(given.row, int)
         after, guidance = self.states[place + 1], result.guidance
         if guidance is not None:
             guidance = Guidance(guidance.negative_velocity.index_select(0, self.index), guidance.scale)
@@ -287,7 +291,9 @@ class _Repeats:
 
 def _transitions(place: int, ask: Ask, given: StepInput, result: StepResult, coeffs: Tensor) -> Transitions:
     """The kept edges of a step."""
-    assert ask.kept_row is not None and ask.samples is not None and ask.samples_host is not None
+    assert ask.kept_row is not None
+    assert ask.samples is not None
+    assert ask.samples_host is not None
     if ask.row_index is None:
         sigma = coeffs[ask.row, 0].expand(ask.num_heads)
     else:
@@ -309,31 +315,31 @@ def _transitions(place: int, ask: Ask, given: StepInput, result: StepResult, coe
     )
 
 
-def _survived(kept: Transitions, moved: dict[Tensor, Tensor], size: int, num_prompts: int) -> Transitions:
-    """The transitions of the samples that go on, `size` of each prompt; each has one edge a step, all by one row."""
-    num_samples = size * num_prompts
-    behind = np.arange(num_samples)[:, None]
-    edges = replace(
+def _survived(
+    kept: Transitions, moved: dict[Tensor, Tensor], samples: Tensor, samples_host: Index, offsets: Index
+) -> Transitions:
+    """The transitions of the samples that go on, numbered anew; each has one edge a step, all by one row."""
+    num_samples, alone = len(samples_host), kept.fan == 1
+    return replace(
         kept,
         row=kept.row[:num_samples],
+        # Rows that a group shares all stay, with fewer children.
+        latents=moved[kept.latents] if alone else kept.latents,
         next_latents=moved[kept.next_latents],
         log_prob=moved[kept.log_prob],
-        samples=torch.arange(num_samples, device=kept.row.device)[:, None],
-        samples_host=behind,
-    )
-    if kept.fan > 1:  # the prompts' shared rows all stay, with fewer children
-        return replace(edges, fan=size)
-    return replace(
-        edges,
-        latents=moved[kept.latents],
-        sigma=kept.sigma[:num_samples],
-        offsets=np.arange(num_prompts + 1) * size,
-        unconditional=None if kept.unconditional is None else moved[kept.unconditional],
+        samples=samples,
+        samples_host=samples_host,
+        sigma=kept.sigma[:num_samples] if alone else kept.sigma,
+        offsets=offsets if alone else kept.offsets,
+        unconditional=moved[kept.unconditional]
+        if alone and kept.unconditional is not None
+        else kept.unconditional,
+        fan=1 if alone else num_samples // (len(offsets) - 1),
     )
 
 
 def _gathered(index: Tensor, values: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """Rows `index` of each, by itself. What one step ends at the next begins with: the same tensor, which moves once."""
+    """Rows `index` of each, by itself. What a step ends at the next begins with: one tensor, which moves once."""
     distinct = list(dict.fromkeys(values))
     moved: list[Tensor] = []
     for first in range(0, len(distinct), _MOST_BUFFERS):

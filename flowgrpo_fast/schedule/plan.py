@@ -194,7 +194,8 @@ def _behind(steps: Sequence[StepPlan]) -> tuple[tuple[tuple[int, ...], ...], ...
 
 
 def _candidates(steps: Sequence[StepPlan]) -> tuple[int, ...]:
-    sizes, size = [], 0
+    sizes: list[int] = []
+    size = 0
     for step in reversed(steps):
         if step.cut or not sizes:
             size = len(step.parent)
@@ -230,12 +231,12 @@ class PlanBuilder:
         kept: bool | Sequence[bool] | NDArray[np.bool_] = False,
     ) -> None:
         """Adds a step; one row, and one `kept`, may stand for all children."""
-        width = len(parent)
+        rows, keeps = np.asarray(row, dtype=np.int64), np.asarray(kept, dtype=bool)
         self.steps.append(
             StepPlan(
-                row=np.atleast_2d(np.broadcast_to(np.asarray(row, dtype=np.int64), _wide(row, width))),
+                row=np.atleast_2d(np.broadcast_to(rows, (*rows.shape[:-1], len(parent)))),
                 parent=np.asarray(parent, dtype=np.int64),
-                kept=np.atleast_2d(np.broadcast_to(np.asarray(kept, dtype=bool), _wide(kept, width))),
+                kept=np.atleast_2d(np.broadcast_to(keeps, (*keeps.shape[:-1], len(parent)))),
                 step=step,
             )
         )
@@ -254,8 +255,3 @@ class PlanBuilder:
             history=(coeffs[:, 4] != 0).numpy(),
             starts=starts.numpy(),
         )
-
-
-def _wide(values: object, width: int) -> tuple[int, ...]:
-    shape = np.shape(values)  # type: ignore[arg-type]
-    return (*shape[:-1], width) if shape else (width,)

@@ -87,6 +87,36 @@ def _lanes(course: Course, window: WindowSteps) -> tuple[PlanBuilder, list[int]]
     return builder, list(range(len(builder.rows)))
 
 
+class _Parting(NamedTuple):
+    """Rows of the table where some leave by a stochastic step and others do not, by step of the schedule."""
+
+    noisy: dict[int, int]
+    euler: list[int]
+    solver: list[int]
+
+
+def _parting(builder: PlanBuilder, course: Course, leaving: tuple[int, ...], merge: int = 1) -> _Parting:
+    """Adds the rows of walks whose steps `leaving` are stochastic for some, and end `merge` steps on.
+
+    Row k of the table is the stochastic one of step k where there is one: noise is a function of the row's number, and
+    so of the step, as in walks that all take together. Where the solver steps as Euler does, they share a row.
+    """
+    sigmas, num_steps = builder.sigmas, len(builder.sigmas) - 1
+    rows = [
+        builder.row(course.dynamics.row(sigmas, step, step + merge), step, step + merge)
+        if step in leaving
+        else builder.euler(step)
+        for step in range(num_steps)
+    ]
+    euler = [builder.euler(step) if step in leaving else row for step, row in enumerate(rows)]
+    later = [course.solver.row(sigmas, step, step + 1) for step in range(num_steps)]
+    solver = [
+        euler[step] if row == builder.rows[euler[step]] else builder.row(row, step, step + 1)
+        for step, row in enumerate(later)
+    ]
+    return _Parting({step: rows[step] for step in leaving}, euler, solver)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Independent:
     """Every sample is a row of its own from the start."""
@@ -281,12 +311,11 @@ class Comb:
             course.whole_groups,
             "Comb: an optimiser step takes whole combs; make num_updates divide num_prompts",
         )
-        builder = PlanBuilder(course.sigmas)
-        euler = [builder.euler(step) for step in range(num_steps)]
-        solver = [
-            builder.row(course.solver.row(course.sigmas, step, step + 1), step, step + 1)
-            for step in range(num_steps)
-        ]
+        # A solver may shorten the steps after the last branch has landed, which all branches take.
+        sigmas = course.solver.tail(course.sigmas, leaving[-1] + self.merge, course.shift)
+        num_steps = len(sigmas) - 1
+        builder = PlanBuilder(sigmas)
+        noisy, euler, solver = _parting(builder, course, leaving, self.merge)
         waits: list[int] = []  # of each branch, the step at which it moves again
         for step in range(num_steps):
             has_trunk = step <= leaving[-1]
@@ -303,12 +332,10 @@ class Comb:
                 row.append(IDLE if step < moves else ready)
                 kept.append(False)
             if step in leaving:
-                to = step + self.merge
-                noisy = builder.row(course.dynamics.row(course.sigmas, step, to), step, to)
                 parent += [0] * self.fan
-                row += [noisy] * self.fan
+                row += [noisy[step]] * self.fan
                 kept += [course.keeps] * self.fan
-                waits += [to] * self.fan
+                waits += [step + self.merge] * self.fan
             builder.step(step, row, parent, kept)
         return builder.plan(1, 1 if course.keeps else 0)
 
@@ -343,23 +370,28 @@ class OneStepEach:
         num_steps = len(course.sigmas) - 1
         choices = self.at.steps(num_steps, course.iteration, course.seed).stochastic
         require(bool(choices), "OneStepEach.at leaves no step stochastic; name those to draw from")
+        require(
+            len(course.solver.tail(course.sigmas, choices[0] + 1, course.shift)) == len(course.sigmas),
+            "OneStepEach.at has a step of its own for every prompt; a solver cannot leave out steps after all of them: "
+            "set its keep to 1",
+        )
         generator = np.random.default_rng([course.seed, course.iteration, _OWN_STEP_STREAM])
         own = np.array(choices)[generator.integers(len(choices), size=course.num_prompts)]
         builder = PlanBuilder(course.sigmas)
+        # The table has the rows of all steps that may be drawn, so that it is as long in every iteration.
+        noisy, euler, solver = _parting(builder, course, choices)
         for step in range(num_steps):
-            builder.euler(step)
-        noisy = {
-            step: builder.row(course.dynamics.row(course.sigmas, step, step + 1), step, step + 1)
-            for step in choices
-        }
-        members = np.ones((1, course.group_size), dtype=int)
-        for step in range(num_steps):
-            here = (own == step)[:, None] & (members > 0)
-            row = np.where(here, noisy.get(step, step), step)
-            if here.any():
-                builder.step(step, row, range(course.group_size), here & course.keeps)
-            else:
-                builder.step(step, step, range(course.group_size))
+            here = own == step
+            row = np.where(here, noisy.get(step, 0), np.where(own < step, solver[step], euler[step]))
+            if (row == row[0]).all():
+                row, here = row[:1], here[:1]
+            every = (len(row), course.group_size)
+            builder.step(
+                step,
+                np.broadcast_to(row[:, None], every),
+                range(course.group_size),
+                np.broadcast_to(here[:, None] & course.keeps, every),
+            )
         return builder.plan(course.group_size, 1 if course.keeps else 0)
 
 
@@ -454,13 +486,16 @@ class Cuts:
         )
         plan = self.inner.plan(course._replace(group_size=self.num_candidates(course.group_size)))
         left = dict(zip(self.steps, (*self.sizes[1:], course.group_size), strict=True))
-        steps, size = [], self.sizes[0]
+        steps, size, width = [], self.sizes[0], plan.width
         for step in plan.steps:
-            width = len(step.parent)
+            whole = step.kept.all() and len(step.parent) == self.sizes[0]
+            parted = width == len(step.parent) == self.sizes[0] and not step.differs
             require(
-                step.step < self.steps[0] or width == self.sizes[0],
-                "Cuts.inner branches after the first cut; cut Independent or SharedStart",
+                (whole or not step.is_kept) and (parted or step.step + 1 < self.steps[0]),
+                f"Cuts.inner is a {type(self.inner).__name__}, in which candidates are not rows of their own from the "
+                "first cut on, or have kept edges of their own; cut Independent or SharedStart",
             )
+            width = len(step.parent)
             if step.step >= self.steps[0]:
                 step = replace(
                     step, row=step.row[:, :size], parent=step.parent[:size], kept=step.kept[:, :size]

@@ -84,8 +84,14 @@ class RandomPair:
         """As of `Window`; all pairs are equally likely."""
         high = num_steps if self.high is None else self.high
         require(
-            self.low + 2 <= high <= num_steps,
-            f"RandomPair(low={self.low}, high={self.high}) leaves no two of the {num_steps} steps to draw from",
+            high <= num_steps,
+            f"RandomPair(low={self.low}, high={self.high}) reaches past the {num_steps} steps of the schedule; lower "
+            "RandomPair.high, or raise num_inference_steps",
+        )
+        require(
+            self.low + 2 <= high,
+            f"RandomPair(low={self.low}, high={self.high}) leaves no two of the {num_steps} steps to draw from; lower "
+            "RandomPair.low or raise num_inference_steps",
         )
         generator = np.random.default_rng([seed, iteration, 0x706169])
         first, second = sorted(generator.choice(np.arange(self.low, high), size=2, replace=False).tolist())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -80,11 +82,7 @@ def test_second_build_does_nothing(built):
 
 @pytest.mark.slow
 def test_touched_header_rebuilds_what_includes_it(built):
-    kernels = {
-        name
-        for name in object_times(built)
-        if re.match(r"\w+\.cpp\.\w+\.o", name)
-    }
+    kernels = {name for name in object_times(built) if re.match(r"\w+\.cpp\.\w+\.o", name)}
     assert kernels
     others = object_times(built).keys() - kernels
     assert rebuilt_by_touching(built, "tensor.h") == {name for name in others if name.startswith("bind")}
@@ -152,18 +150,52 @@ def test_bad_architecture_is_one_line(tmp_path):
     result = build(copy_tree(tmp_path), FLOWGRPO_FAST_CUDA="1", FLOWGRPO_FAST_ARCHS="80;hopper")
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(
-        "flowgrpo_fast build: FLOWGRPO_FAST_ARCHS has 'hopper', must be numbers like 80;90a;120"
+        "flowgrpo_fast build: FLOWGRPO_FAST_ARCHS has 'hopper', must be all, or numbers like 80;90;120 separated by ';'"
     )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "built", "environment", "archs"),
+    [
+        (None, "", {}, ""),
+        (None, "", {"CUDA": "1"}, "80 90 100 120"),
+        (None, "", {"ARCHS": "all"}, "80 90 100 120"),
+        (None, "80 90", {}, "80 90"),  # what `make test` compiled stays
+        (None, "80 90", {"ARCHS": "90; 120"}, "90 120"),
+        ("", "", {}, ""),  # a driver without a GPU
+        ("9.0", "", {}, "90"),
+        ("12.0\n8.9\n12.0", "", {}, "89 120"),
+        ("8.9", "80 90 100 120", {}, "80 90 100 120"),  # sm_80's code runs on it
+        ("10.3", "80 90 100 120", {}, "80 90 100 120"),
+        ("10.3", "80 100a 120", {}, "103"),  # sm_100a's does not
+        ("9.0", "90a", {}, "90a"),
+        ("8.0", "89", {}, "80"),
+        ("9.0\n12.0", "80 90", {}, "90 120"),
+    ],
+)
+def test_architectures_are_those_asked_for_or_the_last_ones_or_the_gpus(
+    tmp_path, monkeypatch, gpus, built, environment, archs
+):
+    if gpus is not None:
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\n/bin/cat <<END\n{gpus}\nEND\n")
+        smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDA", "ARCHS"):
+        monkeypatch.setenv(f"FLOWGRPO_FAST_{name}", environment.get(name, ""))
+    with mock.patch("setuptools.setup"):
+        setup = runpy.run_path(str(ROOT / "setup.py"))
+    assert setup["cuda_archs"](built.split()) == archs.split()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_NVCC, reason="nvcc not found: CUDA code not compiled")
 def test_cuda_compiles_for_every_architecture_without_spills(built):
-    result = build(built, FLOWGRPO_FAST_CUDA="1")
+    result = build(built, FLOWGRPO_FAST_CUDA="1", FLOWGRPO_FAST_ARCHS="all")
     assert result.returncode == 0, result.stdout + result.stderr
     folder = built / "build" / "flowgrpo_fast"
     header, *rows = (folder / "kernels.txt").read_text().splitlines()
-    assert header.split()[-4:] == ["sm_80", "sm_90a", "sm_100a", "sm_120"]
+    assert header.split()[-4:] == ["sm_80", "sm_90", "sm_100", "sm_120"]
     assert "flow_step_kernel<float>" in result.stdout
     sources = {path.name: path.read_text() for path in (built / "csrc").glob("*.cu")}
     with_kernels = {name for name, text in sources.items() if "__global__" in text}
@@ -176,3 +208,11 @@ def test_cuda_compiles_for_every_architecture_without_spills(built):
         assert max(numbers[2::3]) == 0, row
     for name in sources:
         assert "warning" not in (folder / f"{name}.o.log").read_text(), name
+    # As `make demo` does after `make test`: nothing, and the CUDA code stays.
+    before = object_times(built)
+    again = build(built, FLOWGRPO_FAST_CUDA=None, FLOWGRPO_FAST_ARCHS=None)
+    assert "no work to do" in again.stdout, again.stdout + again.stderr
+    assert object_times(built) == before
+    code = "import flowgrpo_fast._C as c; print(*c.build_info()['cuda_archs'])"
+    said = subprocess.run([sys.executable, "-c", code], cwd=built, capture_output=True, text=True)
+    assert said.stdout.split() == ["80", "90", "100", "120"], said.stderr

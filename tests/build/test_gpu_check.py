@@ -57,7 +57,7 @@ def test_a_stage_that_fits_its_work_to_its_limit_is_told_what_is_left(tmp_path):
     assert (fixed.within(60).limit, fixed.within(12.5).limit, fixed.least) == (30, 12, 25)
     assert gpu_check.run(told.within(HANGS + 0.5), tmp_path).status == "passed"
     assert (tmp_path / "levers.log").read_text() == f"['--limit', '{HANGS - 20}']\n"
-    ops, *_, levers = gpu_check.commands(tmp_path, "90a")[-4:]
+    ops, *_, levers = gpu_check.commands(tmp_path, "90")[-4:]
     assert (ops.told[-2], int(ops.told[-1])) == ("--limit", ops.limit - ops.starting)
     assert levers.stretches
     assert levers.limit - levers.starting >= lever_rows._A_ROW  # or no row would be begun
@@ -65,7 +65,7 @@ def test_a_stage_that_fits_its_work_to_its_limit_is_told_what_is_left(tmp_path):
 
 
 def test_the_page_says_what_is_compiled_on_a_gpu(tmp_path):
-    ops = next(command for command in gpu_check.commands(tmp_path, "90a") if command.name == "ops")
+    ops = next(command for command in gpu_check.commands(tmp_path, "90") if command.name == "ops")
     size, dtype = ops.arguments[ops.arguments.index("--compiled") + 1].rsplit(" ", 1)
     assert f"compiles one size alone, {size} in {dtype}" in " ".join(report.INTRODUCTION.split())
 
@@ -245,8 +245,8 @@ def test_an_installation_that_hangs_is_a_stage_timed_out(tmp_path, monkeypatch):
 
 
 def test_a_stage_without_its_packages_is_skipped_and_listed(tmp_path):
-    commands = {command.name: command for command in gpu_check.commands(tmp_path, "90a")}
-    assert commands["build"].environment["FLOWGRPO_FAST_ARCHS"] == "90a"
+    commands = {command.name: command for command in gpu_check.commands(tmp_path, "90")}
+    assert commands["build"].environment["FLOWGRPO_FAST_ARCHS"] == "90"
     assert gpu_check.absent(commands["rollout"], {"diffusers": ""}) == "needs diffusers"
     assert gpu_check.absent(commands["ops"], {"diffusers": ""}) == ""
     bare = Command("memcheck", [sys.executable], 1)
@@ -255,7 +255,7 @@ def test_a_stage_without_its_packages_is_skipped_and_listed(tmp_path):
 
 @pytest.mark.slow
 def test_a_whole_check_goes_on_after_a_failure_and_writes_one_file(tmp_path, monkeypatch, capsys):
-    machine = {"gpu": "pretended", "arch": "90a", "torch": "2", "python": "3"}
+    machine = {"gpu": "pretended", "arch": "90", "torch": "2", "python": "3"}
     monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
     monkeypatch.setattr(gpu_check, "gpu", lambda: machine)
     stages = [

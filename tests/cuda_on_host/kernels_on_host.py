@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import recorded_calls
+from filelock import FileLock
 from sanitized import CXX, SANITIZERS
 
 HERE = Path(__file__).resolve().parent
@@ -85,7 +86,7 @@ def ninja_text() -> str:
         ["-O0 -DFLOWGRPO_WITH_CUDA", *(f"-isystem {path}" for path in includes)]
         + [rf"-DFLOWGRPO_{name}=\"host\"" for name in definitions]
     )
-    bindings = [compiled(source, "bindings", binding_flags) for source in sorted(CSRC.glob("bind*.cpp"))]
+    bindings = [compiled(CSRC / "bindings.cpp", "bindings", binding_flags)]
     bindings += [
         compiled(source, "bindings", "") for source in (CSRC / "cpu_dispatch.cpp", FOLDER / "stubs.cpp")
     ]
@@ -101,14 +102,15 @@ def ninja_text() -> str:
 
 
 def built(target: str) -> Path:
-    """Brings ``plain/_C.so``, ``thread/planted`` or the like up to date."""
+    """Brings ``plain/_C.so``, ``thread/planted`` or the like up to date; others who want the same wait for it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, text in (("stubs.cpp", stubs()), ("build.ninja", ninja_text())):
-        path = FOLDER / name
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
     ninja = shutil.which("ninja", path=__import__("ninja").BIN_DIR)
-    done = subprocess.run([ninja, "-C", str(FOLDER), target], capture_output=True, text=True)
+    with FileLock(FOLDER / ".lock"):
+        for name, text in (("stubs.cpp", stubs()), ("build.ninja", ninja_text())):
+            path = FOLDER / name
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
+        done = subprocess.run([ninja, "-C", str(FOLDER), target], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return FOLDER / target
 

@@ -27,7 +27,11 @@ FITTED = {
     "pro_grpo_flash": ("topology.steps=[2, 4]", "topology.sizes=[8, 6]"),
     "tree_grpo": ("topology.at.size=2", "topology.at.every=2"),
     "gcpo": ("objective.sizes=[2, 3]",),
-    "op_grpo": ("topology.at.size=3", "experience.num_early_steps=3", "num_prompts=4"),  # prompts that come again
+    "op_grpo": (
+        "topology.at.size=3",
+        "experience.num_early_steps=3",
+        "num_prompts=4",
+    ),  # prompts that come again
     "awm": ("optimizer.num_updates=1",),
     "leap_align": ("group_size=1", "num_prompts=4"),
     "flow_opd": (
@@ -36,8 +40,16 @@ FITTED = {
         ' "odd": {"is": "tests.golden.digits_teachers:Scaled", "by": 0.98}}',
     ),
     "sol_rl": ("experience.num_scouts=8", "experience.num_inference_steps=3", "optimizer.num_updates=1"),
-    "naive_scaling": ("experience.num_scouts=8", "experience.num_inference_steps=6", "optimizer.num_updates=1"),
-    "naive_quantized": ("experience.num_scouts=8", "experience.num_inference_steps=6", "optimizer.num_updates=1"),
+    "naive_scaling": (
+        "experience.num_scouts=8",
+        "experience.num_inference_steps=6",
+        "optimizer.num_updates=1",
+    ),
+    "naive_quantized": (
+        "experience.num_scouts=8",
+        "experience.num_inference_steps=6",
+        "optimizer.num_updates=1",
+    ),
 }
 
 LORA = ("task.model=digits_lora:load", "network.train.rank=4", "network.train.alpha=8", "optimizer.lr=0.004")
@@ -103,7 +115,9 @@ VARIANTS = {
     "sol_rl+random": ("experience.select=random",),
     # credit and losses
     "flow_grpo_fast+batch_std_per_objective": ("credit.0.std=batch", "credit.0.aggregate=per_objective"),
-    "dance_grpo+summed_rewards": ('credit=[{"is": "Normalise", "aggregate": "sum", "eps": 0.3}, {"is": "Bound"}]',),
+    "dance_grpo+summed_rewards": (
+        'credit=[{"is": "Normalise", "aggregate": "sum", "eps": 0.3}, {"is": "Bound"}]',
+    ),
     "flow_grpo_fast+narrow_clip": ("objective.trust.range=0.0001", "optimizer.max_grad_norm=0.1"),
     "diffusion_nft+old_decay": (
         "objective.old.start=1",

@@ -14,15 +14,12 @@ from tests.models.families import Family, recipe_for
 
 
 @pytest.fixture(scope="session")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
-    """The folder of a family's tiny pipeline, saved once."""
-    made: dict[str, Path] = {}
+def tiny_path(made_once) -> Callable[[Family], Path]:
+    """The folder of a family's tiny pipeline, saved once a run."""
 
     def path(family: Family) -> Path:
-        if str(family) not in made:
-            folder = tmp_path_factory.mktemp(family.name)
-            made[str(family)] = tiny.make(family.name, folder, **family.variant)
-        return made[str(family)]
+        name = str(family).replace("=", "_")
+        return made_once(name, lambda folder: tiny.make(family.name, folder, **family.variant))
 
     return path
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from flowgrpo_fast.recipe import NFT, ClippedRatio, Deterministic, FractionOfSteps, LowPrecision
 from flowgrpo_fast.sampling.sampler import rollout
 from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.sample import draw
+
+from flowgrpo_fast.recipe import NFT, ClippedRatio, Deterministic, FractionOfSteps, LowPrecision
 from flowgrpo_fast.training.engine import Engine, build_engine
 from flowgrpo_fast.training.loop import train_step
-from flowgrpo_fast.training.sample import draw
 from flowgrpo_fast.types import at_step
 from tests.models.families import WAN
 

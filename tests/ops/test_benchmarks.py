@@ -13,6 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flowgrpo_fast.sampling.sampler import rollout
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.sample import draw, start_scoring
 
 from benchmarks import baselines, measure, report, rows, suite, timing, trainer_loop
 from benchmarks.cases import SD3, SIZES, Case, Size, options
@@ -20,11 +23,8 @@ from benchmarks.counters import count
 from benchmarks.rows import machine, machine_afterwards, measured_row
 from benchmarks.timing import Roof, interleaved, rounds_within
 from flowgrpo_fast.ops import Guidance, flow_log_prob, philox_normal
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import make_batch
-from flowgrpo_fast.training.sample import draw, start_scoring
 from flowgrpo_fast.training.update import _Tally, accumulate_share
 
 CPU = torch.device("cpu")

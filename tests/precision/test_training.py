@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flowgrpo_fast.sampling.sampler import rescored, rollout
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.mismatch import Mismatch
+from flowgrpo_fast.training.sample import draw
 
 from flowgrpo_fast.ops import flow_log_prob
 from flowgrpo_fast.precision import FORMATS, check_masters, check_training_precision
@@ -20,13 +24,9 @@ from flowgrpo_fast.recipe import (
     Recipe,
     Scouts,
 )
-from flowgrpo_fast.sampling.sampler import rescored, rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import train, train_step
-from flowgrpo_fast.training.mismatch import Mismatch
-from flowgrpo_fast.training.sample import draw
 
 from .conftest import sd3
 

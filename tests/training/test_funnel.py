@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from flowgrpo_fast.sampling.schedule import ode_schedule, resolve_schedule
+from flowgrpo_fast.training.explore import explore
+from flowgrpo_fast.training.sample import draw, sample
 
 from flowgrpo_fast.recipe import (
     NFT,
@@ -20,12 +23,9 @@ from flowgrpo_fast.recipe import (
 )
 from flowgrpo_fast.recipes import RECIPES
 from flowgrpo_fast.sampling.prune import choose
-from flowgrpo_fast.sampling.schedule import ode_schedule, resolve_schedule
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import build_engine
-from flowgrpo_fast.training.explore import explore
 from flowgrpo_fast.training.loop import evaluate, train, train_step
-from flowgrpo_fast.training.sample import draw, sample
 from flowgrpo_fast.training.update import noised_terms
 from tests.conftest import ToyModel
 

@@ -6,6 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from flowgrpo_fast.sampling.sampler import rollout
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.sample import draw
 
 from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork, prompts
 from flowgrpo_fast.recipe import (
@@ -21,12 +24,9 @@ from flowgrpo_fast.recipe import (
     SlidingWindow,
 )
 from flowgrpo_fast.recipes import RECIPES, digits
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import build_engine, resolve
 from flowgrpo_fast.training.loop import diversity, evaluate, train, train_step
-from flowgrpo_fast.training.sample import draw
 from flowgrpo_fast.training.update import replay_terms
 from flowgrpo_fast.types import TrainBatch
 from tests.rewards.own_reward import OwnReward

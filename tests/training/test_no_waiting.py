@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.explore import explore
+from flowgrpo_fast.training.sample import draw, sample, start_scoring
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,12 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork
 from flowgrpo_fast.recipe import LowPrecision, Prune, Scouts, TrainingPrecision
 from flowgrpo_fast.recipes import RECIPES, digits
-from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training import loop
 from flowgrpo_fast.training.engine import build_engine
-from flowgrpo_fast.training.explore import explore
 from flowgrpo_fast.training.loop import train_step
-from flowgrpo_fast.training.sample import draw, sample, start_scoring
 from flowgrpo_fast.training.update import update
 
 CPU = torch.device("cpu")

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.draws import draw
+from flowgrpo_fast.training.explore import explore
+from flowgrpo_fast.training.sample import sample_and_score
 
 from flowgrpo_fast.recipe import NFT, Deterministic, Prune, RewardTerm, Scouts, Task
 from flowgrpo_fast.rewards.workers import RewardWorkers
-from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.training import score as score_module
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
-from flowgrpo_fast.training.explore import explore
 from flowgrpo_fast.training.loop import evaluate, train, train_step
-from flowgrpo_fast.training.sample import sample_and_score
 from tests.conftest import ToyModel
 from tests.training import rewards_elsewhere
 from tests.training.rewards_elsewhere import HANGS, SIGNS, count_signs, put_sign, wait_for_signs

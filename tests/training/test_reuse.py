@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from flowgrpo_fast.sampling.sampler import rescored, rollout
+from flowgrpo_fast.sampling.schedule import ode_schedule, resolve_schedule
+from flowgrpo_fast.training.sample import draw, sample
 
 from flowgrpo_fast.recipe import (
     ClippedRatio,
@@ -15,11 +18,8 @@ from flowgrpo_fast.recipe import (
     Optimizer,
     Prune,
 )
-from flowgrpo_fast.sampling.sampler import rescored, rollout
-from flowgrpo_fast.sampling.schedule import ode_schedule, resolve_schedule
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import train
-from flowgrpo_fast.training.sample import draw, sample
 
 CPU = torch.device("cpu")
 KL = ClippedRatio(clip_range=0.05, kl_beta=0.1)

@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from flowgrpo_fast.sampling.sampler import rescored
+from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training.sample import draw, sample
 from torch import nn
 
 from flowgrpo_fast.planner.architectures import Counts
@@ -22,12 +25,9 @@ from flowgrpo_fast.recipe import (
     SlidingWindow,
 )
 from flowgrpo_fast.recipes import RECIPES
-from flowgrpo_fast.sampling.sampler import rescored
-from flowgrpo_fast.sampling.schedule import resolve_schedule
 from flowgrpo_fast.sampling.step import launches
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import train, train_step
-from flowgrpo_fast.training.sample import draw, sample
 from tests.conftest import ToyModel
 
 CPU = torch.device("cpu")

@@ -1,4 +1,6 @@
 // Eight and four bits a value. Codes and E4M3 scales arrive as bytes: their own dtypes are checked in Python.
+#pragma once
+
 #include <array>
 
 #include "bindings.h"
@@ -162,7 +164,7 @@ void dequantize_nvfp4(const py::tuple& fields, const Tensor& out, bool swizzle, 
 
 }  // namespace
 
-void bind_quantize(py::module_& module) {
+inline void bind_quantize(py::module_& module) {
   module.def("quantize_fp8_rows", &quantize_fp8_rows);
   module.def("quantize_nvfp4", &quantize_nvfp4);
   module.def("dequantize_fp8_rows", &dequantize_fp8_rows);

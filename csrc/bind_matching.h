@@ -1,4 +1,6 @@
 // The residuals of velocity predictions.
+#pragma once
+
 #include <optional>
 
 #include "bindings.h"
@@ -157,7 +159,7 @@ int64_t weight_place_of(int64_t element, int64_t shared, int64_t inner) {
 
 }  // namespace
 
-void bind_matching(py::module_& module) {
+inline void bind_matching(py::module_& module) {
   module.def("matching", &matching);
   module.def("matching_backward", &matching_backward);
   module.def("weight_place", &weight_place_of);

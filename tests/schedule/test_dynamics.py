@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from flowgrpo_fast.ops import Extras, flow_log_prob, flow_step
-from flowgrpo_fast.recipe import CPS, DanceSDE, DPMSolver2M, Euler, FlowSDE, Sigmas
-from flowgrpo_fast.sampling.dynamics import coefficient_row, coefficients, noise_rate
-from flowgrpo_fast.sampling.sigmas import make_sigmas
+from flowgrpo_fast.schedule.dynamics import CPS, DanceSDE, DPMSolver2M, Euler, FlowSDE, coefficients
+from flowgrpo_fast.schedule.sigmas import Sigmas
 
-SIGMAS = make_sigmas(Sigmas(num_inference_steps=10, shift=3.0))
+SIGMAS = Sigmas(num_inference_steps=10, shift=3.0).grid()
 
 
 def apply_row(row, x, v, x0_prev=0.0):
@@ -29,7 +28,7 @@ def test_rows_equal_the_published_formulas(step: int) -> None:
     dt = t - s
     x0, x1 = x - s * v, x + (1 - s) * v
 
-    row = coefficient_row(FlowSDE(noise_level=0.7), SIGMAS, step)
+    row = FlowSDE(noise_level=0.7).row(SIGMAS, step, step + 1)
     q = 0.7 * math.sqrt(s / (1 - (SIGMAS[1] if s == 1 else s)))
     mean = x * (1 + q**2 / (2 * s) * dt) + v * (1 + q**2 * (1 - s) / (2 * s)) * dt
     np.testing.assert_allclose(apply_row(row, x, v), mean, atol=1e-13)
@@ -37,17 +36,17 @@ def test_rows_equal_the_published_formulas(step: int) -> None:
     assert row[5] == pytest.approx(1 / (q**2 * -dt), rel=1e-13)
     assert row[6] == pytest.approx(-math.log(q * math.sqrt(-dt)) - 0.5 * math.log(2 * math.pi), rel=1e-13)
 
-    row = coefficient_row(DanceSDE(noise_level=0.3), SIGMAS, step)
+    row = DanceSDE(noise_level=0.3).row(SIGMAS, step, step + 1)
     score = -(x - (1 - s) * x0) / s**2
     np.testing.assert_allclose(apply_row(row, x, v), x + v * dt - 0.5 * 0.3**2 * score * dt, atol=1e-13)
     assert row[3] == pytest.approx(0.3 * math.sqrt(-dt), rel=1e-14)
 
-    row = coefficient_row(CPS(noise_level=0.8), SIGMAS, step)
+    row = CPS(noise_level=0.8).row(SIGMAS, step, step + 1)
     c = t * math.sin(0.8 * math.pi / 2)
     np.testing.assert_allclose(apply_row(row, x, v), (1 - t) * x0 + math.sqrt(t**2 - c**2) * x1, atol=1e-13)
     assert row[3:7] == (pytest.approx(c, rel=1e-14), 0.0, 2.0, 0.0)
 
-    row = coefficient_row(Euler(), SIGMAS, step)
+    row = Euler().row(SIGMAS, step, step + 1)
     np.testing.assert_allclose(apply_row(row, x, v), x + dt * v, atol=1e-15)
     assert row[3:] == (0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -65,14 +64,14 @@ def test_second_order_rows_equal_the_published_update(variant: str) -> None:
     alpha = 1 - t
     second = {"midpoint": -0.5 * alpha * (math.exp(-h) - 1), "heun": alpha * ((math.exp(-h) - 1) / h + 1)}
     expected = t / s * x - alpha * (math.exp(-h) - 1) * m0 + second[variant] * difference
-    row = coefficient_row(DPMSolver2M(variant=variant), SIGMAS, step)
+    row = DPMSolver2M(variant=variant).row(SIGMAS, step, step + 1)
     np.testing.assert_allclose(apply_row(row, x, v, m1), expected, atol=1e-12)
 
 
 def test_deterministic_limits_are_euler() -> None:
     for step in (0, 1, 9):  # no history, history at sigma = 1, last step to 0
-        row = coefficient_row(DPMSolver2M(), SIGMAS, step)
-        assert row == coefficient_row(Euler(), SIGMAS, step)
+        row = DPMSolver2M().row(SIGMAS, step, step + 1)
+        assert row == Euler().row(SIGMAS, step, step + 1)
 
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "heun"])
@@ -123,7 +122,7 @@ def test_recorded_trainers(golden, prefix: str, make) -> None:
 def test_golden_noise_rates(golden) -> None:
     sigmas = golden["c0_sigmas"].astype(np.float64)
     rule = FlowSDE(noise_level=float(golden["c0_noise_level"]))
-    rates = [noise_rate(rule, sigmas, int(i)) for i in golden["c0_idx"]]
+    rates = [rule.rate(sigmas, int(i)) for i in golden["c0_idx"]]
     np.testing.assert_allclose(rates, golden["c0_flow_grpo_std_dev_t"], rtol=2e-6)
 
 
@@ -139,3 +138,52 @@ def test_golden_noise_rates(golden) -> None:
 def test_bad_schedules(sigmas, count: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         coefficients(np.array(sigmas), [Euler()] * count)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("flow", FlowSDE(noise_level=0.7)), ("dance", DanceSDE(noise_level=0.3)), ("cps", CPS(noise_level=0.8))],
+)
+def test_worked_rows(methods, name: str, rule) -> None:
+    case = methods["transition_rows"]
+    sigmas = np.array(case["inputs"]["sigmas"])
+    for step, wanted in enumerate(case["expected"][name]):
+        row = rule.row(sigmas, step, step + 1)
+        np.testing.assert_allclose((row[1], row[2], row[3]), wanted, rtol=1e-12)
+
+
+def test_a_merged_row_is_one_step_over_several(methods) -> None:
+    """E-GRPO's: the rate is that of where the step begins, the time is all of it."""
+    case = methods["e_grpo_merged_row"]
+    sigmas, start, count = (
+        np.array(case["inputs"]["sigmas"]),
+        case["inputs"]["index"],
+        case["inputs"]["m"],
+    )
+    row = FlowSDE(noise_level=0.7).row(sigmas, start, start + count)
+    expected = case["expected"]
+    np.testing.assert_allclose(row[1:4], (expected["a"], expected["b"], expected["s"]), rtol=1e-12)
+    entropy = 0.5 * math.log(2 * math.pi * math.e * row[3] ** 2)
+    assert entropy == pytest.approx(expected["entropy_per_dim"], rel=1e-12)
+    for rule in (FlowSDE(), DanceSDE(), CPS(), Euler()):
+        through = np.array([*sigmas[: start + 1], *sigmas[start + count :]])
+        assert rule.row(sigmas, start, start + count) == rule.row(through, start, start + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FlowSDE(noise_level=0), "FlowSDE.noise_level is 0; it must be above 0"),
+        (lambda: DanceSDE(noise_level=-0.1), "DanceSDE.noise_level is -0.1; it must be above 0"),
+        (lambda: CPS(noise_level=1.5), r"CPS.noise_level is 1.5; it must be in \(0, 1\]"),
+        (lambda: DPMSolver2M(keep=0), r"DPMSolver2M.keep is 0; it must be in \(0, 1\]"),
+        (
+            lambda: DPMSolver2M(variant="heuns"),
+            "DPMSolver2M.variant is 'heuns'; it must be 'midpoint' or 'heun'",
+        ),
+    ],
+)
+def test_refusals_name_value_and_remedy(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)

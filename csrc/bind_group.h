@@ -1,4 +1,6 @@
 // The ops on groups: advantages, selections, Pareto fronts and compaction.
+#pragma once
+
 #include "bindings.h"
 #include "group.h"
 
@@ -256,7 +258,7 @@ void compact(const Tensor& indices, const py::tuple& buffers, const py::tuple& o
 
 }  // namespace
 
-void bind_group(py::module_& module) {
+inline void bind_group(py::module_& module) {
   module.def("group_advantages", &group_advantages);
   module.def("best_variance_subset", &best_variance_subset);
   module.def("top_bottom", &top_bottom);

@@ -11,10 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowgrpo_fast.compat import FlowMatchTransitionScheduler
 from flowgrpo_fast.ops import flow_log_prob
-from flowgrpo_fast.recipe import SlidingWindow
-from flowgrpo_fast.sampling.scheduler import FlowMatchTransitionScheduler
-from flowgrpo_fast.sampling.windows import window_steps
+from flowgrpo_fast.schedule.windows import SlidingWindow
 
 
 def make_scheduler(num_steps: int = 8, **options) -> FlowMatchTransitionScheduler:
@@ -169,7 +168,7 @@ def test_a_deterministic_walk_draws_nothing() -> None:
 def test_a_window_moves_between_walks() -> None:
     scheduler = make_scheduler(num_steps=10)
     for iteration in (0, 25, 50):
-        steps = window_steps(SlidingWindow(size=3, every=25), 10, iteration).stochastic
+        steps = SlidingWindow(size=3, every=25).steps(10, iteration, seed=0).stochastic
         scheduler.set_stochastic_steps(steps)
         scheduler.set_timesteps(10)
         with scheduler.record() as walks:

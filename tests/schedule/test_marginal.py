@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from flowgrpo_fast.ops import flow_step, philox_normal
-from flowgrpo_fast.recipe import CPS, DanceSDE, DPMSolver2M, Euler, FlowSDE, Sigmas
-from flowgrpo_fast.sampling.dynamics import coefficient_row, coefficients
-from flowgrpo_fast.sampling.sigmas import make_sigmas
+from flowgrpo_fast.schedule.dynamics import CPS, DanceSDE, DPMSolver2M, Euler, FlowSDE, coefficients
+from flowgrpo_fast.schedule.sigmas import Sigmas
 
 MEAN, STD = 0.8, 0.6
 
@@ -29,7 +28,7 @@ def slope(sigma: float) -> float:
 
 def worst_error(rule, num_steps: int) -> float:
     """Largest deviation of mean or std from the path's, over all sigmas."""
-    sigmas = make_sigmas(Sigmas(num_inference_steps=num_steps, shift=2.0))
+    sigmas = Sigmas(num_inference_steps=num_steps, shift=2.0).grid()
     mean, deviation = (
         0.0,
         np.array([1.0, 0.0]),
@@ -38,7 +37,7 @@ def worst_error(rule, num_steps: int) -> float:
     worst = 0.0
     for step in range(num_steps):
         s = sigmas[step]
-        _, a, b, c, d, *_ = coefficient_row(rule, sigmas, step)
+        _, a, b, c, d, *_ = rule.row(sigmas, step, step + 1)
         centre = target(s)[0]
         k = slope(s)
         v = (k * (mean - centre) - MEAN, k * deviation)
@@ -73,7 +72,7 @@ def test_the_marginal_is_kept_at_every_sigma(name: str) -> None:
 @pytest.mark.parametrize("name", ["flow_sde", "dance_sde", "cps"])
 def test_the_kernel_samples_that_distribution(name: str) -> None:
     num_steps, shape = 100, (20_000,)
-    sigmas = make_sigmas(Sigmas(num_inference_steps=num_steps, shift=2.0))
+    sigmas = Sigmas(num_inference_steps=num_steps, shift=2.0).grid()
     coeffs = coefficients(sigmas, [RULES[name](num_steps)] * (num_steps - 1) + [Euler()])
     seed = torch.arange(4)
     x = philox_normal(seed, shape, stream=1)

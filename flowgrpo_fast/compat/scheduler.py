@@ -26,8 +26,16 @@ from torch import Tensor
 
 from flowgrpo_fast.names import nearest
 from flowgrpo_fast.ops import Extras, FlowStepOutput, flow_log_prob, flow_step
-from flowgrpo_fast.recipe import CPS, DanceSDE, DPMSolver2M, Dynamics, Euler, FlowSDE, Solver
-from flowgrpo_fast.sampling.dynamics import coefficients
+from flowgrpo_fast.schedule.dynamics import (
+    CPS,
+    DanceSDE,
+    DPMSolver2M,
+    Dynamics,
+    Euler,
+    FlowSDE,
+    Solver,
+    coefficients,
+)
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
@@ -200,7 +208,7 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
     def set_stochastic_steps(self, steps: Iterable[int] | None) -> None:
         """Which steps are stochastic from the next walk on: indices, ``()`` for none, or None for all but the last.
 
-        A moving window: ``window_steps(SlidingWindow(size=4), num_steps, iteration).stochastic``.
+        A moving window: ``SlidingWindow(size=4).steps(num_steps, iteration, seed).stochastic``.
         """
         self._stochastic_steps = None if steps is None else tuple(sorted({int(step) for step in steps}))
         self.register_to_config(

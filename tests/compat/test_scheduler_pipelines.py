@@ -16,8 +16,8 @@ from diffusers import (
 )
 from torch import Tensor
 
+from flowgrpo_fast.compat import FlowMatchTransitionScheduler
 from flowgrpo_fast.ops import flow_log_prob
-from flowgrpo_fast.sampling.scheduler import FlowMatchTransitionScheduler
 
 Sample = Callable[..., Tensor]
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowgrpo_fast.recipe import DynamicShift, Sigmas
-from flowgrpo_fast.sampling.sigmas import dynamic_shift, make_sigmas, respaced_tail, shift_sigmas
+from flowgrpo_fast.schedule.sigmas import DynamicShift, Sigmas, respaced_tail, shift_sigmas
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
@@ -13,7 +12,7 @@ from flowgrpo_fast.sampling.sigmas import dynamic_shift, make_sigmas, respaced_t
 def test_diffusers_spacing_is_what_diffusers_computes(shift: float, num_steps: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(num_steps)
-    ours = make_sigmas(Sigmas(num_inference_steps=num_steps, shift=shift, spacing="diffusers"))
+    ours = Sigmas(num_inference_steps=num_steps, shift=shift, spacing="diffusers").grid()
     np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), rtol=2e-6, atol=1e-9)
 
 
@@ -24,9 +23,9 @@ def test_dynamic_shift_is_what_diffusers_computes(seq_len: int) -> None:
     mu = part.base_shift + slope * (seq_len - part.base_seq_len)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 12, 12), mu=mu)
-    ours = make_sigmas(Sigmas(num_inference_steps=12, shift=part), seq_len)
+    ours = Sigmas(num_inference_steps=12, shift=part).grid(seq_len)
     np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), rtol=2e-6, atol=1e-9)
-    assert dynamic_shift(part, part.base_seq_len) == pytest.approx(np.exp(0.5))
+    assert part.value(part.base_seq_len) == pytest.approx(np.exp(0.5))
 
 
 def test_a_terminal_stretches_the_schedule_as_diffusers_does() -> None:
@@ -35,14 +34,14 @@ def test_a_terminal_stretches_the_schedule_as_diffusers_does() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9, max_image_seq_len=8192
     )
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 10, 10), mu=np.log(dynamic_shift(part, 1024)))
-    ours = make_sigmas(Sigmas(num_inference_steps=10, shift=part, terminal=0.02), 1024)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 10, 10), mu=np.log(part.value(1024)))
+    ours = Sigmas(num_inference_steps=10, shift=part, terminal=0.02).grid(1024)
     np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), rtol=2e-6, atol=1e-7)
     assert ours[-2] == pytest.approx(0.02)
 
 
 def test_linear_spacing_is_an_even_grid_before_the_shift() -> None:
-    ours = make_sigmas(Sigmas(num_inference_steps=8, shift=3.0))
+    ours = Sigmas(num_inference_steps=8, shift=3.0).grid()
     np.testing.assert_allclose(shift_sigmas(ours, 1 / 3.0), np.linspace(1, 0, 9), atol=1e-15)
 
 
@@ -50,7 +49,7 @@ def test_golden_schedules(golden) -> None:
     num_steps = len(golden["c0_timesteps"])
     sigmas = golden["c0_sigmas"]
     candidates = [
-        make_sigmas(Sigmas(num_inference_steps=num_steps, shift=shift, spacing=spacing))
+        Sigmas(num_inference_steps=num_steps, shift=shift, spacing=spacing).grid()
         for shift in (1.0, 3.0)
         for spacing in ("linear", "diffusers")
     ]
@@ -58,7 +57,7 @@ def test_golden_schedules(golden) -> None:
 
 
 def test_respaced_tail_keeps_the_head_and_is_even_in_unshifted_time() -> None:
-    full = make_sigmas(Sigmas(num_inference_steps=25, shift=3.0))
+    full = Sigmas(num_inference_steps=25, shift=3.0).grid()
     short = respaced_tail(full, 10, 6, 3.0)
     np.testing.assert_array_equal(short[:11], full[:11])
     assert len(short) == 17
@@ -68,4 +67,23 @@ def test_respaced_tail_keeps_the_head_and_is_even_in_unshifted_time() -> None:
 
 def test_dynamic_shift_needs_the_tokens() -> None:
     with pytest.raises(ValueError, match="needs the model's number of image tokens"):
-        make_sigmas(Sigmas(shift=DynamicShift()))
+        Sigmas(shift=DynamicShift()).grid()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Sigmas(num_inference_steps=1), "Sigmas.num_inference_steps is 1; it must be at least 2"),
+        (lambda: Sigmas(shift=0.0), "Sigmas.shift is 0.0; it must be above 0"),
+        (lambda: Sigmas(spacing="log"), "Sigmas.spacing is 'log'; it must be 'linear' or 'diffusers'"),
+        (lambda: Sigmas(terminal=1.0), r"Sigmas.terminal is 1.0; it must be in \[0, 1\)"),
+        (
+            lambda: DynamicShift(base_seq_len=256, max_seq_len=256),
+            "DynamicShift.max_seq_len is 256; it must be above base_seq_len = 256",
+        ),
+    ],
+)
+def test_refusals_name_value_and_remedy(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)

@@ -1,4 +1,6 @@
 // The ops on a transition: flow_step, flow_log_prob and their noise.
+#pragma once
+
 #include <array>
 
 #include "bind_transition.h"
@@ -145,7 +147,7 @@ std::array<float, 2> normal_pair(uint32_t radius_word, uint32_t angle_word) {
 
 }  // namespace
 
-void bind_flow(py::module_& module) {
+inline void bind_flow(py::module_& module) {
   module.def("flow_step", &flow_step);
   module.def("flow_log_prob", &flow_log_prob);
   module.def("flow_log_prob_backward", &flow_log_prob_backward);

@@ -1,4 +1,6 @@
 // The preview of running samples.
+#pragma once
+
 #include <array>
 #include <utility>
 
@@ -65,7 +67,7 @@ void gram(const Tensor& pooled, const Tensor& centred, const Tensor& out, int nu
 
 }  // namespace
 
-void bind_preview(py::module_& module) {
+inline void bind_preview(py::module_& module) {
   module.def("preview", &preview);
   module.def("gram", &gram);
 }
