@@ -18,6 +18,7 @@ FAST = "+ no guidance"
 SHARED = "+ work of a group shared"
 PRUNED = "+ half of the candidates pruned before step 3"
 LOW = "+ FP8 outside the window"
+JOINED = "no guidance, both trained steps in one forward"
 FLASH = "MixGRPO-Flash"
 TRAINER_FAST = "the loop trainers write, fast recipe"
 
