@@ -1,8 +1,8 @@
 """Measures the levers of a training step: seconds, share of the floor, peak memory, launches and syncs.
 
-On the CPU the first thing measured says which size the machine manages in the time it has. Every row then has an engine
-of its own, the cheapest first, and all of them take turns in one process; the peak of a step's memory is found in a fresh
-process. On a GPU one row after another has the memory to itself.
+On the CPU the first thing measured says which size the machine manages in the time it has. Every row then has an
+engine of its own, the cheapest first, and all of them take turns in one process; the peak of a step's memory is found
+in a fresh process. On a GPU one row after another has the memory to itself.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ _FIRST = (LOW, FAST, TRAINER, COMPILED, FLASH, EQUAL, WINDOW)  # on a GPU, where
 _A_ROW = 40.0  # seconds the first one may take, on a GPU with its compilation; then the longest so far
 _ENOUGH = 15.0  # seconds of steps, on a GPU
 _HELD = 1 << 30  # bytes that may outlive a row there
-_STEPS_A_ROW = (
-    9  # what measuring a row takes on the CPU, in its own steps: first, counted, timed, for its memory
-)
+_STEPS_A_ROW = 9  # that measuring it takes on the CPU: first, counted, timed, and for its memory
 _COMPILING = 180.0  # seconds that a row on the CPU may take that compiles
 _STARTING = 15.0  # seconds until a fresh process is ready to load
 _LARGE_BLOCKS = "1048576"  # bytes from which freed memory goes back to the system, so that a peak can be seen
@@ -91,8 +89,8 @@ class Job:
         return f"{self.network} x{images}, {self.precision}{rows}"
 
 
-# From the size that an idle server manages to the one that two slow cores do; two prompts, so that a forward may take both.
-CPU_SIZES = (("small_sd3", 12, 2), ("small_sd3", 6, 2), ("smaller_sd3", 6, 2), ("smaller_sd3", 4, 2))
+# From the size that an idle server manages to one for two busy slow cores; two prompts, so that a forward may take both.
+CPU_SIZES = (("small_sd3", 12, 2), ("small_sd3", 6, 2), ("smaller_sd3", 6, 2), ("smaller_sd3", 4, 2), ("tiny_sd3", 4, 2))
 # Rows a forward: what 80 GB hold of the trainers' loop, which keeps both halves of guidance for the backward.
 GPU_JOBS = (
     Job("sd35_medium", 24, 1, "bf16", rows=8),
@@ -247,8 +245,8 @@ def fitting_job(limit: float) -> tuple[Job, str]:
         if _STEPS_A_ROW * seconds <= limit:
             break
     return job, (
-        f"{job}: a step of all {len(rows)} rows was reckoned to take {seconds:.0f} s, {_STEPS_A_ROW} of them to be done in "
-        f"{limit:.0f} s; {cheapest.name} of {least} took {runner.seconds[0]:.2f} s"
+        f"{job}: a step of all {len(rows)} rows was reckoned to take {seconds:.0f} s, {_STEPS_A_ROW} of them to be "
+        f"done in {limit:.0f} s; {cheapest.name} of {least} took {runner.seconds[0]:.2f} s"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flowgrpo_fast.checks import one_of, positive, require
 from flowgrpo_fast.credit.chain import CreditStep
@@ -48,6 +48,7 @@ from flowgrpo_fast.schedule.topology import (
     SharedStart,
     Topology,
     Tree,
+    ode_plan,
 )
 from flowgrpo_fast.schedule.windows import (
     AllSteps,
@@ -55,6 +56,7 @@ from flowgrpo_fast.schedule.windows import (
     EarlySteps,
     FractionOfSteps,
     FrozenWindow,
+    GeometricWindow,
     RandomPair,
     RandomWindow,
     SlidingWindow,
@@ -270,8 +272,8 @@ class Recipe:
         for size in sizes:
             require(
                 self.num_prompts * size % self.rollout_rows == 0,
-                f"Machine.rows_per_forward is {machine.rows_per_forward}; it must divide {self.num_prompts * size}, the "
-                f"candidates of {size} a prompt, so that rollout and replay run the same forwards",
+                f"Machine.rows_per_forward is {machine.rows_per_forward}; it must divide {self.num_prompts * size}, "
+                f"the candidates of {size} a prompt, so that rollout and replay run the same forwards",
             )
         chunk = machine.prompts_per_chunk
         require(
@@ -325,22 +327,30 @@ class Recipe:
         Raises:
             ValueError: the topology does not fit the schedule.
         """
-        plan = self.topology.plan(
-            Course(
-                sigmas=self.sigmas.grid(seq_len),
-                shift=self.sigmas.shift_value(seq_len),
-                dynamics=self.dynamics,
-                solver=self.solver,
-                iteration=iteration,
-                seed=self.seed,
-                num_prompts=self.num_prompts,
-                group_size=self.group_size,
-                keeps=self.requires.log_probs or self.requires.states,
-                whole_groups=self.rows_per_update % self.group_size == 0,
-            )
-        )
+        plan = self.topology.plan(self.course(iteration, seq_len))
         self.objective.check(plan)
+        self.experience.check_plan(plan)
         return plan
+
+    def course(self, iteration: int, seq_len: int | None = None) -> Course:
+        """What the topology makes that walk of; arguments as of `plan`."""
+        return Course(
+            sigmas=self.sigmas.grid(seq_len),
+            shift=self.sigmas.shift_value(seq_len),
+            dynamics=self.dynamics,
+            solver=self.solver,
+            iteration=iteration,
+            seed=self.seed,
+            num_prompts=self.num_prompts,
+            group_size=self.group_size,
+            keeps=self.requires.log_probs or self.requires.states,
+            whole_groups=self.rows_per_update % self.group_size == 0,
+        )
+
+    def scout_plan(self, num_steps: int, group_size: int, seq_len: int | None = None) -> Plan:
+        """An ODE walk in so many steps, of so many samples a prompt."""
+        sigmas = replace(self.sigmas, num_inference_steps=num_steps)
+        return ode_plan(sigmas.grid(seq_len), self.solver, group_size)
 
 
 PARTS: dict[str, type] = {
@@ -356,6 +366,7 @@ PARTS: dict[str, type] = {
             FractionOfSteps,
             RandomWindow,
             FrozenWindow,
+            GeometricWindow,
             SlidingWindow,
         ),
         *(Independent, SharedStart, Tree, Comb, OneStepEach, Cuts),

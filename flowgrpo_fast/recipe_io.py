@@ -46,7 +46,7 @@ REPLACED: dict[str | tuple[str, str], str] = {
     ("NFT", "old_decay_start"): "old.start: NFT's `old` is a Ramp",
     ("NFT", "old_decay_rate"): "old.rate: NFT's `old` is a Ramp",
     ("NFT", "old_decay_max"): "old.most: NFT's `old` is a Ramp",
-    "ClippedRatio": "PolicyGradient: its trust is a Clip(range=...), its regularizers may hold a TransitionKL(beta=...)",
+    "ClippedRatio": "PolicyGradient: its trust is a Clip(range=...), its regularizers hold a TransitionKL(beta=...)",
     "Credit": "a list of credit steps: [Normalise, Bound, DropIdle]",
     "KeepAll": "a topology without Cuts",
     "Prune": "Cuts: a topology around another",

@@ -196,17 +196,17 @@ class Transitions:
     def of_samples(self, rows: slice, num_samples: int) -> Transitions:
         """The part of some neighbouring samples, counted from 0 again; of `num_samples` in all.
 
-        Samples are whole groups, or, where each has a row of its own, any neighbours.
+        Samples are whole groups, or, where rows are not shared, any neighbours.
         """
         num_prompts = len(self.offsets) - 1
         group_size = num_samples // num_prompts
         if rows.start % group_size == 0 and rows.stop % group_size == 0:
             offsets = self.offsets[rows.start // group_size : rows.stop // group_size + 1]
         else:
-            assert self.num_heads == num_samples, (
+            assert self.samples.shape == (self.num_heads, 1), (
                 "members of a group share rows that an optimiser step splits"
             )
-            offsets = np.array([rows.start, rows.stop])
+            offsets = np.searchsorted(self.samples_host[:, 0], [rows.start, rows.stop])
         part = self.heads(slice(int(offsets[0]), int(offsets[-1])))
         return replace(
             part,
@@ -227,9 +227,12 @@ class Transitions:
         tensors = ["row", "latents", "next_latents", "log_prob", "sigma"]
         tensors += ["unconditional"] if here[0][1].unconditional is not None else []
         counts = [np.zeros(num_prompts, int) if part is None else np.diff(part.offsets) for part in parts]
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for _, part in here]) for name in tensors
+        }
         return replace(
             here[0][1],
-            **{name: torch.cat([getattr(part, name) for _, part in here]) for name in tensors},
+            **joined,
             samples=torch.cat([part.samples + place * num_samples for place, part in here]),
             samples_host=np.concatenate([part.samples_host + place * num_samples for place, part in here]),
             offsets=np.cumsum([0, *np.concatenate(counts)]),
@@ -241,9 +244,12 @@ class Transitions:
         first = steps[0]
         tensors = ["row", "latents", "next_latents", "log_prob", "sigma", "samples"]
         tensors += ["unconditional"] if first.unconditional is not None else []
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(step, name) for step in steps]) for name in tensors
+        }
         return replace(
             first,
-            **{name: torch.cat([getattr(step, name) for step in steps]) for name in tensors},
+            **joined,
             samples_host=np.concatenate([step.samples_host for step in steps]),
         )
 
@@ -251,7 +257,7 @@ class Transitions:
         """Of several steps of the same B rows, for each row that of step `choice[b]` (host)."""
         names = ["row", "latents", "next_latents", "log_prob", "sigma"]
         names += ["unconditional"] if self.unconditional is not None else []
-        filled = {name: torch.empty_like(getattr(self, name)) for name in names}
+        filled: dict[str, Any] = {name: torch.empty_like(getattr(self, name)) for name in names}
         for place, step in enumerate(own):
             index = torch.from_numpy(np.flatnonzero(choice == place)).to(self.row.device, non_blocking=True)
             for name, values in filled.items():
@@ -289,9 +295,12 @@ class Noised:
     def side_by_side(steps: Sequence[Noised]) -> Noised:
         """The same samples, noised several times, as the rows of one forward."""
         tensors = ("sigma", "step", "x0", "seed", "samples")
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(step, name) for step in steps]) for name in tensors
+        }
         return replace(
             steps[0],
-            **{name: torch.cat([getattr(step, name) for step in steps]) for name in tensors},
+            **joined,
             samples_host=np.concatenate([step.samples_host for step in steps]),
         )
 
@@ -427,13 +436,25 @@ class Choices:
         generator = np.random.default_rng([self.seed, _UNIFORM, self.step])
         return generator.random((self.num_samples, num))[self.rows]
 
+    def weighted(self, weights: Sequence[float], num_taken: int) -> list[int]:
+        """`num_taken` places, ascending, the same for all samples; drawn one after another by weight, none twice."""
+        generator = np.random.default_rng([self.seed, _WEIGHTED, self.step])
+        shares = np.asarray(weights, dtype=np.float64)
+        return sorted(
+            generator.choice(len(shares), num_taken, replace=False, p=shares / shares.sum()).tolist()
+        )
+
     def of_samples(self, rows: slice) -> Choices:
         """Those of some neighbouring samples."""
         first = self.rows.start
         return replace(self, rows=slice(first + rows.start, first + rows.stop))
 
 
-_STEPS, _UNIFORM = 4, 5  # streams of the run's seed that choices come from; data.draws has the others
+_STEPS, _UNIFORM, _WEIGHTED = (
+    4,
+    5,
+    6,
+)  # streams of the run's seed that choices come from; data.draws has the others
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,8 @@
 
 A(edge into a leaf) = A(leaf)
 A(edge)             = sum over the edges that leave its end of share * A
+
+loss                = mean over nodes of the sum over their children of trust(log ratio of the edge, A(edge))
 """
 
 from __future__ import annotations
@@ -20,17 +22,25 @@ from flowgrpo_fast.types import Credit, Scored, Transitions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeBackup:
-    """TreeGRPO's back-up of leaf advantages, `[B] -> [B, K]`. arXiv 2512.08153.
+    """TreeGRPO's back-up of leaf advantages, `[B] -> [B, K]`, and what an edge counts. arXiv 2512.08153.
 
     `shares` "uniform": the plain mean over children, as the released code; "probability": weights softmax over the
     children's log-probs under the policy that sampled, the paper's eq. 10 and 11.
+
+    `edges` says what the loss is a mean of. "summed": of nodes, the losses of whose children are summed, as the
+    released code; "mean": of nodes, the losses of whose children are averaged, its `loss_agg=mean`; "by_samples": of
+    samples and their steps, so that an edge near the root counts for all leaves behind it and every depth weighs the
+    same. All nodes have `fan` children, so the first two differ by that factor alone, which only a cut of the
+    gradient's norm can see.
     """
 
     shares: Literal["uniform", "probability"] = "uniform"
+    edges: Literal["mean", "summed", "by_samples"] = "mean"
 
     def __post_init__(self) -> None:
         """Known words."""
         one_of(self, ("uniform", "probability"), shares=self.shares)
+        one_of(self, ("mean", "summed", "by_samples"), edges=self.edges)
 
     @property
     def requires(self) -> Requires:
@@ -57,7 +67,14 @@ class TreeBackup:
             shares = self._shares(step)
             # The rows before a step are the edges after the one above it, in the same order.
             value = (shares * value.view(-1, step.fan)).sum(1)
-        return Credit(torch.stack(columns[::-1], 1), credit.weight)
+        advantages = torch.stack(columns[::-1], 1)
+        if self.edges == "by_samples":
+            return Credit(advantages, credit.weight)
+        # The update lets an edge count for the samples behind it; dividing by their number makes each edge count once.
+        once = torch.tensor([1 / step.samples.shape[1] for step in steps])
+        weight = credit.weight[:, None] * once.to(credit.weight.device, non_blocking=True)
+        # A trust region's loss is proportional to the advantage: a sum over children is their mean times `fan`.
+        return Credit(advantages * steps[0].fan if self.edges == "summed" else advantages, weight)
 
     def _shares(self, step: Transitions) -> Tensor:
         """`[H, fan]` weights of each row's children, which sum to 1."""

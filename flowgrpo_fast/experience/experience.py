@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -68,6 +68,14 @@ class Gathered:
         return Scored(self.samples, scores, weights)
 
 
+class Walks(NamedTuple):
+    """What an experience walks in a training step."""
+
+    full: bool = True  # along the recipe's plan
+    num_scouts: int = 0  # samples a prompt that only rank seeds, along the ODE
+    scout_steps: int = 0
+
+
 class Experience(Protocol):
     """A source of samples."""
 
@@ -86,8 +94,17 @@ class Experience(Protocol):
         """The precision of a copy of its own that only ranks; None where it has none."""
         ...
 
+    @property
+    def walks(self) -> Walks:
+        """What it walks, for whoever counts before it does."""
+        ...
+
     def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
         """Raises ValueError for what it cannot do with such walks."""
+        ...
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raises ValueError for a plan that it cannot collect samples by."""
         ...
 
     def num_drawn(self, num_candidates: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowgrpo_fast.experience.experience import Gathered, Stage, in_chunks
+from flowgrpo_fast.experience.experience import Gathered, Stage, Walks, in_chunks
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.precision.parts import RolloutPrecision
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Draws, Scored
 
 
@@ -29,8 +30,16 @@ class Rollout:
         """It ranks nothing."""
         return None
 
+    @property
+    def walks(self) -> Walks:
+        """The recipe's plan."""
+        return Walks()
+
     def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
         """Any walk will do."""
+
+    def check_plan(self, plan: Plan) -> None:
+        """Any plan will do."""
 
     def num_drawn(self, num_candidates: int) -> int:
         """One seed a candidate."""

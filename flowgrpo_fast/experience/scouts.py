@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.checks import one_of, require
-from flowgrpo_fast.experience.experience import Experience, Gathered, Stage, in_chunks
+from flowgrpo_fast.experience.experience import Experience, Gathered, Stage, Walks, in_chunks
 from flowgrpo_fast.experience.rollout import Rollout
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.ops import top_bottom
 from flowgrpo_fast.precision.parts import RolloutPrecision, TrainingPrecision
 from flowgrpo_fast.rewards.scoring import collect, require_all
 from flowgrpo_fast.sampling.prune import choose
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Draws, Scored, Scores
 
 _MOST = 1024  # candidates of a prompt that `ops.best_variance_subset` and `ops.top_bottom` take
@@ -66,6 +67,12 @@ class Scouts:
         """Its own."""
         return self.precision
 
+    @property
+    def walks(self) -> Walks:
+        """The scouts, and what it wraps where they are regenerated."""
+        full = self.regenerate and self.inner.walks.full
+        return Walks(full, self.num_scouts, self.num_inference_steps)
+
     def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
         """As of `Experience`."""
         require(
@@ -83,6 +90,10 @@ class Scouts:
             "the topology shares start noise; scouts differ in nothing but theirs: use Independent",
         )
         self.inner.check(num_steps, group_size, stages, shares_start)
+
+    def check_plan(self, plan: Plan) -> None:
+        """As what it wraps."""
+        self.inner.check_plan(plan)
 
     def num_drawn(self, num_candidates: int) -> int:
         """One seed a scout."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.checks import one_of, positive, require
-from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats, Terms
+from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats, Terms
 from flowgrpo_fast.objectives.regularizers import Regularizer
 from flowgrpo_fast.objectives.snapshots import SnapshotRule
 from flowgrpo_fast.objectives.trust import Clip, Trust
@@ -67,6 +67,11 @@ class Distillation:
 
     def check(self, plan: Plan) -> None:
         """Any plan that keeps what it requires."""
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """A teacher at each row, and the regularizers' snapshots."""
+        others = {part.to for part in self.regularizers if part.to}
+        return Costs(sum(plan.trained_rows(num_prompts)), frozen=1 + len(others))
 
     def points(self, batch: Batch) -> Points:
         """One a kept step."""

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from flowgrpo_fast.checks import fraction, one_of, positive, require
 from flowgrpo_fast.objectives.forward import at_schedule_steps, forward_process, noised_points
-from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats
+from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats
 from flowgrpo_fast.objectives.snapshots import Ramp, SnapshotRule
 from flowgrpo_fast.ops import matching
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Noised
 
 _FLOOR = 1e-10
@@ -60,6 +61,10 @@ class ForwardError:
         """Finished samples; the old weights where they are asked again."""
         rules: dict[str, SnapshotRule] = {"before": Ramp(most=0.0)} if self.old == "snapshot" else {}
         return Requires(snapshots=rules)
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """The old weights are asked again where they are a snapshot."""
+        return Costs(self.times * num_prompts * plan.group_size, frozen=int(self.old == "snapshot"))
 
     def points(self, batch: Batch) -> Points:
         """One a time; every sample at each."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowgrpo_fast.checks import fraction, positive, require
 from flowgrpo_fast.objectives.forward import at_schedule_steps, forward_process
-from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats, Terms
+from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats, Terms
 from flowgrpo_fast.objectives.snapshots import Frozen, Ramp, SnapshotRule
 from flowgrpo_fast.ops import implicit_matching
 from flowgrpo_fast.schedule.plan import Plan
@@ -60,10 +60,17 @@ class NFT:
     def check(self, plan: Plan) -> None:
         """Any plan that keeps what it requires."""
 
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """Old and new policy at each noised sample, and the start weights where they are measured from."""
+        return Costs(self._num_times(plan) * num_prompts * plan.group_size, frozen=1 + (self.kl_beta > 0))
+
     def points(self, batch: Batch) -> Points:
         """Finished samples at some of the schedule's sigmas."""
-        num_steps = len(batch.samples.plan.sigmas) - 1
-        return at_schedule_steps(batch, max(1, int(self.fraction * num_steps)))
+        return at_schedule_steps(batch, self._num_times(batch.samples.plan))
+
+    def _num_times(self, plan: Plan) -> int:
+        """Sigmas that a sample trains on."""
+        return max(1, int(self.fraction * (len(plan.sigmas) - 1)))
 
     def measure(self, point: Noised, evaluator: Evaluator) -> Stats:
         """L(v+), L(v-) and the distance from the start `[R]`; gradient flows through the trained velocity alone."""

@@ -135,6 +135,15 @@ class Terms(NamedTuple):
     worst: dict[str, Tensor]  # name -> [E], of which the largest is shown
 
 
+class Costs(NamedTuple):
+    """What an objective asks of the networks in one training step, counted before anything is sampled."""
+
+    rows: int  # of all its points
+    trained: int = 1  # velocities of the trained weights at each row, with gradient
+    frozen: int = 0  # velocities of snapshots at each row
+    rewarded: int = 0  # finished samples that are decoded and rewarded with gradient
+
+
 class Objective(Protocol):
     """The common ground of clipped ratios, forward processes, preferences, reward gradients and distillation."""
 
@@ -150,6 +159,10 @@ class Objective(Protocol):
 
     def check(self, plan: Plan) -> None:
         """Raises ValueError for a plan whose walks it cannot learn from."""
+        ...
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """What its measurements cost on walks along a plan, all optimiser steps of a training step together."""
         ...
 
     def points(self, batch: Batch) -> Points:

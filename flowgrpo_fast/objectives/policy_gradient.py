@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats, Terms
+from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats, Terms
 from flowgrpo_fast.objectives.regularizers import Regularizer
 from flowgrpo_fast.objectives.surrogates import PathLogProb, Surrogate
 from flowgrpo_fast.objectives.trust import Clip, Trust
@@ -48,14 +48,23 @@ class PolicyGradient:
     def check(self, plan: Plan) -> None:
         """Any plan that keeps what it requires."""
 
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The snapshots that its penalties measure from."""
+        return tuple(dict.fromkeys(part.to for part in self.penalties if part.to))
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """The surrogate's, and a velocity of each reference."""
+        own = self.surrogate.costs(plan, num_prompts)
+        return own._replace(frozen=own.frozen + len(self.references))
+
     def points(self, batch: Batch) -> Points:
         """The surrogate's."""
         return self.surrogate.points(batch)
 
     def measure(self, point: Any, evaluator: Evaluator) -> Stats:
         """The surrogate's."""
-        references = dict.fromkeys(part.to for part in self.penalties if part.to)
-        return self.surrogate.measure(point, evaluator, tuple(references))
+        return self.surrogate.measure(point, evaluator, self.references)
 
     def loss(self, stats: Stats, advantages: Tensor) -> Terms:
         """As of the module's text."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_fast.checks import positive, require
-from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats, Terms
+from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats, Terms
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Transitions
 
@@ -110,6 +110,11 @@ class LeapAlign:
             f"LeapAlign reads two states of every sample; the plan keeps {len(plan.kept)} steps: use "
             "Independent(at=RandomPair())",
         )
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """Two leaps of every sample, and the reward of where they end."""
+        num_samples = num_prompts * plan.group_size
+        return Costs(num_samples, trained=2, rewarded=num_samples)
 
     def points(self, batch: Batch) -> Points:
         """One: the pair of states that the window kept."""

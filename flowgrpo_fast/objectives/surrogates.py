@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flowgrpo_fast.objectives.objective import Evaluator, Points, Requires, Stats
+from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats
 from flowgrpo_fast.ops import Extras, FlowLogProbOutput, flow_log_prob
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch, Transitions, spread, spread_guidance
 
 
@@ -17,6 +18,10 @@ class Surrogate(Protocol):
     @property
     def requires(self) -> Requires:
         """What it needs."""
+        ...
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """As of `Objective`, without the references."""
         ...
 
     def points(self, batch: Batch) -> Points:
@@ -40,6 +45,13 @@ class PathLogProb:
     def requires(self) -> Requires:
         """Stored transitions."""
         return Requires(log_probs=True)
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """A row for each row before a kept step, or for each step that a sample trains on."""
+        rows, num_samples = plan.trained_rows(num_prompts), num_prompts * plan.group_size
+        if plan.num_trained >= len(rows) or any(count != num_samples for count in rows):
+            return Costs(sum(rows))
+        return Costs(plan.num_trained * num_samples)
 
     def points(self, batch: Batch) -> Points:
         """One a kept step; where a sample trains on some of its steps only, one for each that it trains on."""

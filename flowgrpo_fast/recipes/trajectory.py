@@ -140,9 +140,9 @@ def tree_grpo() -> Recipe:
         guidance_scale=4.5,
         group_size=16,
         num_prompts=16,
-        credit=(Normalise(aggregate="sum", eps=1e-8), Bound(), TreeBackup()),
+        credit=(Normalise(aggregate="sum", eps=1e-8), Bound(), TreeBackup(edges="summed")),
         objective=PolicyGradient(trust=Clip(range=1e-4)),
-        optimizer=Optimizer(lr=1e-5),
+        optimizer=Optimizer(lr=1e-5, num_updates=2),
     )
 
 
@@ -153,6 +153,7 @@ def gcpo() -> Recipe:
         name="gcpo",
         sigmas=Sigmas(num_inference_steps=17, shift=3.0),
         topology=SharedStart(at=AllSteps()),
+        credit=(Normalise(eps=1e-8, ddof=1), Bound(), DropIdle()),
         objective=ChunkRatio(sizes=(2, 3, 4, 7), trust=Clip(range=1e-4)),
     )
 

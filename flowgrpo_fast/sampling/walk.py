@@ -194,9 +194,9 @@ class _UnderWay:
 
     def move(self, layout: StepLayout, answers: Sequence[_Answer]) -> None:
         """One step further: children go to their places, rows that wait to theirs."""
-        ask, _, result = answers[0]
-        if len(answers) == 1 and ask.edge_index is None:
-            self.latents, self.x0_pred = result.out.next_latents, result.out.x0_pred
+        if len(answers) == 1 and answers[0].ask.edge_index is None:
+            out = answers[0].result.out
+            self.latents, self.x0_pred = out.next_latents, out.x0_pred
             return
         shape = layout.num_rows, *self.latents.shape[1:]
         after, x0_pred = self.latents.new_empty(shape), None

@@ -68,6 +68,12 @@ class StepPlan:
         """Those of them that are trained, for at least one prompt."""
         return np.unique(self.parent[self.kept.any(axis=0)])
 
+    def kept_of(self, num_prompts: int) -> tuple[int, int]:
+        """Over all prompts, the rows before the step with a kept edge, and its kept edges."""
+        times = num_prompts // len(self.kept)  # where one row stands for all prompts
+        rows = sum(len(np.unique(self.parent[own])) for own in self.kept)
+        return times * rows, times * int(self.kept.sum())
+
     @property
     def kept_rows(self) -> Index:
         """The rows of the table that kept edges take, ascending."""
@@ -145,6 +151,16 @@ class Plan:
     def evaluations(self, num_prompts: int) -> int:
         """Rows that go through the network, each half of guidance counted once."""
         return num_prompts * sum(len(step.heads) for step in self.steps)
+
+    def trained_rows(self, num_prompts: int) -> list[int]:
+        """Of each kept step, the rows before it that an update measures: those of the samples that cuts left."""
+        found = []
+        for place in self.kept:
+            rows, edges = self.steps[place].kept_of(num_prompts)
+            # Survivors of a cut take their own rows along; a row that several share stays for those of them that do.
+            alone = rows == edges and any(cut >= place for cut, _ in self.cuts)
+            found.append(num_prompts * self.group_size if alone else rows)
+        return found
 
     def behind(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Of each step, of each child, the candidates behind it: as they are numbered before the step's cut."""

@@ -492,8 +492,8 @@ class Cuts:
             parted = width == len(step.parent) == self.sizes[0] and not step.differs
             require(
                 (whole or not step.is_kept) and (parted or step.step + 1 < self.steps[0]),
-                f"Cuts.inner is a {type(self.inner).__name__}, in which candidates are not rows of their own from the "
-                "first cut on, or have kept edges of their own; cut Independent or SharedStart",
+                f"Cuts.inner is a {type(self.inner).__name__}, whose samples share what a cut would take apart; cut "
+                "Independent or SharedStart",
             )
             width = len(step.parent)
             if step.step >= self.steps[0]:

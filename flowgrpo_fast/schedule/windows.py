@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from flowgrpo_fast.checks import fraction, one_of, positive, require
+from flowgrpo_fast.schedule.sigmas import Array
 
 
 class WindowSteps(NamedTuple):
@@ -204,6 +205,43 @@ class RandomWindow:
     def earliest_end(self, num_steps: int) -> int:
         """As of `Window`."""
         return self.low + self.size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeometricWindow:
+    """`size` consecutive stochastic steps whose start is drawn anew for each rollout, early ones more often (TreeGRPO).
+
+    `Pr[start = i] = (1 - ratio) ratio^i / (1 - ratio^n)` for the n = T - size starts that leave the last step alone.
+    """
+
+    size: int = 3
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        """A geometric law that falls."""
+        positive(self, size=self.size)
+        require(0 < self.ratio < 1, f"GeometricWindow.ratio is {self.ratio}; it must be between 0 and 1")
+
+    def probabilities(self, num_steps: int) -> Array:
+        """`[T - size]`, of each start."""
+        num_starts = num_steps - self.size
+        weights = np.power(self.ratio, np.arange(num_starts), dtype=np.float64)
+        return np.asarray((1 - self.ratio) * weights / (1 - self.ratio**num_starts))
+
+    def steps(self, num_steps: int, iteration: int, seed: int) -> WindowSteps:
+        """As of `Window`."""
+        _check_fit(f"GeometricWindow(size={self.size})", self.size, num_steps)
+        generator = np.random.default_rng([seed, iteration, 0x67656F])
+        start = int(generator.choice(num_steps - self.size, p=self.probabilities(num_steps)))
+        return WindowSteps(tuple(range(start, start + self.size)), self.size)
+
+    def latest_start(self, num_steps: int) -> int:
+        """As of `Window`."""
+        return num_steps - 1 - self.size
+
+    def earliest_end(self, num_steps: int) -> int:
+        """As of `Window`."""
+        return self.size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,7 +144,7 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
         state = torch.load(folder / "optimizer.pt", map_location=engine.device, weights_only=True)
         learner.optimizer.load_state_dict(state)
         if (folder / "memory.pt").exists():
-            memory = torch.load(folder / "memory.pt", map_location=engine.device, weights_only=True)
+            memory = torch.load(folder / "memory.pt", map_location="cpu", weights_only=True)
             engine.stage.memory.clear()
             engine.stage.memory.update(memory)
         counters = json.loads((folder / "state.json").read_text())

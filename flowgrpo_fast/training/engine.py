@@ -24,11 +24,11 @@ from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.sampling.prune import check_cells
 from flowgrpo_fast.sampling.walk import Sampler
-from flowgrpo_fast.schedule.topology import ode_plan
 from flowgrpo_fast.training.learner import Learner
 from flowgrpo_fast.training.snapshots import (
     Snapshot,
     Through,
+    View,
     WithoutAdapter,
     load_weights,
     trained_parameters,
@@ -63,7 +63,12 @@ class Engine:
     @property
     def sampled(self) -> FlowModel:
         """The policy that training samples come from."""
-        return self.learner.snapshots.get(self.recipe.requires.sampled_by, self.model)
+        return self._sampling_snapshot or self.model
+
+    @property
+    def _sampling_snapshot(self) -> View | None:
+        """The snapshot that samples; None where that is the trained policy itself."""
+        return self.learner.snapshots.get(self.recipe.requires.sampled_by)
 
     @property
     def evaluated(self) -> Policy:
@@ -72,8 +77,8 @@ class Engine:
 
     def refresh(self) -> None:
         """Brings copies in low precision up to the policy that samples, in place; all else shares its weights."""
-        sampled = self.sampled
-        with sampled.swapped_in() if sampled is not self.model else nullcontext():
+        snapshot = self._sampling_snapshot
+        with snapshot.changed() if snapshot is not None else nullcontext():
             for copy in self.copies:
                 copy.refresh()
 
@@ -94,6 +99,10 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     require(not recipe.requires.incomplete, recipe.requires.incomplete)
     check_training_precision(machine.precision, device)
     judge = resolve(task.judge) if task.judge else None
+    require(
+        judge is None or callable(judge),
+        f"judge {task.judge!r} is a {type(judge).__name__}, which cannot be called",
+    )
     setup = ModelSetup(network=recipe.network, precision=machine.precision, seed=recipe.seed)
     for term in task.rewards:
         term.resolve()  # a name that is not there is found before anything is loaded
@@ -111,13 +120,13 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         scouts = low_precision if scouting == machine.rollout_precision else scouting.build(model)
     scorer = Scorer(task.rewards, model.decode, device, task.reward_processes)
     learner = _learner(recipe, model, scorer)
-    sampled = learner.snapshots.get(recipe.requires.sampled_by, model)
-    policy, graphs = learner.policy.of(sampled), Graphs() if machine.graphs else None
+    sampled = learner.snapshots.get(recipe.requires.sampled_by)
+    policy, graphs = learner.policy.of(sampled or model), Graphs() if machine.graphs else None
 
     def in_low_precision(copy: LowPrecisionModel | None) -> Policy:
         if copy is None:
             return policy
-        return policy.of(copy.model if sampled is model else Through(sampled, copy.model))
+        return policy.of(copy.model if sampled is None else Through(sampled, copy.model))
 
     sampler = Sampler(
         policy=policy,
@@ -137,11 +146,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         group_size=recipe.group_size,
         num_steps=recipe.sigmas.num_inference_steps,
         plan=lambda step: recipe.plan(step, model.image_seq_len),
-        ode=lambda num_steps, group_size: ode_plan(
-            replace(recipe.sigmas, num_inference_steps=num_steps).grid(model.image_seq_len),
-            recipe.solver,
-            group_size,
-        ),
+        ode=lambda num_steps, group_size: recipe.scout_plan(num_steps, group_size, model.image_seq_len),
         prompts_per_chunk=machine.prompts_per_chunk,
     )
     copies = [copy for copy in (low_precision, scouts) if copy is not None]
@@ -195,7 +200,7 @@ def _learner(recipe: Recipe, model: FlowModel, scorer: Scorer) -> Learner:
     )
 
 
-def _snapshot(recipe: Recipe, model: FlowModel, name: str, rule: SnapshotRule) -> FlowModel:
+def _snapshot(recipe: Recipe, model: FlowModel, name: str, rule: SnapshotRule) -> View:
     """The model under other weights; the start of a fresh adapter is the base alone, for no memory at all."""
     if name == "start" and has_adapter(model.module) and recipe.network.train.starts_from_base:
         return WithoutAdapter(model)

@@ -130,7 +130,7 @@ class Snapshot(View):
 class Through(View):
     """A snapshot's weights seen through another model that shares the trained parameters."""
 
-    def __init__(self, snapshot: Snapshot, model: FlowModel) -> None:
+    def __init__(self, snapshot: View, model: FlowModel) -> None:
         super().__init__(model)
         self.snapshot = snapshot
 
@@ -139,7 +139,7 @@ class Through(View):
 
     def changed(self) -> AbstractContextManager[None]:
         """As of `View`."""
-        return self.snapshot.swapped_in()
+        return self.snapshot.changed()
 
 
 class WithoutAdapter(View):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowgrpo_fast.objectives.objective import Objective, Points, Stats, Terms
+from flowgrpo_fast.objectives.surrogates import PathLogProb
 from flowgrpo_fast.sampling.step import row_slices
 from flowgrpo_fast.training.learner import Counts, Learner, Networks, networks
 from flowgrpo_fast.types import Batch
@@ -101,6 +102,22 @@ def accumulate(learner: Learner, share: Batch, tally: Tally) -> None:
     for column, point in micro_batches(learner, share, points):
         stats = learner.objective.measure(point, evaluator.at(point))
         pull(column, point, stats).backward()
+
+
+@torch.no_grad()
+def rescored(learner: Learner, batch: Batch) -> Batch:
+    """The batch with log-probs of the learner's own policy, for walks that another model, or precision, has sampled.
+
+    Costs a forward a kept step. Forwards are those of the rollout, so a replay by this policy has ratio 1.
+    """
+    batch = batch.without_unconditional()
+    evaluator = networks(learner, batch, Counts())
+    transitions = []
+    for step in batch.samples.transitions:
+        pieces = [step.heads(rows) for rows in row_slices(step.num_heads, learner.rows_at(step))]
+        scored = [PathLogProb().measure(piece, evaluator.at(piece), ())["log_prob"] for piece in pieces]
+        transitions.append(replace(step, log_prob=torch.cat(scored)))
+    return replace(batch, samples=replace(batch.samples, transitions=tuple(transitions)))
 
 
 def micro_batches(learner: Learner, share: Batch, points: Points) -> Iterator[tuple[int | Tensor, Any]]:

@@ -93,12 +93,14 @@ def test_every_edge_is_worth_what_is_behind_it(
 
 
 def test_a_dead_tree_is_dropped_whole(scored) -> None:
-    """Of `[B, K]` advantages the largest counts, and the weight stays one a sample."""
+    """Of `[B, K]` advantages the largest counts, for each of a sample's steps."""
     rewards = torch.tensor([1.0, 1, 1, 1, 0, 1, 0, 0])
     steps = tree(2, 2, 2, [torch.zeros(4), torch.zeros(8)])
     output = scored(rewards, torch.arange(2).repeat_interleave(4), transitions=steps)
-    credit = assign((Normalise(), TreeBackup(), DropIdle()), output)
+    credit = assign((Normalise(), TreeBackup(edges="by_samples"), DropIdle()), output)
     assert credit.weight.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    credit = assign((Normalise(), TreeBackup(), DropIdle()), output)
+    assert credit.weight.tolist() == [[0, 0]] * 4 + [[0.5, 1]] * 4
 
 
 def test_a_sample_without_an_edge_is_worth_nothing_there() -> None:
@@ -110,6 +112,10 @@ def test_it_needs_log_probs_of_every_step() -> None:
     needs = TreeBackup().requires
     assert needs.log_probs
     assert needs.all_steps
+    with pytest.raises(
+        ValueError, match=r"TreeBackup.edges is 'all'; it must be 'mean', 'summed' or 'by_samples'"
+    ):
+        TreeBackup(edges="all")
     with pytest.raises(
         ValueError, match=r"TreeBackup.shares is 'equal'; it must be 'uniform' or 'probability'"
     ):

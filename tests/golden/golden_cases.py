@@ -13,8 +13,8 @@ from flowgrpo_fast.recipes import RECIPES, digits
 NUM_STEPS = 6  # of training, of a named recipe
 NUM_STEPS_OF_VARIANTS = 3
 
-# Applied to all, before what `FITTED` has. The learning rate is five times that of the default job: clip ranges are then
-# reached within the first steps.
+# Applied to all, before what `FITTED` has. The learning rate is five times that of the default job: clip ranges are
+# then reached within the first steps.
 SMALL = (
     *("num_prompts=2", "group_size=4", "optimizer.lr=0.0005", "task.judge=", "seed=0"),
     "sigmas.num_inference_steps=6",

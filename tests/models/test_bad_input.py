@@ -12,7 +12,7 @@ import torch
 
 from flowgrpo_fast.models.adapters import save_adapter
 from flowgrpo_fast.models.loading import load_parts
-from flowgrpo_fast.recipe import LoRA
+from flowgrpo_fast.recipe import LoRA, Prompts
 from flowgrpo_fast.training.engine import build_engine
 from tests.models import tiny
 from tests.models.families import (
@@ -151,22 +151,22 @@ def test_adapters_that_do_not_fit(tiny_recipe, tmp_path, tiny_path) -> None:
 def test_prompts_and_images(tiny_recipe, tmp_path) -> None:
     recipe = tiny_recipe(SD3)
     refused(
-        replace(recipe, task=replace(recipe.task, prompts="")),
-        "sd3 brings no prompts of its own; set task.prompts",
+        replace(recipe, data=Prompts()),
+        "Prompts.path is empty and the model brings no prompts of its own; set it",
     )
     images = tmp_path / "images.txt"
     images.write_text("source_0.png\n")
-    refused(replace(recipe, task=replace(recipe.task, images=str(images))), "names 1 images for 3 prompts")
+    refused(replace(recipe, data=replace(recipe.data, images=str(images))), "names 1 images for 3 prompts")
     source_images(tmp_path, 3)
     images.write_text("source_0.png\nsource_1.png\nsource_2.png\n")
     refused(
-        replace(recipe, task=replace(recipe.task, images=str(images))), "sd3 makes images from text alone"
+        replace(recipe, data=replace(recipe.data, images=str(images))), "sd3 makes images from text alone"
     )
     editing = tiny_recipe(KONTEXT)
     refused(
-        replace(editing, task=replace(editing.task, images="")), "flux_kontext edits images; set task.images"
+        replace(editing, data=replace(editing.data, images="")), "flux_kontext edits images; set task.images"
     )
-    Path(editing.task.images).write_text("source_0.png\nnone.png\nsource_2.png\n")
+    Path(editing.data.images).write_text("source_0.png\nnone.png\nsource_2.png\n")
     refused(editing, "cannot read the image '.*none.png' of task.images")
 
 

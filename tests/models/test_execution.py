@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo_fast.models.execution import compile_blocks
 from flowgrpo_fast.ops import philox_normal
-from flowgrpo_fast.recipe import FullFineTuning
+from flowgrpo_fast.recipe import FrozenWindow, FullFineTuning, SharedStart
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import train_step
 from flowgrpo_fast.training.snapshots import trained_parameters
@@ -50,7 +50,7 @@ def test_velocity_asks_the_device_for_nothing(family, tiny_recipe, tmp_path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpointing", "changes"),
-    [("selective", {}), ("none", {"share_start_noise": True, "graphs": True})],
+    [("selective", {}), ("none", {"topology": SharedStart(at=FrozenWindow(size=2)), "graphs": True})],
     ids=str,
 )
 def test_the_ratio_is_exactly_one_with_compiled_blocks(checkpointing, changes, tiny_recipe) -> None:

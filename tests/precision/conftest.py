@@ -13,17 +13,22 @@ from flowgrpo_fast.models import digits
 from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork
 from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.recipe import (
-    ClippedRatio,
-    Credit,
+    Bound,
+    Clip,
+    DropIdle,
     FlowSDE,
     FrozenWindow,
+    Independent,
+    Normalise,
     Optimizer,
+    PolicyGradient,
     Recipe,
     RewardTerm,
     Sigmas,
     Task,
 )
 from flowgrpo_fast.types import Conditioning, FlowModel
+from tests.conftest import with_changes
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -131,17 +136,17 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch):
-    """Makes small recipes for the model above; keywords replace fields."""
+    """Makes small recipes for the model above; keywords replace fields, those of `Machine` in the machine."""
     monkeypatch.setitem(sys.modules, "precision_job", sys.modules[__name__])
     recipe = Recipe(
         name="precise",
         sigmas=Sigmas(num_inference_steps=5, shift=1.0),
         dynamics=FlowSDE(noise_level=0.7),
-        window=FrozenWindow(size=2, start=1),
+        topology=Independent(at=FrozenWindow(size=2, start=1)),
         group_size=4,
         num_prompts=2,
-        credit=Credit(eps=1e-4),
-        loss=ClippedRatio(clip_range=0.05),
+        credit=(Normalise(eps=1e-4), Bound(), DropIdle()),
+        objective=PolicyGradient(trust=Clip(range=0.05)),
         optimizer=Optimizer(lr=3e-3),
         num_steps=2,
         task=Task(
@@ -153,7 +158,7 @@ def job(monkeypatch: pytest.MonkeyPatch):
     )
 
     def make(model: str = "load", **changes) -> Recipe:
-        made = replace(recipe, **changes)
+        made = with_changes(recipe, **changes)
         return replace(made, task=replace(made.task, model=f"precision_job:{model}"))
 
     return make

@@ -13,11 +13,11 @@ from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork
 from flowgrpo_fast.recipe import (
     NFT,
     AllSteps,
+    Bound,
     Comb,
     Cuts,
     Deterministic,
     DPMSolver2M,
-    FractionOfSteps,
     FrozenWindow,
     Independent,
     LowPrecision,
@@ -44,7 +44,7 @@ TWO = FrozenWindow(size=2, start=1)
 FORWARD = {
     "objective": NFT(),
     "topology": Independent(at=Deterministic()),
-    "credit": (Normalise(std="batch"),),
+    "credit": (Normalise(std="batch"), Bound()),
 }
 FUNNEL = Cuts(inner=Independent(at=AllSteps()), steps=(3, 4), sizes=(24, 16), score="latents", pool=2)
 CASES = {
@@ -71,7 +71,10 @@ CASES = {
     "merged comb": {"topology": Comb(at=FrozenWindow(size=2, start=1), fan=4, merge=2), "precision": "bf16"},
     "one step each": {"topology": OneStepEach(share_start=True)},
     # The step before the window branches, all children alike: one is computed.
-    "members of their own": {"topology": SharedStart(at=FractionOfSteps(fraction=0.5))},
+    "members of their own": {
+        "topology": SharedStart(at=FrozenWindow(size=2, start=2)),
+        "optimizer": Optimizer(lr=1e-3, num_updates=16),
+    },
 }
 
 

@@ -377,7 +377,7 @@ def test_a_broken_candidate_stops_the_run_even_if_it_is_pruned(toy_recipe) -> No
         ),
         (  # a tree's samples share the transitions that a cut would take apart
             {"topology": Cuts(inner=Tree(at=FrozenWindow(size=3)), steps=(5,), sizes=(8,))},
-            "share what a cut would take apart; cut Independent or SharedStart",
+            "or have kept edges of their own; cut Independent or SharedStart",
         ),
     ],
 )
