@@ -89,8 +89,14 @@ class Job:
         return f"{self.network} x{images}, {self.precision}{rows}"
 
 
-# From the size that an idle server manages to one for two busy slow cores; two prompts, so that a forward may take both.
-CPU_SIZES = (("small_sd3", 12, 2), ("small_sd3", 6, 2), ("smaller_sd3", 6, 2), ("smaller_sd3", 4, 2), ("tiny_sd3", 4, 2))
+# From what an idle server manages to a size for slow, busy cores; two prompts, so that a forward may take both.
+CPU_SIZES = (
+    ("small_sd3", 12, 2),
+    ("small_sd3", 6, 2),
+    ("smaller_sd3", 6, 2),
+    ("smaller_sd3", 4, 2),
+    ("tiny_sd3", 4, 2),
+)
 # Rows a forward: what 80 GB hold of the trainers' loop, which keeps both halves of guidance for the backward.
 GPU_JOBS = (
     Job("sd35_medium", 24, 1, "bf16", rows=8),
