@@ -58,6 +58,7 @@ def prepared(case: str) -> tuple[Callable[[], Any], int]:
     from flowgrpo_fast.training.loop import train_step
 
     device = torch.device("cpu")
+    torch.manual_seed(0)  # the loop that trainers write draws its noise from torch's generator
     if case == DEMO:
         engine = build_engine(digits(RECIPES["mix_grpo"].make()), device)
         return lambda: train_step(engine), STEPS

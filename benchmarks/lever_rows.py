@@ -235,24 +235,29 @@ def work(lever: Lever) -> float:
 def fitting_job(limit: float) -> tuple[Job, str]:
     """The largest job whose rows will be measured within `limit` seconds, and why that one.
 
-    The cheapest row of the smallest job is measured; the others are reckoned by the rows that their steps take through
-    the network. Small forwards use a machine worse, so that larger jobs come out rather too expensive.
+    The cheapest row of a small job is measured; all others are reckoned by the tokens that their steps take through the
+    network. Small forwards use a machine worse, so that larger jobs come out rather too expensive.
     """
-    jobs, per_token = cpu_jobs(), {name: SCALES[name].image_tokens for name, *_ in CPU_SIZES}
-    least = jobs[-1]
-    cheapest = min((lever for lever in least.levers if not lever.recipe.network.compile), key=work)
-    _say(f"levers: how fast is {least}?")
+    jobs, tokens = (
+        cpu_jobs(),
+        {name: SCALES[name].tokens + SCALES[name].image_tokens for name, *_ in CPU_SIZES},
+    )
+    known = jobs[-2]  # the last one is overhead alone, which says nothing of the others
+    cheapest = min((lever for lever in known.levers if not lever.recipe.network.compile), key=work)
+    _say(f"levers: how fast is {known}?")
     runner = Runner(cheapest, torch.device("cpu"))
-    runner.time()
-    unit = runner.seconds[0] / work(cheapest) / per_token[least.network]
+    for _ in range(2):
+        runner.time()
+    least = min(runner.seconds)
+    unit = least / work(cheapest) / tokens[known.network]
     for job in jobs:
         rows = [lever for lever in job.levers if not lever.recipe.network.compile]
-        seconds = unit * per_token[job.network] * sum(map(work, rows))
+        seconds = unit * tokens[job.network] * sum(map(work, rows))
         if _STEPS_A_ROW * seconds <= limit:
             break
     return job, (
-        f"{job}: a step of all {len(rows)} rows was reckoned to take {seconds:.0f} s, {_STEPS_A_ROW} of them to be "
-        f"done in {limit:.0f} s; {cheapest.name} of {least} took {runner.seconds[0]:.2f} s"
+        f"{job}: a step of each of {len(rows)} rows was reckoned to take {seconds:.2g} s in all, {_STEPS_A_ROW} of "
+        f"them to be done in {limit:.0f} s; {cheapest.name.removeprefix('+ ')} of {known} took {least:.2g} s"
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import lever_report, lever_rows, trainer_loop
+from benchmarks import lever_report, lever_rows, rows, trainer_loop
 from benchmarks.agreement import agreement
 from benchmarks.lever_report import (
     COMPILED,
@@ -216,6 +216,110 @@ def test_a_row_that_fails_is_named_and_the_rest_go_on(monkeypatch):
     one_by_one((SD3,), CPU, 1, 3600, lambda: None, result)
     assert result["jobs"][0]["failed"] == {LOW: "RuntimeError: out of memory"}
     assert len(result["jobs"][0]["rows"]) == len(rows_of(SD3)) - 1
+
+
+# ------------------------------------------------------------------------------------- on the CPU, in its time
+
+
+class Clock:
+    """A clock that only runners move."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def runners(monkeypatch):
+    """Runners that take a second for every ten rows of the network, ten times that for what is compiled."""
+    clock, made = Clock(), []
+
+    class Fake:
+        engine, floor, counts = None, None, None
+
+        def __init__(self, lever, device):
+            self.lever, self.seconds = lever, []
+            made.append(lever.name)
+            self.first_seconds = self.pass_time()
+
+        def pass_time(self):
+            seconds = lever_rows.work(self.lever) / 10 * (10 if self.lever.recipe.network.compile else 1)
+            clock.now += seconds
+            return seconds
+
+        def count(self):
+            self.pass_time()
+
+        def time(self):
+            self.seconds.append(self.pass_time())
+
+        def row(self, rate):
+            more = {"rounds": len(self.seconds), "ratio_error": None, "counts": None}
+            return row(self.lever.name, self.seconds[0], **more)
+
+    monkeypatch.setattr(lever_rows, "Runner", Fake)
+    monkeypatch.setattr(lever_rows, "time", clock)
+    found = {"log_prob": 0.0, "finished": 0.0, "gradient": 0.0}
+    monkeypatch.setattr(lever_rows, "agreement", lambda recipe, device: found)
+    monkeypatch.setattr(lever_rows, "_peak_elsewhere", lambda job, name: 10**9)
+    monkeypatch.setattr(lever_rows, "cpu_multiplies_bf16", lambda: False)
+    return made
+
+
+def test_a_cpus_rows_come_cheapest_first_and_are_kept_one_by_one(runners):
+    kept = []
+    job = replace(SD3, compiles=False)
+    result = measure_levers(
+        CPU, (job,), rounds=2, limit=1e6, keep=lambda found: kept.append(len(found["jobs"][0]["rows"]))
+    )
+    (found,) = result["jobs"]
+    costs = [lever_rows.work(rows_of(job)[name]) for name in runners]
+    assert costs[:-1] == sorted(costs[:-1])
+    assert (runners[0], runners[-1]) == (PRUNED, COMPILED)
+    assert kept[: len(runners)] == list(range(1, len(runners) + 1))
+    assert [each["name"] for each in found["rows"]] == list(rows_of(job))
+    assert all(each["rounds"] == 2 and each["peak_bytes"] == 10**9 for each in found["rows"])
+    assert result["left"] == []
+    assert found["precision_because"] == "this CPU has no bf16 instructions"
+    assert "measured in fp32: this CPU has no bf16 instructions" in lever_report.notes(found)
+
+
+def test_a_cpu_begins_no_row_that_would_not_end(runners):
+    result = measure_levers(CPU, (replace(SD3, compiles=False),), rounds=3, limit=150.0)
+    (found,) = result["jobs"]
+    assert 1 <= len(found["rows"]) < len(rows_of(SD3))
+    assert len(found["rows"]) + len(result["left"]) == len(rows_of(SD3))
+    assert f"{SD3}: {COMPILED}" in result["left"]
+    assert lever_rows.time.now < 150.0
+
+
+@pytest.mark.parametrize(("limit", "size"), [(1e7, CPU_SIZES[0]), (1.0, CPU_SIZES[-1])])
+def test_a_cpu_takes_the_largest_size_that_it_has_time_for(runners, limit, size):
+    (job, why) = lever_rows.fitting_job(limit)
+    assert (job.network, job.group_size, job.num_prompts, job.precision) == (*size, "fp32")
+    assert str(job) in why
+
+
+def test_work_is_what_goes_through_the_network():
+    """Of two prompts of four: ten steps and two halves; nine or two steps trained, a backward counted as two."""
+    found = rows_of(replace(SD3, compiles=False))
+    expected = {
+        TRAINER: 8 * 20 + 8 * 9 * (6 + 2),
+        EQUAL: 8 * 20 + 8 * 9 * (3 + 2),
+        NO_KL: 8 * 20 + 8 * 2 * 3,
+        FAST: 8 * 10 + 8 * 2 * 3,
+        SHARED: 2 * 2 + 8 * 8 + (2 + 8) * 3,
+    }
+    assert {name: lever_rows.work(found[name]) for name in expected} == expected
+
+
+def test_bf16_is_for_cpus_with_its_instructions(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    for flags, found in (("avx avx2 fma", False), ("avx512f avx512_bf16", True), ("amx_bf16 amx_tile", True)):
+        cpuinfo.write_text(f"model name : a CPU\nflags : fpu {flags}\n")
+        assert rows.cpu_multiplies_bf16(cpuinfo) is found
+    assert not rows.cpu_multiplies_bf16(tmp_path / "none")
 
 
 def several(jobs):
