@@ -113,6 +113,7 @@ def rescored(learner: Learner, batch: Batch) -> Batch:
     batch = batch.without_unconditional()
     evaluator = networks(learner, batch, Counts())
     transitions = []
+    step: Any
     for step in batch.samples.transitions:
         pieces = [step.heads(rows) for rows in row_slices(step.num_heads, learner.rows_at(step))]
         scored = [PathLogProb().measure(piece, evaluator.at(piece), ())["log_prob"] for piece in pieces]
