@@ -40,8 +40,8 @@ from flowgrpo_fast.training.loop import train  # noqa: E402
 
 FOLDER = RESULTS / "digits_methods"
 SHORT = ("num_steps=30", "num_prompts=5")
-# What a method needs besides: one sample a prompt, and so more of them; steps until as many network evaluations are spent
-# as Flow-GRPO's (100 800), where they are cheaper; whole trees in an optimiser step.
+# What a method needs besides: one sample a prompt, and so more of them; steps until as many network evaluations are
+# spent as Flow-GRPO's (100 800), where they are cheaper; whole trees in an optimiser step.
 OWN = {
     "leap_align": ("num_prompts=30",),
     "tree_grpo": ("num_prompts=4", "num_steps=200", "task.eval_every=20"),

@@ -28,7 +28,7 @@ FAST_RECIPES = (FAST, SHARED, FLASH)
 INTRODUCTION = """Random weights in the real classes of diffusers, LoRA through peft, a group a forward. The first row
 is the loop that trainers write (`benchmarks/trainer_loop.py`) on Flow-GRPO's recipe: ten steps, nine of them trained,
 guidance 4.5, a KL; every later row changes one thing more, up to the rows that name a recipe of their own. On a CPU
-blocks are compiled in one row alone, which takes a compiler longer than all the others.
+blocks are compiled in one row alone: to compile them in each would take most of the time.
 
 **in** is the precision of the network's matrix products: fp32 on a CPU that has no bf16 instructions, where torch would
 convert on the way.
