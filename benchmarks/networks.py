@@ -93,6 +93,11 @@ class Scale:
         """Pixels a latent, each way."""
         return int(2 ** (len(self.vae[1]["block_out_channels"]) - 1))
 
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of a sample's latents, two by two pixels of them each."""
+        return (self.pixels // self.stride // 2) ** 2
+
 
 def _published(name: str, family: type[PipelineModel], pixels: int) -> Scale:
     entry = PUBLISHED[name]
@@ -102,6 +107,10 @@ def _published(name: str, family: type[PipelineModel], pixels: int) -> Scale:
 SCALES = {
     # SD3.5-M's first half in small: dual attention in half of its blocks, latents of 16 x 32 x 32
     "small_sd3": Scale(SD3, _sd3(4, 4, 64, 32, dual_attention_layers=(0, 1)), _vae(16, 32, 32, 32), 64, 256),
+    # a quarter of its tokens, for slow machines
+    "smaller_sd3": Scale(
+        SD3, _sd3(4, 4, 64, 16, dual_attention_layers=(0, 1)), _vae(16, 32, 32, 32), 64, 128
+    ),
     "sd35_medium": _published("sd3.5-medium", SD3, 512),
     "flux": _published("flux.1-dev", Flux, 512),
     "tiny_sd3": Scale(SD3, _sd3(2, 2, 16, 4, dual_attention_layers=(0,)), _vae(8, 8, latents=16), 6, 8),
@@ -127,6 +136,7 @@ def load(device: torch.device, setup: ModelSetup, scale: Scale) -> PipelineModel
 
 
 small_sd3 = partial(load, scale=SCALES["small_sd3"])
+smaller_sd3 = partial(load, scale=SCALES["smaller_sd3"])
 sd35_medium = partial(load, scale=SCALES["sd35_medium"])
 flux = partial(load, scale=SCALES["flux"])
 tiny_sd3 = partial(load, scale=SCALES["tiny_sd3"])

@@ -13,7 +13,7 @@ from flowgrpo_fast.objectives.objective import Objective, Point
 from flowgrpo_fast.objectives.snapshots import Moment, SnapshotRule
 from flowgrpo_fast.ops import Guidance
 from flowgrpo_fast.sampling.policy import Policy
-from flowgrpo_fast.training.snapshots import Snapshot, View, trained_parameters
+from flowgrpo_fast.training.snapshots import Snapshot, View
 from flowgrpo_fast.types import Batch, Conditioning, Predicted, PromptSet
 
 # Rewards `[R]` with gradient, of finished latents `[R, *S]` and what was asked of each.
@@ -47,8 +47,8 @@ class Learner:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Those with gradient, in the module's order."""
-        return trained_parameters(self.policy.model.module)
+        """Those with gradient, in the module's order: the optimiser holds them, and no tree of modules is walked."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def rows_at(self, point: Point) -> int:
         """Rows of a point that one forward takes: the rollout's own, so that the first ratio is exactly 1."""

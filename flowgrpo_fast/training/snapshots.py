@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from flowgrpo_fast.models.adapters import ADAPTER_FILE, adapters_off, check_alpha, has_adapter, load_adapter
+from flowgrpo_fast.models.adapters import (
+    ADAPTER_FILE,
+    adapter_layers,
+    adapters_off,
+    check_alpha,
+    has_adapter,
+    load_adapter,
+)
 from flowgrpo_fast.models.loading import one_line
 from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
@@ -145,12 +152,16 @@ class Through(View):
 class WithoutAdapter(View):
     """An adapted model with its adapters off: the start of a LoRA run, for no memory at all."""
 
+    def __init__(self, model: FlowModel) -> None:
+        super().__init__(model)
+        self._layers = adapter_layers(model.module)
+
     def _over(self, inner: FlowModel) -> FlowModel:
         return WithoutAdapter(inner)
 
     def changed(self) -> AbstractContextManager[None]:
         """As of `View`."""
-        return adapters_off(self.model.module)
+        return adapters_off(self.model.module, self._layers)
 
 
 def load_weights(snapshot: Snapshot, path: str) -> None:

@@ -86,20 +86,23 @@ def update(learner: Learner, batch: Batch) -> dict[str, float]:
     for rows in batch.shares(learner.updates_per_step):
         if not batch.live[rows].any():
             continue  # every group of it had equal rewards
-        share = batch.of_samples(rows)
-        points = learner.objective.points(share)
-        evaluator = networks(learner, share, tally.counts)
-        if learner.objective.couples:
-            pull = linearised(learner, share, points, evaluator, tally)
-        else:
-            pull = separable(learner.objective, share, points, tally)
-        for column, point in micro_batches(learner, share, points):
-            stats = learner.objective.measure(point, evaluator.at(point))
-            pull(column, point, stats).backward()
+        accumulate(learner, batch.of_samples(rows), tally)
         tally.grad_norm.append(learner.step())
         # What the rollout kept of guidance is of the weights before.
         batch = batch.without_unconditional()
     return tally.metrics(batch)
+
+
+def accumulate(learner: Learner, share: Batch, tally: Tally) -> None:
+    """Adds the gradient of one optimiser step to the parameters' own."""
+    points, evaluator = learner.objective.points(share), networks(learner, share, tally.counts)
+    if learner.objective.couples:
+        pull = linearised(learner, share, points, evaluator, tally)
+    else:
+        pull = separable(learner.objective, share, points, tally)
+    for column, point in micro_batches(learner, share, points):
+        stats = learner.objective.measure(point, evaluator.at(point))
+        pull(column, point, stats).backward()
 
 
 @torch.no_grad()
@@ -111,6 +114,7 @@ def rescored(learner: Learner, batch: Batch) -> Batch:
     batch = batch.without_unconditional()
     evaluator = networks(learner, batch, Counts())
     transitions = []
+    step: Any
     for step in batch.samples.transitions:
         pieces = [step.heads(rows) for rows in row_slices(step.num_heads, learner.rows_at(step))]
         scored = [PathLogProb().measure(piece, evaluator.at(piece), ())["log_prob"] for piece in pieces]
