@@ -72,7 +72,7 @@ class ForwardError:
             return at_schedule_steps(batch, self.times)
         drawn = batch.choices.uniform(self.times)  # [B, times]
         strata = (np.arange(self.times) + drawn) / self.times
-        sigma = torch.sigmoid(torch.special.ndtri(torch.from_numpy(strata))).float().numpy()
+        sigma = torch.sigmoid(torch.special.ndtri(torch.from_numpy(strata))).float()
         steps = np.tile(np.arange(self.times), (len(batch), 1))
         return noised_points(batch, self.times, lambda turn: (sigma[:, turn], steps[:, turn]))
 
