@@ -30,12 +30,12 @@ def forward_process(x0: Tensor, seed: Tensor, sigma: Tensor, step: Tensor) -> tu
 def at_schedule_steps(batch: Batch, num_taken: int) -> Points:
     """Each sample at `num_taken` of its schedule's sigmas, drawn without repetition."""
     steps = batch.choices.taken(len(batch.samples.plan.sigmas) - 1, num_taken)
-    sigmas = batch.samples.plan.sigmas
-    return noised_points(batch, num_taken, lambda turn: (sigmas.numpy()[steps[:, turn]], steps[:, turn]))
+    sigmas = batch.samples.plan.sigmas[torch.from_numpy(steps)]
+    return noised_points(batch, num_taken, lambda turn: (sigmas[:, turn], steps[:, turn]))
 
 
 def noised_points(
-    batch: Batch, count: int, choose: Callable[[int], tuple[NDArray[np.float32], NDArray[np.int64]]]
+    batch: Batch, count: int, choose: Callable[[int], tuple[Tensor, NDArray[np.int64]]]
 ) -> Points:
     """`count` points of all samples; `choose(k)` gives the sigma and the number of the noise of each, on the host."""
     device, num_samples = batch.samples.x0.device, len(batch)
@@ -45,9 +45,7 @@ def noised_points(
     def make(place: int) -> Noised:
         sigma, step = choose(place)
         return Noised(
-            sigma=torch.from_numpy(np.ascontiguousarray(sigma, dtype=np.float32)).to(
-                device, non_blocking=True
-            ),
+            sigma=sigma.contiguous().to(device, non_blocking=True),
             step=torch.from_numpy(np.ascontiguousarray(step)).to(device, non_blocking=True),
             x0=batch.samples.x0,
             seed=batch.samples.draws.seed,

@@ -7,11 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowgrpo_fast.recipe import NFT, Credit, Deterministic, Prune, RewardTerm, Scouts
+from flowgrpo_fast.recipe import (
+    NFT,
+    Cuts,
+    Deterministic,
+    FrozenWindow,
+    Independent,
+    Normalise,
+    Prompts,
+    RewardTerm,
+    Scouts,
+)
 from flowgrpo_fast.rewards.scoring import Scorer, collect, require_all
 from flowgrpo_fast.rewards.terms import Seen
 from flowgrpo_fast.training.engine import build_engine
-from flowgrpo_fast.training.loop import evaluate, train_step
+from flowgrpo_fast.training.evaluate import evaluate
+from flowgrpo_fast.training.loop import train_step
 from flowgrpo_fast.types import PromptSet, Scores
 from tests.rewards import functions
 from tests.rewards.own_reward import OwnReward
@@ -199,11 +210,14 @@ def test_group_wise_rewards_get_whole_groups(scorer) -> None:
     "changes",
     [
         {"prompts_per_chunk": 1},
-        {"prompts_per_chunk": 2, "prune": Prune(at=(3,), sizes=(16,))},
         {
-            "loss": NFT(),
-            "window": Deterministic(),
-            "explore": Scouts(num_scouts=16, num_inference_steps=4),
+            "prompts_per_chunk": 2,
+            "topology": Cuts(inner=Independent(at=FrozenWindow(size=3, start=1)), steps=(3,), sizes=(16,)),
+        },
+        {
+            "objective": NFT(),
+            "topology": Independent(at=Deterministic()),
+            "experience": Scouts(num_scouts=16, num_inference_steps=4),
             "prompts_per_chunk": 2,
         },
     ],
@@ -243,7 +257,7 @@ def test_so_they_do_in_training(toy_recipe, where, changes, monkeypatch) -> None
 
 def test_a_reward_with_several_objectives_is_credited_by_each(toy_recipe) -> None:
     """Per objective, each counts with its reward's weight: as two rewards of that weight do."""
-    recipe = toy_recipe(credit=Credit(per_objective=True))
+    recipe = toy_recipe(credit=(Normalise(aggregate="per_objective"), *toy_recipe().credit[1:]))
     engines = [build_engine(recipe, CPU) for _ in range(2)]
 
     def bright(images, prompts):
@@ -256,8 +270,8 @@ def test_a_reward_with_several_objectives_is_credited_by_each(toy_recipe) -> Non
         named = {"bright": bright(images, prompts), "sharp": sharp(images, prompts)}
         return Scores(named["bright"] + named["sharp"], named)
 
-    engines[0].scorer.terms = (OwnReward(function=both, objective="both", weight=0.5),)
-    engines[1].scorer.terms = tuple(
+    engines[0].stage.scorer.terms = (OwnReward(function=both, objective="both", weight=0.5),)
+    engines[1].stage.scorer.terms = tuple(
         OwnReward(function=f, objective=f.__name__, label=f.__name__, weight=0.5) for f in (bright, sharp)
     )
     one, two = (train_step(engine).metrics for engine in engines)
@@ -279,14 +293,14 @@ def test_metadata_and_source_images_reach_the_reward(toy_recipe, tmp_path) -> No
     lines = ['{"prompt": "low", "goal": 3}', '{"prompt": "high", "goal": [4]}']
     (tmp_path / "set.jsonl").write_text("\n".join(lines))
     recipe = toy_recipe()
-    recipe = replace(recipe, task=replace(recipe.task, prompts=str(tmp_path / "set.jsonl")))
+    recipe = replace(recipe, data=Prompts(path=str(tmp_path / "set.jsonl")))
     engine, goals = build_engine(recipe, CPU), []
 
     def look(seen: Seen):
         goals.extend((p, entry["goal"]) for p, entry in zip(seen.prompts, seen.metadata, strict=True))
         return seen.images.flatten(1).mean(1)
 
-    engine.scorer.terms = (OwnReward(function=look, whole=True),)
+    engine.stage.scorer.terms = (OwnReward(function=look, whole=True),)
     train_step(engine)
     assert len(goals) == 32
     assert all(goal == (3 if prompt == "low" else [4]) for prompt, goal in goals)
