@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork, prompts
+from flowgrpo_fast.names import resolve
 from flowgrpo_fast.recipe import (
     CPS,
     Bound,
@@ -28,10 +29,9 @@ from flowgrpo_fast.recipe import (
     SlidingWindow,
     TransitionKL,
 )
-from flowgrpo_fast.names import resolve
 from flowgrpo_fast.recipes import RECIPES, digits
-from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training import loop
+from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.evaluate import diversity, evaluate
 from flowgrpo_fast.training.learner import Learner
@@ -207,9 +207,7 @@ def test_the_average_is_the_average(toy_recipe) -> None:
 
 
 def test_kl_holds_the_policy_back(toy_recipe) -> None:
-    free, held = (
-        run(toy_recipe(num_steps=15, objective=with_kl(beta)))[0] for beta in (0, 50)
-    )
+    free, held = (run(toy_recipe(num_steps=15, objective=with_kl(beta)))[0] for beta in (0, 50))
     start = weights(build_engine(toy_recipe(), CPU))
     assert (weights(held) - start).norm() < 0.7 * (weights(free) - start).norm()
 
@@ -298,8 +296,7 @@ def test_kl_compares_guided_transitions(toy_recipe) -> None:
     for model in (engine.model, engine.learner.snapshots["start"]):
         with torch.no_grad():
             positive, negative = (
-                model.velocity(second.latents, sigma.expand(32), half)
-                for half in (rows, rows.negative())
+                model.velocity(second.latents, sigma.expand(32), half) for half in (rows, rows.negative())
             )
         means.append(b * (negative + 3.0 * (positive - negative)))
     minus_dt = trajectory.plan.sigmas[step] - trajectory.plan.sigmas[step + 1]

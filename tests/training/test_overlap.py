@@ -93,7 +93,17 @@ def test_chunks_are_the_whole_to_the_bit(toy_recipe, changes) -> None:
     one, two = (sampled(engine, draws) for engine in (whole, parts))
     assert len(one.transitions) == len(two.transitions) > 0
     for mine, theirs in zip(one.transitions, two.transitions, strict=True):
-        for name in ("latents", "next_latents", "log_prob", "row", "samples", "sigma", "samples_host", "offsets", "fan"):
+        for name in (
+            "latents",
+            "next_latents",
+            "log_prob",
+            "row",
+            "samples",
+            "sigma",
+            "samples_host",
+            "offsets",
+            "fan",
+        ):
             assert torch.equal(*(torch.as_tensor(getattr(t, name)) for t in (mine, theirs))), name
     for name in ("x0", "evaluations"):
         assert torch.equal(*(torch.as_tensor(getattr(t, name)) for t in (one, two))), name
