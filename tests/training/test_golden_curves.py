@@ -1,7 +1,8 @@
 """Every named recipe, and machinery beside them, still learns as recorded in tests/golden/curves, to the bit.
 
 The curves are trained in a process of its own, with arithmetic that is the same on every x86-64. Where it is not
-(another torch, another architecture), numbers are compared to 1e-4 and checksums not at all; a warning says so.
+(another torch, another architecture), numbers are compared to 1e-4 (coarsely in low precision and after
+a selection) and checksums not at all; a warning says so.
 Record again: tests/golden/record_curves.py.
 """
 
@@ -16,11 +17,13 @@ from dataclasses import replace
 import pytest
 
 from flowgrpo_fast.recipes import RECIPES
-from tests.golden.golden_cases import NAMES
+from tests.golden.golden_cases import NAMES, make
 from tests.golden.record_curves import CURVES, PORTABLE, Curve, from_text, header_of, to_text
 
 RECORDER = CURVES.parent / "record_curves.py"
 TOLERANCE = 1e-4  # relative to the largest value of the quantity in the curve
+# Where numbers are rounded coarsely or candidates chosen, a last bit may become a step of the format or another sample.
+COARSE_TOLERANCE = 0.3
 # Compared across arithmetics; counts of clipped samples and sums that cancel out are not numbers to compare so.
 CLOSE = (
     "reward",
@@ -63,7 +66,7 @@ def differences(name: str, recorded: Curve, new: Curve, exact: bool) -> list[str
             if old is None or now is None:
                 lines.append(f"{name}, step {number}: {key} recorded {old}, now {now}")
                 continue
-            allowed = 0.0 if exact else TOLERANCE * largest[key]
+            allowed = 0.0 if exact else tolerance(name) * largest[key]
             compared = exact or key.startswith(CLOSE)
             if compared and repr(old) != repr(now) and not abs(now - old) <= allowed:
                 relative = abs(now - old) / abs(old) if old else float("inf")
@@ -77,6 +80,13 @@ def differences(name: str, recorded: Curve, new: Curve, exact: bool) -> list[str
             if recorded.checksums.get(key) != new.checksums.get(key)
         ]
     return lines
+
+
+def tolerance(name: str) -> float:
+    """Between arithmetics that differ in last bits."""
+    text = repr(make(name))
+    coarse = any(part in text for part in ("LowPrecision(", "'bf16'", "=Prune(", "=Scouts("))
+    return COARSE_TOLERANCE if coarse else TOLERANCE
 
 
 def quantities(curve: Curve) -> set[str]:
@@ -96,8 +106,8 @@ def test_it_learns_as_recorded(name, trained) -> None:
     exact = header["arithmetic"] == header_now["arithmetic"]
     if not exact:
         warnings.warn(
-            f"golden curves compared to {TOLERANCE:g} only, without checksums: this arithmetic is not the recorded "
-            f"one ({header_now['arithmetic']}; recorded {header['arithmetic']})",
+            f"golden curves compared to {tolerance(name):g} only, without checksums: this arithmetic is not the "
+            f"recorded one ({header_now['arithmetic']}; recorded {header['arithmetic']})",
             stacklevel=1,
         )
     found = differences(name, recorded, new, exact)
