@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json as json_text
 import platform
 import subprocess
@@ -273,8 +272,8 @@ def _flags(commands: Collection[Callable[..., None]]) -> set[str]:
     switches = {
         name.replace("_", "-")
         for command in commands
-        for name, parameter in inspect.signature(command).parameters.items()
-        if parameter.annotation == "bool"
+        for name, kind in command.__annotations__.items()
+        if kind == "bool"
     }
     return {"-h", "--help"} | {f"--{sign}{name}" for name in switches for sign in ("", "no-")}
 
@@ -296,7 +295,7 @@ def _words_first(arguments: list[str], flags: Collection[str]) -> list[str]:
 
 def _refuse_fields_as_options(words: list[str], command: Callable[..., None]) -> None:
     """Raises ValueError for `--group_size 12`, where a recipe's field was meant: the parser knows options alone."""
-    parameters = inspect.signature(command).parameters
+    parameters = command.__annotations__
     options = {"help", *(name.rstrip("_").replace("_", "-") for name in parameters)}
     for index, word in enumerate(words):
         name, separator, value = word.partition("=")
