@@ -379,6 +379,12 @@ class Scores:
     # which nobody has to ask the device for.
     valid: Tensor | None = None
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of `values [B]` over the samples that have a score; 0 where none has."""
+        if self.valid is None:
+            return values.mean()
+        return values.where(self.valid, 0.0).sum() / self.valid.sum().clamp(min=1)
+
     @staticmethod
     def joined(parts: Sequence[Scores]) -> Scores:
         """Those of several batches, one after another."""

@@ -40,8 +40,8 @@ def evaluate(engine: Engine) -> Evaluation:
     asked = engine.prompts.rows(draws.prompt_index)
     scores = scorer.score(images, asked, draws.prompt_index, len(engine.prompts), trajectory.x0)
     prompts = list(asked.prompts)
-    metrics = {"eval/reward": float(scores.total.mean())}
-    metrics |= {f"eval/{name}": float(value.mean()) for name, value in scores.objectives.items()}
+    metrics = {"eval/reward": float(scores.mean(scores.total))}
+    metrics |= {f"eval/{name}": float(scores.mean(value)) for name, value in scores.objectives.items()}
     metrics["eval/diversity"] = diversity(images, draws.prompt_index)
     correct = None if engine.judge is None else engine.judge.correct(images, prompts)
     if correct is not None:

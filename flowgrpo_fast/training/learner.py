@@ -53,7 +53,7 @@ class Learner:
     def rows_at(self, point: Point) -> int:
         """Rows of a point that one forward takes: the rollout's own, so that the first ratio is exactly 1."""
         return (
-            self.replay_rows * point.rows // self.rows
+            max(1, self.replay_rows * point.rows // self.rows)
             if self.replay_rows and point.rows
             else point.rows or self.rows
         )

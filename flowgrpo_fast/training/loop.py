@@ -107,9 +107,18 @@ def make_batch(engine: Engine, scored: Scored) -> Batch:
 
 
 def reward_metrics(scored: Scored) -> dict[str, float]:
-    """Mean total and per-objective rewards, and the mean spread within a group."""
-    scores = scored.scores
-    groups = scores.total.view(scored.samples.num_prompts, -1)
-    values = {"reward": scores.total.mean(), "reward_group_std": groups.std(1, correction=0).mean()}
-    values |= {f"reward/{name}": reward.mean() for name, reward in scores.objectives.items()}
+    """Mean total and per-objective rewards, and the mean spread within a group, of the samples that have a score."""
+    scores, num_groups = scored.scores, scored.samples.num_prompts
+    groups = scores.total.view(num_groups, -1)
+    if scores.valid is None:
+        spread = groups.std(1, correction=0)
+    else:
+        here = scores.valid.view(num_groups, -1)
+        num = here.sum(1, keepdim=True).clamp(min=1)
+        centred = (groups - groups.where(here, 0.0).sum(1, keepdim=True) / num).where(here, 0.0)
+        spread = (centred.square().sum(1) / num[:, 0]).sqrt()
+    values = {"reward": scores.mean(scores.total), "reward_group_std": spread.mean()}
+    values |= {f"reward/{name}": scores.mean(reward) for name, reward in scores.objectives.items()}
+    if scores.valid is not None:
+        values["unscored"] = 1 - scores.valid.float().mean()
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))

@@ -39,9 +39,9 @@ TERMS = """task.rewards=[
 def test_the_three_forms_run(toy_recipe, tmp_path) -> None:
     lines = re.findall(r"^    (\{.*\})$", PAGE, flags=re.MULTILINE)
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + '\n{"prompt": "low"}\n')
-    recipe = override(toy_recipe(), [TERMS, f"task.prompts={tmp_path / 'prompts.jsonl'}"])
+    recipe = override(toy_recipe(), [TERMS, f"data.path={tmp_path / 'prompts.jsonl'}"])
     engine = build_engine(recipe, torch.device("cpu"))
-    assert engine.prompt_set.metadata[0]["brightness"] == 0.3
+    assert engine.prompts.metadata[0]["brightness"] == 0.3
     metrics = train_step(engine).metrics
     assert metrics["reward/win_rate"] == pytest.approx(0.5)
     named = [metrics[f"reward/{name}"] for name in ("contrast", "brightness", "win_rate")]

@@ -26,6 +26,7 @@ from flowgrpo_fast.training.loop import train_step
 from flowgrpo_fast.types import PromptSet, Scores
 from tests.rewards import functions
 from tests.rewards.own_reward import OwnReward
+from tests.training.steps import gathered
 
 CPU = torch.device("cpu")
 HERE = "tests.rewards.functions"
@@ -279,8 +280,29 @@ def test_a_reward_with_several_objectives_is_credited_by_each(toy_recipe) -> Non
     assert one["grad_norm"] == two["grad_norm"]
 
 
-def test_samples_without_a_score_stop_todays_credit(toy_recipe) -> None:
+def test_samples_without_a_score_are_left_out(toy_recipe) -> None:
+    """Of credit, loss and metrics: numbers are those of the others alone."""
     recipe = toy_recipe()
+    reward = term("holes", takes="record")
+    engine = build_engine(replace(recipe, task=replace(recipe.task, rewards=(reward,))), CPU)
+    batch = gathered(engine)
+    assert batch.credit.weight.tolist() == [1.0, 0.0] * 16
+    assert batch.live.tolist() == [True, False] * 16
+    rewards = engine.model.decode(batch.samples.x0).flatten(1).mean(1)[::2].view(4, 4).double()
+    z = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
+    torch.testing.assert_close(batch.credit.advantages[::2], z.flatten().float(), rtol=1e-5, atol=1e-6)
+    metrics = train_step(engine).metrics
+    assert metrics["unscored"] == 0.5
+    assert metrics["reward"] == pytest.approx(float(rewards.mean()), rel=1e-5)
+    assert metrics["reward/holes"] == metrics["reward"]
+    spread = float(rewards.std(1, correction=0).mean())
+    assert metrics["reward_group_std"] == pytest.approx(spread, rel=1e-4)
+    assert metrics["ratio_self_test"] == metrics["first_ratio_error"] == 0.0
+
+
+def test_samples_without_a_score_stop_who_cannot_do_without_one(toy_recipe) -> None:
+    cut = Cuts(inner=Independent(at=FrozenWindow(size=3, start=1)), steps=(3,), sizes=(16,))
+    recipe = toy_recipe(topology=cut, num_prompts=2)
     reward = term("holes", takes="record")
     engine = build_engine(replace(recipe, task=replace(recipe.task, rewards=(reward,))), CPU)
     with pytest.raises(
