@@ -45,7 +45,7 @@ def noised_points(
     def make(place: int) -> Noised:
         sigma, step = choose(place)
         return Noised(
-            sigma=torch.as_tensor(sigma).contiguous().to(device, non_blocking=True),
+            sigma=sigma.float().contiguous().to(device, non_blocking=True),
             step=torch.from_numpy(np.ascontiguousarray(step)).to(device, non_blocking=True),
             x0=batch.samples.x0,
             seed=batch.samples.draws.seed,

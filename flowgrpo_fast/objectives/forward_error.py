@@ -90,12 +90,12 @@ class ForwardError:
         """One a time; every sample at each."""
         drawn = batch.choices.uniform(self.times)  # [B, times]
         if self.sigmas == "schedule":
-            schedule = batch.samples.plan.sigmas.numpy()
-            sigma = schedule[self.schedule_steps(drawn, len(schedule) - 1)]
+            schedule = batch.samples.plan.sigmas
+            sigma = schedule[torch.from_numpy(self.schedule_steps(drawn, len(schedule) - 1))]
         else:
             strata = torch.from_numpy((np.arange(self.times) + drawn) / self.times)
-            plain = torch.sigmoid(torch.special.ndtri(strata)).numpy()
-            sigma = np.maximum(self.shift * plain / (1 + (self.shift - 1) * plain), _LEAST_SIGMA)
+            plain = torch.sigmoid(torch.special.ndtri(strata))
+            sigma = (self.shift * plain / (1 + (self.shift - 1) * plain)).clamp(min=_LEAST_SIGMA)
         turns = np.tile(np.arange(self.times), (len(batch), 1))
         return noised_points(batch, self.times, lambda turn: (sigma[:, turn], turns[:, turn]))
 

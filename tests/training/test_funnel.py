@@ -97,7 +97,7 @@ REUSED = {
     "flow_grpo": 24 * 9 // 2,
     "pro_grpo": 12 * 9 // 2,
     "pro_grpo_flash": 12 * 9 // 2,
-    "tree_grpo": 1 + 2 + 4 + 8,  # of its only one
+    "tree_grpo": (1 + 2 + 4 + 8) / 2,  # one of two updates
     "op_grpo": 24 * 6 // 2,
 }
 
