@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_fast.objectives.objective import Objective, Points, Stats, Terms
@@ -97,6 +98,7 @@ def accumulate(learner: Learner, share: Batch, tally: Tally) -> None:
     """Adds the gradient of one optimiser step to the parameters' own."""
     points, evaluator = learner.objective.points(share), networks(learner, share, tally.counts)
     if learner.objective.couples:
+        share = replace(share, live=_live_groups(share))
         pull = linearised(learner, share, points, evaluator, tally)
     else:
         pull = separable(learner.objective, share, points, tally)
@@ -163,14 +165,13 @@ def separable(objective: Objective, share: Batch, points: Points, tally: Tally) 
     total = total if per_column == 1 else total / per_column
 
     def pull(column: int | Tensor, point: Any, stats: Stats) -> Tensor:
-        first, num_behind = point.samples[:, 0], point.samples.shape[1]
-        terms = objective.loss(stats, _at(credit.advantages, first, column))
+        terms = objective.loss(stats, _at(credit.advantages, point.samples[:, 0], column))
         tally.add(objective, point, stats, terms)
         loss = terms.loss.flatten(1).mean(1) if terms.loss.ndim > 1 else terms.loss
-        weight = _at(credit.weight, first, column)
-        weight = weight if imported is None else weight * imported[first]
-        # An edge reads the credit of one sample and counts for all that are behind it.
-        return (loss * (weight if num_behind == 1 else weight * num_behind)).sum().div(total)
+        # An edge reads the credit of one sample and counts for all that are behind it, each as much as it weighs.
+        weight = _at(credit.weight, point.samples, column if isinstance(column, int) else column[:, None])
+        weight = weight if imported is None else weight * imported[point.samples]
+        return (loss * weight.sum(1)).sum().div(total)
 
     return pull
 
@@ -180,14 +181,13 @@ def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networ
 
     A first pass without gradient fills tables `[B, N]` of all statistics. Near the weights they were taken at the loss
     is linear in them, so pulling each statistic by its slope gives the gradient of the whole, a micro-batch at a time.
+    Groups in which no sample carries weight are in no table: the loss sees the others, whole.
     """
     objective, credit = learner.objective, share.credit
     tables: dict[str, Tensor] = {}
-    measured = np.zeros(len(share), dtype=bool)  # parts in which no sample carries weight are passed over
     with torch.no_grad():
         for column, point in micro_batches(learner, share, points):
             columns = column if isinstance(column, int) else column[:, None]
-            measured[point.samples_host] = True
             for name, values in objective.measure(point, evaluator.at(point)).items():
                 if name not in tables:
                     tables[name] = values.new_zeros(len(share), len(points), *values.shape[1:])
@@ -195,8 +195,8 @@ def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networ
                 tables[name][point.samples, columns] = wide
     weight = credit.weight if share.samples.weight is None else credit.weight * share.samples.weight
     advantages, own = credit.advantages, tables
-    if not measured.all():
-        rows = torch.from_numpy(np.flatnonzero(measured)).to(weight.device, non_blocking=True)
+    if not share.live.all():
+        rows = torch.from_numpy(np.flatnonzero(share.live)).to(weight.device, non_blocking=True)
         weight, advantages = weight[rows], advantages[rows]
         own = {name: values[rows] for name, values in tables.items()}
     leaves = {name: values.requires_grad_() for name, values in own.items()}
@@ -204,7 +204,7 @@ def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networ
     mean = (terms.loss * weight).sum() / credit.weight.sum()
     slopes = torch.autograd.grad(mean, list(leaves.values()), allow_unused=True)
     slope_of = {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
-    if not measured.all():
+    if not share.live.all():
         slope_of = {
             name: torch.zeros_like(tables[name]).index_copy_(0, rows, slope)
             for name, slope in slope_of.items()
@@ -224,8 +224,16 @@ def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networ
     return pull
 
 
+def _live_groups(share: Batch) -> NDArray[np.bool_]:
+    """`[B]` host: which samples are of a group that carries weight. Where a share splits groups, samples stand alone."""
+    group_size = share.samples.plan.group_size
+    if len(share) % group_size:
+        return share.live
+    return share.live.reshape(-1, group_size).any(1).repeat(group_size)
+
+
 def _at(values: Tensor, samples: Tensor, column: int | Tensor) -> Tensor:
-    """Credit `[E]` or `[E, *region]` of edges, from `[B]`, `[B, K]` or `[B, K or 1, *region]`."""
+    """Credit of edges, by the samples `[E]` or `[E, m]` behind them, from `[B]`, `[B, K]` or `[B, K or 1, *region]`."""
     if values.ndim == 1:
         return values[samples]
     return values[samples, column if values.shape[1] > 1 else 0]
