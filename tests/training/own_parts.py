@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from flowgrpo_fast.models.network import ModelSetup
@@ -232,3 +233,12 @@ class Elsewhere:
 
     def keep(self, moment: Any) -> float | None:
         return None
+
+
+def load_adapted(device: torch.device, setup: ModelSetup) -> ToyModel:
+    """The toy frozen, with a small adapter beside each layer."""
+    model = ToyModel()
+    model.module.requires_grad_(False)
+    torch.manual_seed(0)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "2"]), model.module)
+    return model
