@@ -225,7 +225,7 @@ def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networ
 
 
 def _live_groups(share: Batch) -> NDArray[np.bool_]:
-    """`[B]` host: which samples are of a group that carries weight. Where a share splits groups, samples stand alone."""
+    """`[B]` host: which samples are of a group that carries weight; each by itself where a share splits groups."""
     group_size = share.samples.plan.group_size
     if len(share) % group_size:
         return share.live

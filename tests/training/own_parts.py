@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -163,7 +162,7 @@ class MyWindow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MyTopology:
-    """Independent samples; every second iteration the window is left out but for its first step."""
+    """Independent samples, under another name."""
 
     at: Window = field(default_factory=MyWindow)
     shares_start: ClassVar[bool] = False
@@ -218,21 +217,6 @@ class MySource:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeedsPairs(MyObjective):
     requires: ClassVar[Requires] = Requires(pairs=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Elsewhere:
-    """A snapshot whose file is found while the run starts."""
-
-    folder: str = ""
-    moves: ClassVar[bool] = False
-
-    @property
-    def path(self) -> str:
-        return str(Path(self.folder) / "model.safetensors")
-
-    def keep(self, moment: Any) -> float | None:
-        return None
 
 
 def load_adapted(device: torch.device, setup: ModelSetup) -> ToyModel:

@@ -168,7 +168,9 @@ def test_who_shares_what(toy_recipe) -> None:
     assert rows(at=FractionOfSteps(fraction=0.5)) == 6 * one
     assert rows(share=False) == 6 * one
     assert rows(topology=Independent(at=WINDOW)) == 6 * one
-    halved = Optimizer(lr=1e-3, num_updates=8)  # half a group an update: the prefix alone, which ends in children
+    halved = Optimizer(
+        lr=1e-3, num_updates=8
+    )  # half a group an update: the prefix alone, which ends in children
     assert rows(at=FrozenWindow(size=2, start=1), optimizer=halved) == [(4, 8)] + 5 * one
     assert rows(cuts={"steps": (3,), "sizes": (16,)}) == [(4, 1), (4, 16), (64, 1)] + 3 * one
 

@@ -87,14 +87,15 @@ def in_fp64(batch: Batch) -> Batch:
 def gradient(learner: Learner, batch: Batch) -> Tensor:
     """Of one optimiser step on the whole batch, as one vector."""
     accumulate(learner, batch, Tally())
-    found = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in learner.parameters])
+    found = torch.cat([p.grad.flatten().clone() for p in learner.parameters])
     learner.optimizer.zero_grad(set_to_none=True)
     return found
 
 
 def at_once(learner: Learner, batch: Batch) -> Tensor:
     """The same gradient by autograd on the loss of all samples and points at once."""
-    objective, evaluator, points = learner.objective, networks(learner, batch, Counts()), learner.objective.points(batch)
+    objective, evaluator = learner.objective, networks(learner, batch, Counts())
+    points = objective.points(batch)
     num, credit = len(batch), batch.credit
     imported = torch.ones(num) if batch.samples.weight is None else batch.samples.weight
     found = []
@@ -146,6 +147,7 @@ def imported(batch: Batch) -> Batch:
     return replace(batch, samples=replace(batch.samples, weight=weight))
 
 
+CHANGES = {"": lambda batch: batch, "idle group": idle_group, "holes": holes, "imported": imported}
 CHUNKS = ChunkRatio(sizes=(1, 2), trust=Clip(range=0.05), regularizers=(TransitionKL(beta=0.1),))
 CREDIT = (Normalise(), Bound())
 TREE = Tree(at=FrozenWindow(size=3, start=1), fan=2)  # 8 leaves
@@ -171,7 +173,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("change", [lambda b: b, idle_group, holes, imported], ids=["", "idle group", "holes", "imported"])
+@pytest.mark.parametrize(
+    "change", [lambda b: b, idle_group, holes, imported], ids=["", "idle group", "holes", "imported"]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_micro_batches_of_any_size_give_the_gradient_of_the_whole(wide, case, change, monkeypatch) -> None:
     engine = wide(**{"credit": CREDIT, **CASES[case]})
@@ -292,26 +296,26 @@ def nft_loss(recipe: Any, model: Any, start: Any, batch: Batch, rows: slice) -> 
         v = model.velocity(x, sigma, cond)
         with torch.no_grad():
             old = start.velocity(x, sigma, cond)
-
-        def error(u: Tensor) -> Tensor:
-            gap = x - sigma[:, None] * u - x0
-            return gap.square().mean(1) / gap.detach().abs().mean(1).clamp_min(1e-5)
-
-        plus, minus = error((1 - part.beta) * old + part.beta * v), error((1 + part.beta) * old - part.beta * v)
-        loss = 5 / part.beta * (good * plus + (1 - good) * minus)
+        errors = []
+        for implicit in ((1 - part.beta) * old + part.beta * v, (1 + part.beta) * old - part.beta * v):
+            gap = x - sigma[:, None] * implicit - x0
+            errors.append(gap.square().mean(1) / gap.detach().abs().mean(1).clamp_min(1e-5))
+        loss = 5 / part.beta * (good * errors[0] + (1 - good) * errors[1])
         loss = loss + part.kl_beta * (v - old).square().mean(1)
         total = total + (loss * live).sum()
     return total / (live.sum() * taken.shape[1])
 
 
 @pytest.mark.parametrize(
-    ("name", "written_out"), [("mix_grpo", ratio_loss), ("flow_grpo", ratio_loss), ("diffusion_nft", nft_loss)]
+    ("name", "written_out"),
+    [("mix_grpo", ratio_loss), ("flow_grpo", ratio_loss), ("diffusion_nft", nft_loss)],
 )
 def test_a_whole_update_is_the_loop_written_out(toy_recipe, name, written_out) -> None:
     """Every optimiser step of a named recipe's update: gradient, clip and AdamW, in fp64 PyTorch."""
     paper = RECIPES[name].make()
-    recipe = replace(paper, num_prompts=4, task=toy_recipe().task, optimizer=replace(paper.optimizer, max_grad_norm=0.1))
-    recipe = replace(recipe, task=replace(recipe.task, model="tests.training.own_parts:load_wide", judge=""))
+    task = replace(toy_recipe().task, model="tests.training.own_parts:load_wide", judge="")
+    optimizer = replace(paper.optimizer, max_grad_norm=0.1)  # low enough to be met
+    recipe = replace(paper, num_prompts=4, task=task, optimizer=optimizer)
     engine = build_engine(recipe, CPU)
     batch = in_fp64(gathered(engine))
     start = copy.deepcopy(engine.model)
@@ -338,7 +342,9 @@ def test_a_whole_update_is_the_loop_written_out(toy_recipe, name, written_out) -
 def test_a_share_without_live_samples_is_no_optimiser_step(wide) -> None:
     engine = wide(optimizer=Optimizer(lr=1e-2, num_updates=4))
     batch = in_fp64(gathered(engine))
-    alone = replace(batch.credit, weight=torch.zeros(32, dtype=torch.float64).index_fill_(0, torch.arange(8, 16), 1.0))
+    alone = replace(
+        batch.credit, weight=torch.zeros(32, dtype=torch.float64).index_fill_(0, torch.arange(8, 16), 1.0)
+    )
     update(engine.learner, replace(batch, credit=alone, live=(alone.weight > 0).numpy()))
     assert engine.learner.num_updates == 1
 
