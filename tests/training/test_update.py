@@ -173,9 +173,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "change", [lambda b: b, idle_group, holes, imported], ids=["", "idle group", "holes", "imported"]
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("case", CASES)
 def test_micro_batches_of_any_size_give_the_gradient_of_the_whole(wide, case, change, monkeypatch) -> None:
     engine = wide(**{"credit": CREDIT, **CASES[case]})
