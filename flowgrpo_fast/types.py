@@ -594,7 +594,7 @@ class FlowModel:
     def check_images(self, images: Sequence[Path]) -> None:
         """Refuses source images for a model that takes none."""
         if images and not self.takes_images:
-            raise ValueError(f"task.images is set; {self.family()} makes images from text alone")
+            raise ValueError(f"data.images is set; {self.family()} makes images from text alone")
 
     def _lacks(self, method: str) -> ValueError:
         return ValueError(f"{self.family()} has no {method}; a FlowModel defines encode, velocity and decode")

@@ -37,7 +37,7 @@ class FluxKontext(Flux):
         """
         if not images:
             raise ValueError(
-                "flux_kontext edits images; set task.images to a text file, the path of each prompt's image a line"
+                "flux_kontext edits images; set data.images to a text file, the path of each prompt's image a line"
             )
         latents = torch.cat([self._encode_image(path) for path in images])
         conditioning = super().encode(prompts)
@@ -56,7 +56,7 @@ class FluxKontext(Flux):
             with Image.open(path) as image:
                 pixels = self.pipe.image_processor.preprocess(image.convert("RGB"), *size)
         except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"cannot read the image {str(path)!r} of task.images: {error}") from None
+            raise ValueError(f"cannot read the image {str(path)!r} of data.images: {error}") from None
         vae = self.pipe.vae
         with torch.no_grad():
             encoded = self.pipe._encode_vae_image(pixels.to(self.device, vae.dtype), generator=None)

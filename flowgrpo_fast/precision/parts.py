@@ -13,7 +13,7 @@ from flowgrpo_fast.types import FlowModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPrecision:
-    """As in the update: `Recipe.precision` and nothing less."""
+    """As in the update: `Machine.precision` and nothing less."""
 
     # As of `LowPrecision`. Without annotations these are no fields: a run file does not set them.
     format = ""

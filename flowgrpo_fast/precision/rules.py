@@ -16,8 +16,8 @@ def check_training_precision(precision: str, device: torch.device) -> None:
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
-            f"Recipe.precision is 'bf16', which {torch.cuda.get_device_name(device)} lacks; set precision=fp32, or use "
-            "an Ampere GPU or a later one"
+            f"Machine.precision is 'bf16', which {torch.cuda.get_device_name(device)} lacks; "
+            "set machine.precision=fp32, or use an Ampere GPU or a later one"
         )
 
 

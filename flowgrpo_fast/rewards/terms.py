@@ -95,7 +95,7 @@ class RewardTerm:
     - "record": `(seen) -> [B] or Scores`, where `seen` also tells groups, source images and latents.
 
     `where` it runs: "here", after the rollout; "thread" or "process", while the next prompts are rolled out (see
-    `Recipe.prompts_per_chunk`). A thread suits what waits, say for a remote server, or runs on the device; a process
+    `Machine.prompts_per_chunk`). A thread suits what waits, say for a remote server, or runs on the device; a process
     what computes on the host. Its function is imported there and gets images on the host.
     """
 

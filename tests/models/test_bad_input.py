@@ -164,10 +164,10 @@ def test_prompts_and_images(tiny_recipe, tmp_path) -> None:
     )
     editing = tiny_recipe(KONTEXT)
     refused(
-        replace(editing, data=replace(editing.data, images="")), "flux_kontext edits images; set task.images"
+        replace(editing, data=replace(editing.data, images="")), "flux_kontext edits images; set data.images"
     )
     Path(editing.data.images).write_text("source_0.png\nnone.png\nsource_2.png\n")
-    refused(editing, "cannot read the image '.*none.png' of task.images")
+    refused(editing, "cannot read the image '.*none.png' of data.images")
 
 
 def test_a_text_cache_that_cannot_be_written(tiny_recipe, tmp_path) -> None:

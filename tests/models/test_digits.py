@@ -192,7 +192,7 @@ def test_the_gradient_of_pixels_is_their_finite_difference(model):
 
 def test_it_makes_its_prompts_and_takes_no_images(model):
     assert model.own_prompts() == digits.prompts()
-    with pytest.raises(ValueError, match=r"task.images is set; digits makes images from text alone"):
+    with pytest.raises(ValueError, match=r"data.images is set; digits makes images from text alone"):
         model.prompt_rows(["a handwritten one"], [SHIPPED])
 
 

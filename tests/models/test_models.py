@@ -12,8 +12,9 @@ from torch import nn
 
 from flowgrpo_fast.models.loading import load_model
 from flowgrpo_fast.models.network import FullFineTuning, LoRA, ModelSetup, Network
+from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.training.engine import build_engine
-from flowgrpo_fast.types import Conditioning, FlowModel, at_step
+from flowgrpo_fast.types import Conditioning, FlowModel
 
 CPU = torch.device("cpu")
 SETUP = ModelSetup(network=Network(), precision="fp32", seed=3)
@@ -116,11 +117,13 @@ def test_the_defaults_of_a_model() -> None:
     model = Words()
     assert model.transformer is model.module
     assert model.own_prompts() == []
-    assert at_step(model, torch.tensor([1.0, 0.5]), 1) is model
+    assert model.expert(torch.tensor(0.5)) is model
+    policy = Policy(model)
+    assert policy.at(torch.tensor(0.5)) is policy
     assert torch.equal(
         model.prompt_rows(["a", "bcd"]).rows(torch.tensor([1])).prompt_embeds, torch.tensor([[[3.0]]])
     )
-    with pytest.raises(ValueError, match=r"^task.images is set; Words makes images from text alone$"):
+    with pytest.raises(ValueError, match=r"^data.images is set; Words makes images from text alone$"):
         model.prompt_rows(["a"], ["a.png"])
     velocity, negative = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 4.0]])
     assert torch.equal(model.guided(velocity, negative, 3.0), torch.tensor([[2.0, -2.0]]))
@@ -128,18 +131,17 @@ def test_the_defaults_of_a_model() -> None:
 
 def test_a_model_without_prompts_needs_a_file(toy_recipe, monkeypatch) -> None:
     monkeypatch.setattr("tests.conftest.ToyModel.own_prompts", FlowModel.own_prompts)
-    with pytest.raises(
-        ValueError, match=r"^toy_job:load brings no prompts of its own; set task.prompts to a"
-    ):
+    message = r"^Prompts.path is empty and the model brings no prompts of its own; set it to a text file"
+    with pytest.raises(ValueError, match=message):
         build_engine(toy_recipe(), CPU)
 
 
 def test_a_model_that_takes_no_images_refuses_a_file_of_them(toy_recipe, tmp_path) -> None:
     recipe = toy_recipe()
     (tmp_path / "images.txt").write_text("a.png\nb.png\n")
-    task = replace(recipe.task, images=str(tmp_path / "images.txt"))
-    with pytest.raises(ValueError, match=r"^task.images is set; ToyModel makes images from text alone$"):
-        build_engine(replace(recipe, task=task), CPU)
+    data = replace(recipe.data, images=str(tmp_path / "images.txt"))
+    with pytest.raises(ValueError, match=r"^data.images is set; ToyModel makes images from text alone$"):
+        build_engine(replace(recipe, data=data), CPU)
 
 
 def test_what_is_trained_says_what_it_asks_of_a_transformer() -> None:
