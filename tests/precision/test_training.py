@@ -342,7 +342,7 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch) -> None:
     check_training_precision("fp32", gpu)
     check_training_precision("bf16", CPU)
     with pytest.raises(
-        ValueError, match="precision is 'bf16', which Tesla T4 lacks; set machine.precision=fp32"
+        ValueError, match=r"precision is 'bf16', which Tesla T4 lacks; set machine.precision=fp32"
     ):
         check_training_precision("bf16", gpu)
 
