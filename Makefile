@@ -48,12 +48,12 @@ figures: build
 	$(BIN)/flowgrpo-fast train --out runs/figures
 	$(BIN)/flowgrpo-fast report runs/figures --figures docs/images
 
-# measures every level on this machine (idle, please: about twenty minutes), then writes docs/benchmarks.md
+# measures every level on this machine (idle, please: about twenty minutes), then writes benchmarks/results/README.md
 benchmarks: build
 	$(BIN)/python benchmarks/measure.py
 	$(BIN)/python benchmarks/report.py
 
-# the training step lever by lever alone: about twelve of those minutes
+# the training step lever by lever alone: the largest size that this machine does in thirteen minutes
 levers: build
 	$(BIN)/python benchmarks/measure.py levers
 	$(BIN)/python benchmarks/report.py

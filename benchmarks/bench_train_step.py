@@ -16,12 +16,11 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.lever_rows import CPU_JOBS, GPU_JOBS, Runner, counted_row
-from benchmarks.levers import levers
+from benchmarks.lever_rows import GPU_JOBS, Runner, counted_row, cpu_jobs
 from benchmarks.loops import train_step_cases
 
 SECONDS = 4.0
-JOBS = GPU_JOBS if torch.cuda.is_available() else CPU_JOBS
+JOBS = GPU_JOBS if torch.cuda.is_available() else tuple(cpu_jobs()[-1:])  # the size for every machine
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +38,7 @@ def bench_train_step(timed, training, contender):
 
 @pytest.mark.parametrize(
     ("job", "lever"),
-    [pytest.param(job, lever, id=f"{job}: {lever.name}") for job in JOBS for lever in levers(job.recipe)],
+    [pytest.param(job, lever, id=f"{job}: {lever.name}") for job in JOBS for lever in job.levers],
 )
 def bench_lever(benchmark, device, job, lever):
     runner = Runner(lever, device)

@@ -28,7 +28,8 @@ from flowgrpo_fast.monitor.cost import device_name
 from flowgrpo_fast.recipe_io import override
 from flowgrpo_fast.recipes import RECIPES, digits
 from flowgrpo_fast.training.engine import Engine, build_engine
-from flowgrpo_fast.training.loop import StepReport, evaluate, train
+from flowgrpo_fast.training.evaluate import evaluate
+from flowgrpo_fast.training.loop import StepReport, train
 
 RESULTS = Path(__file__).parent / "results"
 BASE = "flow_grpo"

@@ -14,7 +14,7 @@ import copy
 import json
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,20 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+
 from benchmarks.rows import machine  # noqa: E402
+from benchmarks.trainer_loop import drawn, kept_steps  # noqa: E402
 from flowgrpo_fast.models import digits  # noqa: E402
-from flowgrpo_fast.precision import FORMATS, build_low_precision  # noqa: E402
+from flowgrpo_fast.ops import flow_log_prob  # noqa: E402
+from flowgrpo_fast.precision import FORMATS  # noqa: E402
 from flowgrpo_fast.precision.adapters import linear_layers  # noqa: E402
 from flowgrpo_fast.recipe import LowPrecision  # noqa: E402
 from flowgrpo_fast.recipes import digits as on_digits  # noqa: E402
-from flowgrpo_fast.recipes import flow_grpo  # noqa: E402
-from flowgrpo_fast.sampling.sampler import rescored, rollout  # noqa: E402
-from flowgrpo_fast.sampling.schedule import resolve_schedule  # noqa: E402
-from flowgrpo_fast.training.draws import draw  # noqa: E402
+from flowgrpo_fast.recipes.trajectory import flow_grpo  # noqa: E402
+from flowgrpo_fast.sampling.policy import Policy  # noqa: E402
+from flowgrpo_fast.sampling.step import row_slices  # noqa: E402
+from flowgrpo_fast.sampling.walk import Sampler, walk  # noqa: E402
+from flowgrpo_fast.types import Conditioning, FlowModel, Trajectory  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/precision_cpu.json"
 PAGE = ROOT / "docs/precision.md"
@@ -47,11 +51,11 @@ LAYER_ARMS = ("merged bf16", *(f"merged {name}" for name in FORMATS))
 MARKS = "<!-- {}: written by benchmarks/effective_update.py -->"
 
 
-@dataclass
-class OneLayer:
-    """A layer with an adapter, dressed as a FlowModel."""
+class OneLayer(FlowModel):
+    """A layer with an adapter, dressed as a model."""
 
-    module: nn.Module
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
 
 def compared(got: Tensor, exact: Tensor) -> dict[str, float]:
@@ -120,7 +124,7 @@ def mode_rows() -> list[dict[str, Any]]:
         ]
         for arm, part in parts:
             model: Any = OneLayer(copy.deepcopy(module))
-            low = None if part is None else build_low_precision(model, part)
+            low = None if part is None else part.build(model)
             acting = model if low is None else low.model
             trained = model.module["adapted"].lora_B["default"].weight.data
             for precision in ("fp32", "bf16"):
@@ -138,7 +142,7 @@ def mode_rows() -> list[dict[str, Any]]:
 
 def digits_model(share: float) -> Any:
     """The shipped digits, a LoRA of rank 4 on their attention, every change `share` of its weight's norm."""
-    model = digits.load()
+    model = digits.shipped()
     model.module.requires_grad_(False)
     model.module.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
     generator = torch.Generator().manual_seed(1)
@@ -175,7 +179,7 @@ def model_rows() -> list[dict[str, Any]]:
                 acted = [velocity(model, form) for model in models]
             else:
                 part = LowPrecision(mode=mode, format=form)
-                acted = [velocity(build_low_precision(copy.deepcopy(model), part).model) for model in models]
+                acted = [velocity(part.build(copy.deepcopy(model)).model) for model in models]
             row = {
                 "share": share,
                 "mode": mode,
@@ -192,17 +196,18 @@ def log_prob_rows() -> list[dict[str, Any]]:
     recipe = replace(on_digits(flow_grpo()), num_prompts=10, group_size=24)
     model = digits_model(0.0)
     device = torch.device("cpu")
-    draws, schedule = draw(recipe, 10, 0, device), resolve_schedule(recipe, 0)
+    draws, plan = drawn(recipe, 10, 0, device), recipe.plan(0)
     conditioning = model.encode(digits.prompts()).rows(draws.prompt_index[draws.group_id])
     rows = []
     arms: dict[str, Any] = {"fp32": (model, "fp32"), "bf16": (model, "bf16")}
     for name in ("fp8_rows", "fp8_tensor", "nvfp4"):
-        arms[name] = (build_low_precision(model, LowPrecision(mode="branch", format=name)).model, "fp32")
+        arms[name] = (LowPrecision(mode="branch", format=name).build(model).model, "fp32")
     for name, (acting, precision) in arms.items():
-        foreign = rollout(acting, conditioning, draws, schedule, replace(recipe, precision=precision))
-        own = rescored(model, foreign, conditioning, recipe)
-        delta = own.log_prob - foreign.log_prob
-        for k, step in enumerate(schedule.kept):
+        sampler = Sampler(policy=Policy(acting, recipe.guidance_scale, precision), forwards=recipe.forwards)
+        foreign = walk(sampler, plan, conditioning, draws)
+        own = log_probs(Policy(model, recipe.guidance_scale), foreign, conditioning)
+        delta = own - torch.stack([t.log_prob for t in foreign.transitions], 1)
+        for k, step in enumerate(kept_steps(plan)):
             values = {
                 "max": float(delta[:, k].abs().max()),
                 "mean": float(delta[:, k].abs().mean()),
@@ -212,6 +217,21 @@ def log_prob_rows() -> list[dict[str, Any]]:
                 {"format": name, "step": step, **{key: float(f"{v:.3g}") for key, v in values.items()}}
             )
     return rows
+
+
+@torch.no_grad()
+def log_probs(policy: Policy, trajectory: Trajectory, conditioning: Conditioning) -> Tensor:
+    """`[B, K]` of the stored transitions under another policy, in the rollout's micro-batches; no row has siblings."""
+    columns = []
+    for whole in trajectory.transitions:
+        parts = []
+        for rows in row_slices(whole.num_heads, whole.rows):
+            part = whole.heads(rows)
+            velocity, guidance = policy.predict(part.latents, part.sigma, conditioning.rows(rows))
+            transition = (part.latents, velocity, part.next_latents, trajectory.coeffs, part.row)
+            parts.append(flow_log_prob(*transition, guidance=guidance))
+        columns.append(torch.cat(parts))
+    return torch.stack(columns, 1)
 
 
 def cell(row: dict[str, Any]) -> str:

@@ -18,15 +18,20 @@ FAST = "+ no guidance"
 SHARED = "+ work of a group shared"
 PRUNED = "+ half of the candidates pruned before step 3"
 LOW = "+ FP8 outside the window"
+JOINED = "no guidance, both trained steps in one forward"
 FLASH = "MixGRPO-Flash"
 TRAINER_FAST = "the loop trainers write, fast recipe"
 
-HEADER = ["", "s", "s/image", "x trainers' loop", "by minimum", "of floor", "peak", "launches", "syncs"]
+HEADER = ["", "in", "s", "s/image", "x trainers' loop", "by minimum", "of floor", "peak", "launches", "syncs"]
 FAST_RECIPES = (FAST, SHARED, FLASH)
 
 INTRODUCTION = """Random weights in the real classes of diffusers, LoRA through peft, a group a forward. The first row
 is the loop that trainers write (`benchmarks/trainer_loop.py`) on Flow-GRPO's recipe: ten steps, nine of them trained,
-guidance 4.5, a KL; every later row changes one thing more, up to the rows that name a recipe of their own.
+guidance 4.5, a KL; every later row changes one thing more, up to the rows that name a recipe of their own. On a CPU
+blocks are compiled in one row alone: to compile them in each would take most of the time.
+
+**in** is the precision of the network's matrix products: fp32 on a CPU that has no bf16 instructions, where torch would
+convert on the way.
 
 **s** is the median of a step, **s/image** that by the images that it starts from: on a GPU, GPU-seconds an image.
 **x trainers' loop** is the first row's s/image over this row's: of medians, and of minima. **of floor** is the share of
@@ -94,7 +99,9 @@ def sections(result: Result) -> Iterator[str | tuple[list[str], list[list[str]]]
 
 def notes(job: Row) -> list[str]:
     """What else was found, a line each."""
-    lines = []
+    lines = [job["size"]] if job.get("size") else []
+    if "precision_because" in job:
+        lines.append(f"measured in {job['precision']}: {job['precision_because']}")
     found = job.get("agreement")
     if found:
         lines.append(
@@ -130,6 +137,7 @@ def _cells(row: Row) -> list[str]:
     counts = row["counts"] or {}
     return [
         row["name"],
+        row.get("precision", "-"),
         f"{row['seconds']:.3g}",
         f"{row['seconds'] / row['images']:.3g}",
         _number(row["speedup"]),

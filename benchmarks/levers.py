@@ -1,12 +1,13 @@
 """One training step of a transformer, lever by lever: each row is the one above it with one thing changed.
 
-The first row is the loop that trainers write on Flow-GRPO's recipe; the second does the same work in this engine.
+The first row is the loop that trainers write on Flow-GRPO's recipe; the second does the same work in this engine. Rows
+at the end name the recipe that they start from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +16,7 @@ from benchmarks.lever_report import (
     EQUAL,
     FAST,
     FLASH,
+    JOINED,
     LOW,
     NO_KL,
     PRUNED,
@@ -25,22 +27,20 @@ from benchmarks.lever_report import (
 )
 from benchmarks.trainer_loop import Trainer
 from flowgrpo_fast.recipe import (
-    ClippedRatio,
+    Cuts,
     FrozenWindow,
     LoRA,
     LowPrecision,
     Network,
-    Prune,
+    PolicyGradient,
     Recipe,
     RewardTerm,
+    SharedStart,
     Task,
 )
-from flowgrpo_fast.recipes import flow_grpo, mix_grpo_flash
+from flowgrpo_fast.recipes.trajectory import flow_grpo, mix_grpo_flash
 from flowgrpo_fast.training.engine import Engine, build_engine
 from flowgrpo_fast.training.loop import StepReport, train_step
-
-# What a group has in common is computed once: the recipe's switch, where the engine has one.
-SHARING = next((f.name for f in fields(Recipe) if f.name == "share_prefix"), "")
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,13 @@ def base(network: str, group_size: int, num_prompts: int, precision: str = "bf16
     recipe = flow_grpo()
     return replace(
         recipe,
-        **({SHARING: False} if SHARING else {}),  # a row of its own
         group_size=group_size,
         num_prompts=num_prompts,
-        rows_per_forward=group_size,
-        credit=replace(recipe.credit, drop_zero_variance=False),
+        credit=recipe.credit[:2],  # every group takes part, whatever its rewards
         optimizer=replace(recipe.optimizer, num_updates=1, ema_decay=0.0),
-        precision=precision,
-        max_ratio_error=1.0,
+        machine=replace(
+            recipe.machine, precision=precision, rows_per_forward=group_size, max_ratio_error=1.0
+        ),
         network=Network(train=LoRA(rank=32, alpha=64.0)),
         task=Task(
             model=f"benchmarks.networks:{network}",
@@ -91,16 +90,30 @@ def base(network: str, group_size: int, num_prompts: int, precision: str = "bf16
     )
 
 
-def levers(recipe: Recipe) -> list[Lever]:
-    """The rows from a recipe of `base`; a lever it has no use for is left out."""
+def without_kl(recipe: Recipe) -> Recipe:
+    """The clipped ratio alone."""
+    assert isinstance(recipe.objective, PolicyGradient)
+    return replace(recipe, objective=replace(recipe.objective, regularizers=()))
+
+
+def levers(recipe: Recipe, compiles: bool = True) -> list[Lever]:
+    """The rows from a recipe of `base`; a lever it has no use for is left out.
+
+    Args:
+        compiles: whether blocks stay compiled after the row that compiles them. Where a compiler takes longer than
+            all that is measured, on a CPU, that row stands alone.
+    """
     rows = [Lever(TRAINER, recipe, trainer=True), Lever(EQUAL, recipe)]
     for name, change in CHANGES.items():
         changed = change(recipe)
         if changed != recipe:
+            rows.append(Lever(name, changed))
+        if compiles or name != COMPILED:
             recipe = changed
-            rows.append(Lever(name, recipe))
         if name == FAST:
             fast = recipe
+    joined = _joined(fast)
+    rows += [Lever(JOINED, joined)] if joined != fast else []
     return [*rows, Lever(FLASH, _shared(_flash(fast))), Lever(TRAINER_FAST, fast, trainer=True)]
 
 
@@ -110,12 +123,8 @@ def _compiled(recipe: Recipe) -> Recipe:
 
 def _window(recipe: Recipe) -> Recipe:
     """Flow-GRPO-Fast draws the window's start from 0 to 3; here it stays at 1, so that steps can be compared."""
-    return replace(recipe, window=FrozenWindow(start=1, size=2), share_start_noise=True)
-
-
-def _without_kl(recipe: Recipe) -> Recipe:
-    assert isinstance(recipe.loss, ClippedRatio)
-    return replace(recipe, loss=replace(recipe.loss, kl_beta=0.0))
+    window = FrozenWindow(start=1, size=2)
+    return replace(recipe, topology=SharedStart(at=window, share_prefix=False))
 
 
 def _without_guidance(recipe: Recipe) -> Recipe:
@@ -123,31 +132,45 @@ def _without_guidance(recipe: Recipe) -> Recipe:
 
 
 def _shared(recipe: Recipe) -> Recipe:
-    return replace(recipe, **{SHARING: True}) if SHARING else recipe
+    return replace(recipe, topology=SharedStart(at=recipe.topology.at))
 
 
 def _pruned(recipe: Recipe) -> Recipe:
     """Half of a group survives; a forward still takes as many rows, of more groups."""
-    size = recipe.group_size // 2
-    prune = Prune(at=(3,), sizes=(recipe.group_size,), score="latents", pool=2)
-    whole = recipe.num_prompts * size % recipe.rows_per_forward
-    rows = size if whole else recipe.rows_per_forward
-    return replace(recipe, prune=prune, group_size=size, rows_per_forward=rows)
+    size, rows = recipe.group_size // 2, recipe.machine.rows_per_forward
+    topology = Cuts(inner=recipe.topology, steps=(3,), sizes=(recipe.group_size,), score="latents", pool=2)
+    machine = replace(recipe.machine, rows_per_forward=size if recipe.num_prompts * size % rows else rows)
+    return replace(recipe, topology=topology, group_size=size, machine=machine)
 
 
 def _low(recipe: Recipe) -> Recipe:
-    return replace(recipe, rollout_precision=LowPrecision(format="fp8_rows", mode="branch"))
+    precision = LowPrecision(format="fp8_rows", mode="branch")
+    return replace(recipe, machine=replace(recipe.machine, rollout_precision=precision))
 
 
 def _flash(recipe: Recipe) -> Recipe:
     """Four stochastic steps in the middle of the window's way, then a second-order solver in 40 % of the steps."""
-    return replace(recipe, window=FrozenWindow(start=3, size=4), solver=mix_grpo_flash().solver)
+    topology = SharedStart(at=FrozenWindow(start=3, size=4), share_prefix=False)
+    return replace(recipe, topology=topology, solver=mix_grpo_flash().solver)
+
+
+def _joined(recipe: Recipe) -> Recipe:
+    """Both trained steps of a sample in one forward, which takes twice the rows or more: fewer, larger launches.
+
+    The rollout's forwards have as many rows, so that the first ratio stays 1. A recipe whose forwards take all samples
+    already has nothing to join.
+    """
+    samples, rows = recipe.num_prompts * recipe.group_size, recipe.machine.rows_per_forward
+    wider = [many for many in range(2 * rows, samples + 1, rows) if samples % many == 0 and many % 2 == 0]
+    if not wider:
+        return recipe
+    return replace(recipe, machine=replace(recipe.machine, rows_per_forward=wider[0], steps_per_forward=2))
 
 
 CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     COMPILED: _compiled,
     WINDOW: _window,
-    NO_KL: _without_kl,
+    NO_KL: without_kl,
     FAST: _without_guidance,
     SHARED: _shared,
     PRUNED: _pruned,

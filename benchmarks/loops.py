@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import trainer_loop
 from benchmarks.cases import SD3, Case, Run, Size
-from flowgrpo_fast.recipe import AllSteps, Recipe, Sigmas
-from flowgrpo_fast.recipes import digits, mix_grpo
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.draws import draw
+from flowgrpo_fast.recipe import AllSteps, Recipe, SharedStart, Sigmas
+from flowgrpo_fast.recipes import digits
+from flowgrpo_fast.recipes.trajectory import mix_grpo
+from flowgrpo_fast.sampling.policy import Policy
+from flowgrpo_fast.sampling.walk import Sampler, walk
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import train_step
-from flowgrpo_fast.types import Conditioning, FlowModel
+from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
 
-class SyntheticModel:
+class SyntheticModel(FlowModel):
     """A velocity field over SD3.5 latents that costs little: two layers over the channels of each pixel."""
 
     latent_shape: tuple[int, ...] = SD3.sample
@@ -35,7 +36,7 @@ class SyntheticModel:
         for parameter in self.module.parameters():
             parameter.data = (0.2 * torch.randn(parameter.shape, generator=generator)).to(device)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
         return Conditioning(torch.zeros(len(prompts), 1, 1, device=next(self.module.parameters()).device))
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -51,7 +52,7 @@ def synthetic_recipe() -> Recipe:
         mix_grpo(),
         name="synthetic",
         sigmas=Sigmas(num_inference_steps=10, shift=3.0),
-        window=AllSteps(),
+        topology=SharedStart(at=AllSteps()),
         group_size=SD3.batch,
         num_prompts=1,
         optimizer=replace(mix_grpo().optimizer, num_updates=1),
@@ -65,24 +66,26 @@ def rollout_cases(device: torch.device) -> Iterator[Case]:
     """
     recipe = digits(mix_grpo())
     engine = build_engine(recipe, device)
-    yield rollout_case("digits", engine.model, engine.conditioning, recipe, device)
+    yield rollout_case("digits", engine.model, engine.stage.conditioning, recipe, device, len(engine.prompts))
     model = SyntheticModel(device)
     yield rollout_case("synthetic SD3.5 512", model, model.encode([""]), synthetic_recipe(), device)
 
 
 def rollout_case(
-    name: str, model: FlowModel, prompts: Conditioning, recipe: Recipe, device: torch.device
+    name: str, model: FlowModel, prompts: PromptRows, recipe: Recipe, device: torch.device, num_known: int = 1
 ) -> Case:
-    """One whole rollout; bytes are not stated, most of them are the network's."""
-    draws = draw(recipe, len(prompts.prompt_embeds), 0, device)
-    schedule = resolve_schedule(recipe, 0)
+    """One whole rollout of some of `num_known` prompts; bytes are not stated, most of them are the network's."""
+    draws = trainer_loop.drawn(recipe, num_known, 0, device)
+    plan = recipe.plan(0)
     conditioning = prompts.rows(draws.prompt_index[draws.group_id])
     size = Size(f"{name} x{len(draws.seed)}", len(draws.seed), model.latent_shape)
-    walk = partial(trainer_loop.rollout, model, conditioning, draws, schedule, recipe)
+    theirs = partial(trainer_loop.rollout, model, conditioning, draws, plan, recipe)
+    policy = Policy(model, recipe.guidance_scale, recipe.machine.precision)
+    sampler = Sampler(policy=policy, forwards=recipe.forwards)
     contenders: dict[str, Run] = {
-        "ours": lambda: rollout(model, conditioning, draws, schedule, recipe),
-        "eager": partial(walk, trainer_loop.eager_step(schedule, recipe, device)),
-        "compiled": partial(walk, trainer_loop.compiled_step(schedule, recipe, device)),
+        "ours": lambda: walk(sampler, plan, conditioning, draws),
+        "eager": partial(theirs, trainer_loop.eager_step(plan, recipe, device)),
+        "compiled": partial(theirs, trainer_loop.compiled_step(plan, recipe, device)),
     }
     rows = recipe.rollout_rows
     latents = torch.zeros(rows, *model.latent_shape, device=device)
@@ -91,7 +94,7 @@ def rollout_case(
 
     @torch.no_grad()
     def network() -> None:
-        for _ in range(len(draws.seed) // rows * schedule.num_steps):
+        for _ in range(len(draws.seed) // rows * len(plan.steps)):
             model.velocity(latents, sigma, part)
 
     return Case("rollout", size, torch.float32, 0, contenders | {"network": network})

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from flowgrpo_fast.models.flux import Flux
 from flowgrpo_fast.models.loading import freeze
+from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.models.pipeline import PipelineModel
 from flowgrpo_fast.models.sd3 import SD3
 from flowgrpo_fast.planner.published import PUBLISHED, Part
-from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.types import Conditioning
 
 PROMPTS = ["a red cat", "two blue dogs"]
@@ -93,6 +93,11 @@ class Scale:
         """Pixels a latent, each way."""
         return int(2 ** (len(self.vae[1]["block_out_channels"]) - 1))
 
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of a sample's latents, two by two pixels of them each."""
+        return (self.pixels // self.stride // 2) ** 2
+
 
 def _published(name: str, family: type[PipelineModel], pixels: int) -> Scale:
     entry = PUBLISHED[name]
@@ -102,6 +107,10 @@ def _published(name: str, family: type[PipelineModel], pixels: int) -> Scale:
 SCALES = {
     # SD3.5-M's first half in small: dual attention in half of its blocks, latents of 16 x 32 x 32
     "small_sd3": Scale(SD3, _sd3(4, 4, 64, 32, dual_attention_layers=(0, 1)), _vae(16, 32, 32, 32), 64, 256),
+    # a quarter of its tokens, for slow machines
+    "smaller_sd3": Scale(
+        SD3, _sd3(4, 4, 64, 16, dual_attention_layers=(0, 1)), _vae(16, 32, 32, 32), 64, 128
+    ),
     "sd35_medium": _published("sd3.5-medium", SD3, 512),
     "flux": _published("flux.1-dev", Flux, 512),
     "tiny_sd3": Scale(SD3, _sd3(2, 2, 16, 4, dual_attention_layers=(0,)), _vae(8, 8, latents=16), 6, 8),
@@ -109,9 +118,9 @@ SCALES = {
 }
 
 
-def load(device: torch.device, recipe: Recipe, scale: Scale) -> PipelineModel:
-    """The family's own model over random weights, adapters and compilation as the recipe says."""
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+def load(device: torch.device, setup: ModelSetup, scale: Scale) -> PipelineModel:
+    """The family's own model over random weights, adapters and compilation as the setup says."""
+    dtype = setup.dtype
     pipe = SimpleNamespace(
         transformer=_random(scale.transformer, device, dtype, seed=1),
         vae=_random(scale.vae, device, dtype, seed=2),
@@ -120,22 +129,18 @@ def load(device: torch.device, recipe: Recipe, scale: Scale) -> PipelineModel:
         _unpack_latents=diffusers.FluxPipeline._unpack_latents,
     )
     freeze(pipe.vae)
-    network = replace(recipe.network, height=scale.pixels, width=scale.pixels)
-    model = _without_text(scale)(Path(), pipe, replace(recipe, network=network))
-    model.prepare_training(recipe)
+    network = replace(setup.network, height=scale.pixels, width=scale.pixels)
+    model = _without_text(scale)(Path(), pipe, replace(setup, network=network))
+    model.prepare_training(setup)
     return model.to(device)
 
 
 small_sd3 = partial(load, scale=SCALES["small_sd3"])
+smaller_sd3 = partial(load, scale=SCALES["smaller_sd3"])
 sd35_medium = partial(load, scale=SCALES["sd35_medium"])
 flux = partial(load, scale=SCALES["flux"])
 tiny_sd3 = partial(load, scale=SCALES["tiny_sd3"])
 tiny_flux = partial(load, scale=SCALES["tiny_flux"])
-
-
-def prompts() -> list[str]:
-    """What a task without a file of prompts asks for."""
-    return PROMPTS
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -148,6 +153,9 @@ def _without_text(scale: Scale) -> type[PipelineModel]:
     """The family with noise in the place of text embeddings."""
 
     class WithoutText(scale.family):  # type: ignore[misc, name-defined]
+        def own_prompts(self) -> list[str]:
+            return PROMPTS
+
         def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
             config = self.pipe.transformer.config
             shapes = ((scale.tokens, config.joint_attention_dim), (config.pooled_projection_dim,))

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md and its plot from the checked-in results; prints the lines the README shows.
+"""Writes benchmarks/results/README.md and a plot from the checked-in results; prints the lines that docs quote.
 
 python benchmarks/report.py
 """
@@ -18,7 +18,8 @@ if str(ROOT) not in sys.path:  # run as a script
 from benchmarks import lever_report  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = RESULTS / "README.md"
+EDITIONS = RESULTS / "second_edition_vs_first.json"
 PLOT = ROOT / "docs" / "images" / "benchmarks.svg"
 
 Row = dict[str, Any]
@@ -47,9 +48,10 @@ HEADER = [
     "syncs",
 ]
 
-INTRODUCTION = """# Benchmarks
+INTRODUCTION = """# Measured
 
-Written by `python benchmarks/report.py` from `benchmarks/results/*.json`; do not edit.
+Written by `python benchmarks/report.py` from the JSON files beside this page; do not edit. What it says in sentences:
+[docs/benchmarks.md](../../docs/benchmarks.md).
 
     make benchmarks                                    # measures everything, then writes this page
     make levers                                        # the training step of a transformer lever by lever alone
@@ -216,7 +218,7 @@ def moving(rows: list[Row], label: dict[int, str]) -> list[tuple[str, float]]:
 
 
 def page() -> str:
-    """The whole of docs/benchmarks.md."""
+    """The whole of benchmarks/results/README.md."""
     return "\n\n".join(part.strip() for part in [INTRODUCTION, *sections()]) + "\n"
 
 
@@ -228,7 +230,7 @@ def sections() -> Iterator[str]:
         yield f"## Targets on the {title}"
         yield markdown(["target", "", "rows", "worst"], lines, labels=4)
     if load("ops", "cpu"):
-        yield f"![Speed-ups and share of copy bandwidth](images/{PLOT.name})"
+        yield f"![Speed-ups and share of copy bandwidth](../../docs/images/{PLOT.name})"
     for level, title in (("ops", "Ops"), ("rollout", "Rollout"), ("train_step", "Training step")):
         for device in ("cpu", "cuda"):
             result = load(level, device)
@@ -249,6 +251,42 @@ def sections() -> Iterator[str]:
         yield described(result["machine"])
         for part in lever_report.sections(result):
             yield part if isinstance(part, str) else markdown(*part, labels=1)
+    yield from editions()
+
+
+def editions() -> Iterator[str]:
+    """This edition against the one before, where both have been measured in turns."""
+    if not EDITIONS.exists():
+        return
+    result = json.loads(EDITIONS.read_text())
+    yield "## The second edition against the first"
+    yield (
+        f"{result['device']}, {result['threads']} of {result['cores']} cores, torch {result['torch']}, "
+        f"{result['date']}, commits {result['first']} and {result['second']}; load: {result['load_before']} and "
+        f"{result['load_after']}. Lever rows: {result['lever_job']}, nothing compiled. Command: `{result['command']}`"
+    )
+    yield (
+        "Medians of turns, in brackets their range; ratios are second over first, round by round: below 1 the second "
+        "edition is faster. Rewards were equal at every step where the last column says so."
+    )
+    lines = []
+    for case in result["cases"]:
+        cells = [case["case"], str(case["turns"])]
+        for name in ("first", "second"):
+            cells.append("{median:.3g} ({min:.3g} to {max:.3g})".format(**case["seconds"][name]))
+        for clock in ("seconds", "cpu_seconds"):
+            cells.append("{median:.2f} ({min:.2f} to {max:.2f})".format(**case[f"{clock}_ratio"]))
+        lines.append([*cells, "yes" if case["equal_rewards"] else "no"])
+    header = [
+        "",
+        "turns",
+        "first, s a step",
+        "second, s a step",
+        "ratio",
+        "ratio of CPU time",
+        "equal rewards",
+    ]
+    yield markdown(header, lines, labels=1)
 
 
 def level_sections(level: str, result: Result) -> Iterator[str]:
@@ -290,6 +328,51 @@ def readme_lines(ops: Result) -> list[str]:
         median, least = row["speedup_by_median"], row["speedup_by_min"]
         pairs = [f"{median[name]:.1f} ({least[name]:.1f})" for name in ("eager", "compiled")]
         lines.append(f"| {label} | {row['median_ms']['ours']:.2f} ms | {' | '.join(pairs)} |")
+    return lines
+
+
+def headlines() -> list[str]:
+    """What docs/benchmarks.md claims, a sentence a claim, from the checked-in results."""
+    ops, rollout, step, levers = (load(level, "cpu") for level in ("ops", "rollout", "train_step", "levers"))
+    assert ops
+    assert rollout
+    assert step
+    assert levers
+    sampling, replay = (find(ops, name)["speedup_by_median"] for name in ("sampling", "replay"))
+    synthetic = next(row for row in rollout["rows"] if row["size"].startswith("synthetic"))
+    (digits,) = step["rows"]
+    lines = [
+        f"A sampling step (noise, transition, log-prob) is {sampling['eager']:.1f} times faster than unfused eager "
+        "PyTorch.",
+        f"It is {sampling['compiled']:.1f} times faster than `torch.compile` of the same mathematics.",
+        f"A replayed log-prob is {replay['eager']:.1f} times faster than eager.",
+        f"It is {replay['compiled']:.1f} times faster than `torch.compile`.",
+        f"A rollout of 24 SD3.5-sized samples waits for the device {synthetic['counts']['ours']['syncs']} time, the "
+        f"loop trainers write {synthetic['counts']['eager']['syncs']} times.",
+        f"A training step of the digits is {digits['speedup_by_median']['eager']:.2f} times faster than that loop.",
+    ]
+    (job,) = levers["jobs"]
+    speedup = {row["name"]: row["speedup"] for row in job["rows"]}
+    launches = {row["name"]: row["counts"]["launches"] for row in job["rows"] if row["counts"]}
+    lines += [
+        f"A training step of a small SD3 is {speedup[lever_report.EQUAL]:.2f} times faster than that loop on the equal "
+        "recipe.",
+        f"It is {speedup[lever_report.COMPILED]:.2f} times faster with this engine's blocks compiled.",
+        f"It is {speedup[lever_report.SHARED]:.2f} times faster with the fast recipe and the work of a group shared.",
+        f"With both trained steps in one forward it launches {launches[lever_report.JOINED]:,} kernels, without "
+        f"{launches[lever_report.FAST]:,}.",
+    ]
+    if EDITIONS.exists():
+        ratios = {
+            case["case"]: case["seconds_ratio"]["median"]
+            for case in json.loads(EDITIONS.read_text())["cases"]
+        }
+        demo = ratios.pop("demo")
+        lines += [
+            f"A training step of the demo takes {demo:.3f} times the seconds that it took in the first edition.",
+            f"That of a tiny SD3, where the network hides least, takes {min(ratios.values()):.2f} to "
+            f"{max(ratios.values()):.2f} times them, lever by lever.",
+        ]
     return lines
 
 
@@ -335,7 +418,10 @@ def main() -> None:
     if ops is None:
         sys.exit("no benchmarks/results/ops_cpu.json; run python benchmarks/measure.py")
     plot(ops)
-    print(f"wrote {PAGE} and {PLOT}; the README's lines are\n" + "\n".join(readme_lines(ops)))
+    print(
+        f"wrote {PAGE} and {PLOT}; the lines of README and docs are\n"
+        + "\n".join([*readme_lines(ops), *headlines()])
+    )
 
 
 if __name__ == "__main__":

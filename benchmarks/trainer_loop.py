@@ -21,15 +21,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from flowgrpo_fast.data.draws import draw
 from flowgrpo_fast.models.pipeline import PipelineModel
 from flowgrpo_fast.ops import reference
-from flowgrpo_fast.recipe import ClippedRatio, FlowSDE, Recipe
-from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
+from flowgrpo_fast.recipe import FlowSDE, PolicyGradient, Recipe
 from flowgrpo_fast.sampling.step import row_slices
-from flowgrpo_fast.training.draws import draw
+from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.loop import StepReport
-from flowgrpo_fast.training.score import score_images
 from flowgrpo_fast.types import Conditioning, Draws, FlowModel
 
 
@@ -44,15 +43,15 @@ class Moved(NamedTuple):
 
 # (latents, velocity, timestep [B], the stored next latents or None)
 Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], Moved]
-MakeStep = Callable[[Schedule, Recipe, torch.device], Step]
+MakeStep = Callable[[Plan, Recipe, torch.device], Step]
 Randn = Callable[..., Tensor]
 
 
-def eager_step(schedule: Schedule, recipe: Recipe, device: torch.device, randn: Randn = torch.randn) -> Step:
+def eager_step(plan: Plan, recipe: Recipe, device: torch.device, randn: Randn = torch.randn) -> Step:
     """Flow-SDE op by op, with the schedule looked up by timestep for each sample."""
     assert isinstance(recipe.dynamics, FlowSDE)
     noise_level = recipe.dynamics.noise_level
-    sigmas, timesteps = schedule.sigmas.to(device), 1000 * schedule.sigmas[:-1].to(device)
+    sigmas, timesteps = plan.sigmas.to(device), 1000 * plan.sigmas[:-1].to(device)
 
     def step(latents: Tensor, velocity: Tensor, timestep: Tensor, following: Tensor | None) -> Moved:
         velocity, sample = velocity.float(), latents.float()
@@ -78,9 +77,9 @@ def eager_step(schedule: Schedule, recipe: Recipe, device: torch.device, randn: 
     return step
 
 
-def compiled_step(schedule: Schedule, recipe: Recipe, device: torch.device) -> Step:
+def compiled_step(plan: Plan, recipe: Recipe, device: torch.device) -> Step:
     """torch.compile of the reference over the coefficient table, noise from torch's generator."""
-    coeffs, timesteps = schedule.coeffs.to(device), 1000 * schedule.sigmas[:-1].to(device)
+    coeffs, timesteps = plan.coeffs.to(device), 1000 * plan.sigmas[:-1].to(device)
 
     @torch.compile(dynamic=False)
     def sampled(latents: Tensor, velocity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +99,23 @@ def compiled_step(schedule: Schedule, recipe: Recipe, device: torch.device) -> S
     return step
 
 
+def drawn(recipe: Recipe, set_size: int, step: int, device: torch.device) -> Draws:
+    """The prompts and seeds of a training step, as the engine draws them."""
+    return draw(
+        recipe.data.draw(step, recipe.seed, recipe.num_prompts, set_size),
+        step=step,
+        seed=recipe.seed,
+        num_drawn=recipe.num_drawn,
+        share_start=recipe.topology.shares_start,
+        device=device,
+    )
+
+
+def kept_steps(plan: Plan) -> list[int]:
+    """The steps whose transitions are trained on."""
+    return [plan.steps[place].step for place in plan.kept]
+
+
 @dataclass
 class Samples:
     """What a trainer keeps of its rollout."""
@@ -115,7 +131,9 @@ def predict(
     model: FlowModel, latents: Tensor, timestep: Tensor, conditioning: Conditioning, recipe: Recipe
 ) -> Tensor:
     """The guided velocity, of one forward for both halves."""
-    with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+    with torch.autocast(
+        latents.device.type, dtype=torch.bfloat16, enabled=recipe.machine.precision == "bf16"
+    ):
         if recipe.guidance_scale == 1.0:
             return model.velocity(latents, timestep / 1000, conditioning)
         twice, timesteps = torch.cat([latents] * 2), torch.cat([timestep] * 2)
@@ -139,14 +157,14 @@ def rollout(
     model: FlowModel,
     conditioning: Conditioning,
     draws: Draws,
-    schedule: Schedule,
+    plan: Plan,
     recipe: Recipe,
     step: Step,
     randn: Randn = torch.randn,
 ) -> Samples:
     """Walks every micro-batch through all steps: stochastic ones through `step`, Euler elsewhere."""
-    device, parts = draws.seed.device, []
-    timesteps = 1000 * schedule.sigmas[:-1].to(device)
+    device, parts, stochastic = draws.seed.device, [], kept_steps(plan)
+    timesteps = 1000 * plan.sigmas[:-1].to(device)
     for rows in row_slices(len(draws.seed), recipe.rollout_rows):
         part = conditioning.rows(torch.arange(rows.start, rows.stop, device=device))
         latents = start_noise(model, draws.group_id[rows], recipe, randn)
@@ -154,14 +172,14 @@ def rollout(
         for i, t in enumerate(timesteps):
             timestep = t.expand(latents.shape[0])
             velocity = predict(model, latents, timestep, part, recipe)
-            if i in schedule.kept:
+            if i in stochastic:
                 before.append(latents)
                 latents, log_prob, *_ = step(latents, velocity, timestep, None)
                 after.append(latents)
                 log_probs.append(log_prob)
                 kept.append(timestep)
             else:
-                dt = schedule.sigmas[i + 1] - schedule.sigmas[i]
+                dt = plan.sigmas[i + 1] - plan.sigmas[i]
                 latents = (latents.float() + dt * velocity.float()).to(latents.dtype)
         stacked = (torch.stack(values, dim=1) for values in (before, after, log_probs, kept))
         parts.append((*stacked, latents))
@@ -170,7 +188,7 @@ def rollout(
 
 def start_noise(model: FlowModel, group_id: Tensor, recipe: Recipe, randn: Randn = torch.randn) -> Tensor:
     """From torch's generator; one a group where the recipe shares it."""
-    if not recipe.share_start_noise:
+    if not recipe.topology.shares_start:
         return randn((len(group_id), *model.latent_shape), device=group_id.device)
     first = int(group_id[0])
     noise = randn((int(group_id[-1]) + 1 - first, *model.latent_shape), device=group_id.device)
@@ -179,13 +197,14 @@ def start_noise(model: FlowModel, group_id: Tensor, recipe: Recipe, randn: Randn
 
 def advantages_of(rewards: Tensor, prompts: list[str], recipe: Recipe) -> Tensor:
     """z-scores per prompt, on the host in numpy; the batch's deviation where the recipe says so."""
+    normalise, bound = recipe.credit[:2]
     values, names = rewards.cpu().numpy().astype(np.float64), np.array(prompts)
     advantages = np.empty_like(values)
     for prompt in np.unique(names):
         group = values[names == prompt]
-        spread = values.std() if recipe.credit.std == "batch" else group.std()
-        advantages[names == prompt] = (group - group.mean()) / (spread + recipe.credit.eps)
-    clipped = np.clip(advantages, -recipe.credit.clip, recipe.credit.clip)
+        spread = values.std() if normalise.std == "batch" else group.std()
+        advantages[names == prompt] = (group - group.mean()) / (spread + normalise.eps)
+    clipped = np.clip(advantages, -bound.limit, bound.limit)
     return torch.as_tensor(clipped, dtype=torch.float32, device=rewards.device)
 
 
@@ -211,17 +230,18 @@ class Trainer:
         """Rollout, rewards, credit, update; reports the step's means."""
         engine, recipe, report = self.engine, self.engine.recipe, StepReport(self.engine.step + 1)
         with report.phase("rollout"):
-            draws = draw(recipe, len(engine.prompts), engine.step, engine.device)
-            schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
-            conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
-            step = self.make_step(schedule, recipe, engine.device)
-            samples = rollout(engine.model, conditioning, draws, schedule, recipe, step)
+            draws = drawn(recipe, len(engine.prompts), engine.step, engine.device)
+            plan = recipe.plan(engine.step, engine.seq_len)
+            conditioning = engine.stage.conditioning.rows(draws.prompt_index[draws.group_id])
+            step = self.make_step(plan, recipe, engine.device)
+            samples = rollout(engine.model, conditioning, draws, plan, recipe, step)
             wait(engine.device)
         with report.phase("reward"), torch.no_grad():
             images = engine.model.decode(samples.x0)
-            prompts = [engine.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
-            rewards = score_images(engine, images, prompts).total
-            advantages = advantages_of(rewards, prompts, recipe)
+            asked = engine.prompts.rows(draws.prompt_index[draws.group_id])
+            scores = engine.stage.scorer.score(images, asked, draws.group_id, len(draws.prompt_index))
+            rewards = scores.total
+            advantages = advantages_of(rewards, list(asked.prompts), recipe)
         with report.phase("update"):
             self.info = {}
             for share in row_slices(len(advantages), recipe.rows_per_update):
@@ -235,12 +255,12 @@ class Trainer:
         self, samples: Samples, conditioning: Conditioning, advantages: Tensor, share: slice, step: Step
     ) -> None:
         """One optimiser step: every kept step of the share, each a forward and a backward."""
-        engine, recipe = self.engine, self.engine.recipe
+        optimizer, max_norm = self.engine.learner.optimizer, self.engine.recipe.optimizer.max_grad_norm
         self.accumulate(samples, conditioning, advantages, share, step)
-        parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.max_grad_norm)
-        engine.optimizer.step()
-        engine.optimizer.zero_grad()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
 
     def accumulate(
         self, samples: Samples, conditioning: Conditioning, advantages: Tensor, share: slice, step: Step
@@ -264,8 +284,9 @@ class Trainer:
     ) -> Tensor:
         """PPO's clipped ratio of one micro-batch at one step, and the KL to the start weights."""
         (rows, j), engine = where, self.engine
-        part = engine.recipe.loss
-        assert isinstance(part, ClippedRatio)
+        part = engine.recipe.objective
+        assert isinstance(part, PolicyGradient)
+        clip_range, start = part.trust.range, engine.learner.snapshots.get("start")
         index = torch.arange(rows.start, rows.stop, device=engine.device)
         timestep, latents = samples.timesteps[rows, j], samples.latents[rows, j]
         following, own = samples.next_latents[rows, j], conditioning.rows(index)
@@ -274,18 +295,18 @@ class Trainer:
         )
         ratio = torch.exp(moved.log_prob - samples.log_probs[rows, j])
         unclipped = -advantages[rows] * ratio
-        clipped = -advantages[rows] * torch.clamp(ratio, 1.0 - part.clip_range, 1.0 + part.clip_range)
+        clipped = -advantages[rows] * torch.clamp(ratio, 1.0 - clip_range, 1.0 + clip_range)
         loss = torch.mean(torch.maximum(unclipped, clipped))
         self.note(policy_loss=loss, ratio=ratio.mean())
-        self.note(clip_fraction=torch.mean((torch.abs(ratio - 1.0) > part.clip_range).float()))
-        if engine.reference is not None:
+        self.note(clip_fraction=torch.mean((torch.abs(ratio - 1.0) > clip_range).float()))
+        if start is not None:
             with torch.no_grad():
-                velocity = predict(engine.reference, latents, timestep, own, engine.recipe)
+                velocity = predict(start, latents, timestep, own, engine.recipe)
                 reference = step(latents, velocity, timestep, following)
             every = tuple(range(1, latents.ndim))
             distance = ((moved.mean - reference.mean) ** 2).mean(dim=every, keepdim=True)
             kl = torch.mean(distance / (2 * moved.rate**2))
-            loss = loss + part.kl_beta * kl
+            loss = loss + part.regularizers[0].beta * kl
             self.note(kl=kl)
         self.note(loss=loss)
         return loss

@@ -13,8 +13,8 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 
+from flowgrpo_fast.compat import FlowMatchTransitionScheduler
 from flowgrpo_fast.ops import flow_log_prob
-from flowgrpo_fast.sampling.scheduler import FlowMatchTransitionScheduler
 
 torch.manual_seed(0)
 transformer = FluxTransformer2DModel(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json as json_text
 import platform
 import subprocess
@@ -25,9 +24,11 @@ from flowgrpo_fast.launch import Run
 from flowgrpo_fast.monitor.cost import cpu_name
 from flowgrpo_fast.monitor.metrics import TrackerName
 from flowgrpo_fast.monitor.report import write_figures, write_report
+from flowgrpo_fast.names import nearest
 from flowgrpo_fast.ops import build_info
 from flowgrpo_fast.recipe import Recipe
-from flowgrpo_fast.recipe_io import load_recipe, nearest, override
+from flowgrpo_fast.recipe_io import FILES, load_recipe, override
+from flowgrpo_fast.recipe_io import show as show_recipe
 from flowgrpo_fast.recipes import RECIPES, digits
 
 _VERSIONS = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scikit-learn", "pybind11")
@@ -49,7 +50,7 @@ def train(
 
     Args:
         recipe: a recipe's name, mix_grpo if left out; `flowgrpo-fast recipes` lists them.
-        overrides: field=value, e.g. group_size=12 window.size=2 dynamics=CPS optimizer.lr=1e-4.
+        overrides: field=value, e.g. group_size=12 topology.at.size=2 dynamics=CPS optimizer.lr=1e-4.
         from_: start from a run file, or from the recipe of an earlier run folder, instead of a named recipe.
         resume: go on with an interrupted run, from its last checkpoint.
         out: the run folder; default runs/<recipe>-<date>-<time>.
@@ -142,7 +143,8 @@ def plan(
 
     if "=" in recipe:  # the name was left out
         recipe, overrides = "flow_grpo", (recipe, *overrides)
-    resolved = override(replace(named_recipe(recipe), precision="bf16"), overrides)
+    paper = named_recipe(recipe)
+    resolved = override(replace(paper, machine=replace(paper.machine, precision="bf16")), overrides)
     result = make_plan(model, resolved, named_gpu(gpu), gpus)
     if json:
         print(json_text.dumps(to_json(result), indent=2))
@@ -150,14 +152,30 @@ def plan(
         show(result, Console())
 
 
-def recipes() -> None:
-    """Lists the recipes with their paper and idea."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("recipe", "paper", "idea"):
-        table.add_column(column, style="bold" if column == "recipe" else "")
-    for name, entry in RECIPES.items():
-        table.add_row(name, entry.paper, (entry.make.__doc__ or "").splitlines()[0])
-    Console().print(table, highlight=False)
+def recipes(
+    action: tyro.conf.Positional[Literal["list", "show"]] = "list",
+    name: tyro.conf.Positional[str] = "",
+    /,
+) -> None:
+    """Lists the recipes by family, or shows one with all its parts.
+
+    Args:
+        action: list, or show.
+        name: the recipe that is shown.
+    """
+    if action == "show":
+        for path, value in show_recipe(named_recipe(name)):
+            print(f"{path:44} {value}")
+        return
+    for family in dict.fromkeys(entry.family for entry in RECIPES.values()):
+        table = Table(box=None, pad_edge=False, title=family, title_justify="left", title_style="bold")
+        for column in ("recipe", "paper", "idea"):
+            table.add_column(column, style="bold" if column == "recipe" else "")
+        for recipe_name, entry in RECIPES.items():
+            if entry.family == family:
+                idea = (entry.make.__doc__ or "").splitlines()[0]
+                table.add_row(recipe_name, entry.paper, idea)
+        Console().print(table, highlight=False)
 
 
 def env() -> None:
@@ -202,7 +220,7 @@ def sample(
     from flowgrpo_fast.monitor.figures import sample_grid
     from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint
     from flowgrpo_fast.training.engine import build_engine
-    from flowgrpo_fast.training.loop import evaluate
+    from flowgrpo_fast.training.evaluate import evaluate
 
     recipe = load_recipe(Path(run)) if run else digits(named_recipe("mix_grpo"))
     recipe = replace(recipe, task=replace(recipe.task, num_eval_samples=num_samples))
@@ -254,8 +272,8 @@ def _flags(commands: Collection[Callable[..., None]]) -> set[str]:
     switches = {
         name.replace("_", "-")
         for command in commands
-        for name, parameter in inspect.signature(command).parameters.items()
-        if parameter.annotation == "bool"
+        for name, kind in command.__annotations__.items()
+        if kind == "bool"
     }
     return {"-h", "--help"} | {f"--{sign}{name}" for name in switches for sign in ("", "no-")}
 
@@ -275,6 +293,19 @@ def _words_first(arguments: list[str], flags: Collection[str]) -> list[str]:
     return words + options
 
 
+def _refuse_fields_as_options(words: list[str], command: Callable[..., None]) -> None:
+    """Raises ValueError for `--group_size 12`, where a recipe's field was meant: the parser knows options alone."""
+    parameters = command.__annotations__
+    options = {"help", *(name.rstrip("_").replace("_", "-") for name in parameters)}
+    for index, word in enumerate(words):
+        name, separator, value = word.partition("=")
+        if not name.startswith("--") or name[2:].replace("_", "-").removeprefix("no-") in options:
+            continue
+        known = FILES.as_assignment(name, value if separator else "".join(words[index + 1 : index + 2]))
+        if known and "overrides" in parameters:
+            raise ValueError(f"{name} is not an option; write {known}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a user's mistake is one line on stderr and exit code 2."""
     commands: dict[str, Callable[..., None]] = {
@@ -289,6 +320,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     words = _words_first(sys.argv[1:] if arguments is None else arguments, _flags(commands.values()))
     try:
+        if words and words[0] in commands:
+            _refuse_fields_as_options(words, commands[words[0]])
         tyro.extras.subcommand_cli_from_dict(commands, prog="flowgrpo-fast", args=words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,11 +23,12 @@ from flowgrpo_fast.monitor.report import write_report
 from flowgrpo_fast.planner.live import Floor, check_memory, floor_of, memory_of, out_of_memory_in_one_line
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.recipe_io import save_recipe, to_dict
-from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.sampling.windows import window_steps
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowgrpo_fast.training.engine import Engine, build_engine
-from flowgrpo_fast.training.loop import StepReport, evaluate, train
+from flowgrpo_fast.training.evaluate import evaluate
+from flowgrpo_fast.training.loop import StepReport, train
+
+_ANY_LENGTH = 1024  # image tokens, for a look at a plan whose shift is known only with the model
 
 
 @dataclass(slots=True)
@@ -50,14 +51,13 @@ class Run:
         """
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every is {self.checkpoint_every}; it must be at least 1")
-        window_steps(self.recipe.window, self.recipe.sigmas.num_inference_steps, 0)  # refuse early
+        self.recipe.plan(0, _ANY_LENGTH)  # a topology that does not fit is refused before anything is loaded
         check_memory(self.recipe, self.device, memory_of(self.device))
         one_line = out_of_memory_in_one_line(self.recipe, self.device)
         with one_line, closing(build_engine(self.recipe, self.device)) as engine:
             return self._train(engine)
 
     def _train(self, engine: Engine) -> Path:
-        resolve_schedule(self.recipe, 0, engine.seq_len)
         self._prepare_folder(engine)
         earlier = sum(r.get("seconds_step", 0.0) for r in read_metrics(self.folder))
         tracker = make_tracker(self.tracker, self.folder, to_dict(self.recipe))
@@ -118,7 +118,7 @@ class Run:
         parameters = sum(p.numel() for p in engine.model.module.parameters() if p.requires_grad)
         self._say(
             f"[bold]{recipe.name}[/] on {recipe.task.model}: {parameters:,} trained parameters, "
-            f"{recipe.num_prompts} prompts x {recipe.group_size} samples a step, {recipe.precision}\n"
+            f"{recipe.num_prompts} prompts x {recipe.group_size} samples a step, {recipe.machine.precision}\n"
             f"{device_name(self.device)}\n{floor or 'floor unknown: the operations of this model cannot be counted'}\n"
             f"{self.folder}"
         )
@@ -126,8 +126,8 @@ class Run:
             self._say(
                 f"nothing to train: step {engine.step} of {recipe.num_steps} is done; to go on, raise num_steps"
             )
-        if engine.low_precision is not None:
-            self._say(f"low precision: {engine.low_precision.description}")
+        for copy in engine.copies:
+            self._say(f"low precision: {copy.description}")
 
     def _record(
         self, engine: Engine, report: StepReport, floor: Floor | None, last: bool

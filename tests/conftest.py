@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +13,22 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.recipe import (
-    ClippedRatio,
+    Clip,
     FlowSDE,
     FrozenWindow,
+    Independent,
+    Machine,
     Optimizer,
+    PolicyGradient,
+    Prompts,
     Recipe,
     RewardTerm,
     Sigmas,
     Task,
 )
-from flowgrpo_fast.types import Conditioning
+from flowgrpo_fast.types import Conditioning, FlowModel
 
 torch.set_num_threads(1)  # toy sizes: threads only wait for each other
 
@@ -69,16 +76,22 @@ def small_heap() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def methods() -> dict[str, dict]:
+    """Worked examples of the literature's methods by name: `inputs` and the `expected` numbers of each."""
+    return json.loads((GOLDEN / "methods.json").read_text())
+
+
 @pytest.fixture(params=sorted(path.name for path in GOLDEN.glob("*.npz")))
 def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / request.param) as data:
         return dict(data)
 
 
-class ToyModel:
+class ToyModel(FlowModel):
     """A two-layer network on 6 latents; prompts are "low" (wants -1) and "high" (wants +1)."""
 
-    latent_shape: tuple[int, ...] = (6,)
+    latent_shape = (6,)
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -86,7 +99,7 @@ class ToyModel:
         for parameter in self.module.parameters():
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
         embeds = torch.tensor([[[-1.0 if p == "low" else 1.0]] for p in prompts])
         return Conditioning(embeds, embeds[:, 0], torch.zeros_like(embeds), torch.zeros_like(embeds[:, 0]))
 
@@ -97,13 +110,12 @@ class ToyModel:
     def decode(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(latents.float()).view(-1, 1, 2, 3)
 
+    def own_prompts(self) -> list[str]:
+        return ["low", "high"]
 
-def load(device: torch.device) -> ToyModel:
+
+def load(device: torch.device, setup: ModelSetup) -> ToyModel:
     return ToyModel()
-
-
-def prompts() -> list[str]:
-    return ["low", "high"]
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -131,7 +143,7 @@ def toy_module(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def toy_recipe(toy_module: str) -> Callable[..., Recipe]:
-    """Makes small recipes for the toy job; keywords replace fields."""
+    """Makes small recipes for the toy job; keywords replace fields, those of `Machine` in the machine."""
     task = Task(
         model=f"{toy_module}:load",
         rewards=(RewardTerm(function=f"{toy_module}:brightness"),),
@@ -143,12 +155,21 @@ def toy_recipe(toy_module: str) -> Callable[..., Recipe]:
         name="toy",
         sigmas=Sigmas(num_inference_steps=6, shift=1.0),
         dynamics=FlowSDE(noise_level=0.7),
-        window=FrozenWindow(size=3, start=1),
+        topology=Independent(at=FrozenWindow(size=3, start=1)),
         group_size=8,
         num_prompts=4,
-        loss=ClippedRatio(clip_range=0.05),
+        objective=PolicyGradient(trust=Clip(range=0.05)),
         optimizer=Optimizer(lr=3e-3),
         num_steps=4,
+        machine=Machine(),
+        data=Prompts(),
         task=task,
     )
-    return lambda **changes: replace(recipe, **changes)
+    return lambda **changes: with_changes(recipe, **changes)
+
+
+def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other fields; those of its machine are named without it."""
+    machine = {name: changes.pop(name) for name in list(changes) if name in Machine.__dataclass_fields__}
+    changes.setdefault("machine", recipe.machine)
+    return replace(recipe, **{**changes, "machine": replace(changes["machine"], **machine)})

@@ -15,7 +15,9 @@ from PIL import Image
 
 from flowgrpo_fast import cli
 from flowgrpo_fast.cli import fitted_recipe, main, pick_device
-from flowgrpo_fast.recipes import digits, mix_grpo
+from flowgrpo_fast.recipe_io import load_recipe, show
+from flowgrpo_fast.recipes import RECIPES, digits
+from flowgrpo_fast.recipes.trajectory import mix_grpo
 
 SMALL = ["num_steps=3", "group_size=4", "task.num_eval_samples=20", "task.eval_every=2"]
 HANGS = 1800  # seconds: no program takes as long, however busy the machine
@@ -136,10 +138,86 @@ def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
     listed = capsys.readouterr().out
     for text in ("flow_grpo", "mix_grpo_flash", "2507.21802", "sliding window"):
         assert text in listed
+    lines = [line.strip() for line in listed.splitlines()]
+    assert all(lines.count(entry.family) == 1 for entry in RECIPES.values())
+    main(["recipes", "list"])
+    assert capsys.readouterr().out == listed
     main(["env"])
     shown = capsys.readouterr().out
     for text in ("torch", "diffusers", "build isa", "gpus", "cpu "):
         assert text in shown
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_shown_with_all_its_parts(name, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line a field, each a path and a value that an override takes."""
+    main(["recipes", "show", name])
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [[path, value] for path, value in show(RECIPES[name].make())]
+    shown = dict(lines)
+    assert shown["name"] == f'"{name}"'
+    window = "topology.inner.at" if shown["topology"] == "Cuts" else "topology.at"
+    assert {"objective", window, "experience", "data", "machine.precision"} <= set(shown)
+
+
+def test_overrides_that_need_each_other_come_in_any_order(tmp_path: Path) -> None:
+    """A cut's sizes and the group, a loss and its fields: the recipe is checked once, when all is said."""
+    words = [
+        "topology=Cuts",
+        "topology.steps=[2]",
+        "topology.sizes=[4]",
+        "group_size=2",
+        "num_prompts=2",
+        "num_steps=1",
+        "task.judge=",
+        "task.num_eval_samples=4",
+    ]
+    written = []
+    for folder, order in (
+        ("a", words),
+        ("b", [*reversed(words[1:]), words[0]]),
+        ("c", words[3:] + words[:3]),
+    ):
+        if folder == "b":  # a part is chosen before its fields are
+            order = ["topology=Cuts", *order[:-1]]
+        main(["train", *order, "--out", str(tmp_path / folder), "--device", "cpu"])
+        written.append(load_recipe(tmp_path / folder))
+    assert written[0] == written[1] == written[2]
+    assert written[0].topology.sizes == (4,)
+
+
+@pytest.mark.parametrize(
+    ("word", "replaced"),
+    [
+        ("window.size=2", "Recipe.window was replaced by topology.at"),
+        ("share_start_noise=true", "Recipe.share_start_noise was replaced by topology"),
+        ("loss.clip_range=0.1", "Recipe.loss was replaced by objective"),
+        ("prune=Prune", "Recipe.prune was replaced by topology"),
+        ("explore=Scouts", "Recipe.explore was replaced by experience"),
+        ("precision=bf16", "Recipe.precision was replaced by machine.precision"),
+        ("rows_per_forward=2", "Recipe.rows_per_forward was replaced by machine.rows_per_forward"),
+        ("graphs=true", "Recipe.graphs was replaced by machine.graphs"),
+        ("task.prompts=a.txt", "Task.prompts was replaced by data.path"),
+        ("credit=Credit", "credit: Credit was replaced by a list of credit steps"),
+        ("objective=ClippedRatio", "objective: ClippedRatio was replaced by PolicyGradient"),
+    ],
+)
+def test_a_field_of_the_first_edition_says_what_replaced_it(word, replaced, capsys, tmp_path) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    assert replaced in failing(capsys, "train", word, *out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_file_of_the_first_edition_is_refused_in_one_line(capsys, tmp_path: Path) -> None:
+    earlier = {
+        "is": "Recipe",
+        "name": "mix_grpo",
+        "window": {"is": "SlidingWindow"},
+        "share_start_noise": True,
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(earlier))
+    message = failing(capsys, "train", "--from", str(tmp_path))
+    assert "Recipe.window was replaced by topology.at in the second edition" in message
 
 
 @pytest.mark.parametrize(
@@ -147,9 +225,13 @@ def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["train", "mix_gpro"], "unknown recipe 'mix_gpro'; did you mean 'mix_grpo'?"),
         (["train", "mix_grpo", "group_sise=4"], "did you mean 'group_size'?"),
+        (["train", "mix_grpo", "--group_size", "12"], "--group_size is not an option; write group_size=12"),
+        (["plan", "sd3.5-medium", "--lr=1e-4"], "--lr is not an option; write optimizer.lr=1e-4"),
+        (["train", "optimizr.lr=1"], "Recipe has no field 'optimizr'; did you mean 'optimizer.lr'?"),
+        (["train", "name=../outside"], "Recipe.name is '../outside'; it names a run's folder"),
         (["train", "group_size=1"], "needs at least 2 samples per prompt"),
         (["train", "sigmas.num_inference_steps=1"], "must be at least 2"),
-        (["train", "window.size=20"], "outside the schedule"),
+        (["train", "topology.at.size=20"], "outside the schedule"),
         (["train", "--checkpoint-every", "0"], "checkpoint_every is 0; it must be at least 1"),
         (["plan", "sd3.5-mediun"], "no folder with a model_index.json; did you mean 'sd3.5-medium'?"),
         (["train", "--from", "nowhere"], "no recipe at 'nowhere'"),
@@ -159,7 +241,8 @@ def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--device", "cuda:7"], "device 'cuda:7' is not here"),
         (["train", "--device", "gpu"], "device 'gpu' is not one"),
         (["train", "task.model=digit"], "there is no module 'flowgrpo_fast.models.digit'"),
-        (["train", "task.prompts=none.txt"], "cannot read prompts from 'none.txt'"),
+        (["train", "data.path=none.txt"], "cannot read prompts from 'none.txt'"),
+        (["recipes", "show", "flow_gpo"], "unknown recipe 'flow_gpo'; did you mean 'flow_grpo'?"),
         (["plan", "sd3.5-medium", "--json", "flow_gpo"], "unknown recipe 'flow_gpo'"),
         (["train", "task.judge=math:pi"], "judge 'math:pi' is a float, which cannot be called"),
         (

@@ -15,7 +15,8 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    report.PAGE,
 ]
 README = (ROOT / "README.md").read_text()
 
@@ -31,7 +32,7 @@ def test_the_readme_snippet_runs_and_takes_eight_lines_of_code() -> None:
 
 def test_the_readme_recipe_is_the_recipe() -> None:
     from flowgrpo_fast import recipe as parts
-    from flowgrpo_fast.recipes import mix_grpo
+    from flowgrpo_fast.recipes.trajectory import mix_grpo
 
     shown = re.findall(r"```python\n(Recipe\(.*?)```", README, flags=re.DOTALL)[0]
     assert eval(shown, vars(parts)) == mix_grpo()
@@ -49,6 +50,13 @@ def test_the_benchmark_page_is_the_checked_in_results() -> None:
     assert report.PAGE.read_text() == report.page(), "run python benchmarks/report.py"
     for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", report.page()):
         assert (report.PAGE.parent / target).exists()
+
+
+def test_the_benchmarks_in_sentences_are_the_checked_in_ones() -> None:
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    assert len(text.splitlines()) <= 60
+    for line in report.headlines():
+        assert f"- {line}\n" in text
 
 
 def test_the_readme_demo_is_the_checked_in_one() -> None:

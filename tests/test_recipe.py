@@ -8,7 +8,8 @@ import pytest
 
 from flowgrpo_fast import recipe as parts
 from flowgrpo_fast.recipe_io import from_dict, load_recipe, override, save_recipe, to_dict
-from flowgrpo_fast.recipes import RECIPES, digits, mix_grpo, pro_grpo_flash
+from flowgrpo_fast.recipes import RECIPES, digits
+from flowgrpo_fast.recipes.trajectory import mix_grpo, pro_grpo_flash
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -26,26 +27,25 @@ def test_published_numbers() -> None:
     flow, fast, cps = (RECIPES[n].make() for n in ("flow_grpo", "flow_grpo_fast", "flow_cps"))
     dance, mix, flash = (RECIPES[n].make() for n in ("dance_grpo", "mix_grpo", "mix_grpo_flash"))
     assert (flow.sigmas.num_inference_steps, flow.group_size, flow.num_prompts) == (10, 24, 48)
-    assert (flow.guidance_scale, flow.loss.clip_range, flow.loss.kl_beta) == (4.5, 1e-4, 0.04)
+    (to_start,) = flow.objective.regularizers
+    assert (flow.guidance_scale, flow.objective.trust.range, to_start.beta) == (4.5, 1e-4, 0.04)
+    assert (to_start.to, to_start.rule) == ("start", parts.Frozen())
     assert (flow.optimizer.lr, flow.optimizer.weight_decay, flow.optimizer.num_updates) == (3e-4, 1e-4, 2)
-    assert (flow.dynamics, flow.credit.std) == (parts.FlowSDE(noise_level=0.7), "batch")
-    assert (fast.window.size, fast.dynamics.noise_level, fast.loss.clip_range) == (2, 0.8, 1e-5)
-    assert (cps.window.size, cps.dynamics, cps.guidance_scale) == (3, parts.CPS(noise_level=0.8), 1.0)
-    assert (dance.sigmas.num_inference_steps, dance.dynamics.noise_level, dance.window.fraction) == (
+    assert (flow.dynamics, flow.credit[0].std) == (parts.FlowSDE(noise_level=0.7), "batch")
+    assert (fast.topology.at.size, fast.dynamics.noise_level, fast.objective.trust.range) == (2, 0.8, 1e-5)
+    assert (cps.topology.at.size, cps.dynamics, cps.guidance_scale) == (3, parts.CPS(noise_level=0.8), 1.0)
+    assert (dance.sigmas.num_inference_steps, dance.dynamics.noise_level, dance.topology.at.fraction) == (
         16,
         0.3,
         0.6,
     )
-    assert dance.share_start_noise
-    assert dance.credit.eps == 1e-8
-    assert (mix.sigmas.num_inference_steps, mix.window.size, mix.window.every, mix.window.stride) == (
-        25,
-        4,
-        25,
-        1,
-    )
-    assert (mix.group_size, mix.loss.clip_range, mix.optimizer.lr, mix.loss.kl_beta) == (12, 1e-4, 1e-5, 0)
-    assert (flash.solver.keep, flash.window.every) == (0.4, 20)
+    assert dance.topology.shares_start
+    assert dance.credit[0].eps == 1e-8
+    slides = mix.topology.at
+    assert (mix.sigmas.num_inference_steps, slides.size, slides.every, slides.stride) == (25, 4, 25, 1)
+    assert (mix.group_size, mix.objective.trust.range, mix.optimizer.lr) == (12, 1e-4, 1e-5)
+    assert mix.objective.penalties == ()
+    assert (flash.solver.keep, flash.topology.at.every) == (0.4, 20)
 
 
 def test_overrides_reach_nested_fields_and_swap_parts() -> None:
@@ -53,23 +53,23 @@ def test_overrides_reach_nested_fields_and_swap_parts() -> None:
         mix_grpo(),
         [
             "group_size=6",
-            "window.size=2",
+            "topology.at.size=2",
             "dynamics=CPS",
             "dynamics.noise_level=0.5",
             "optimizer.lr=1",
             "sigmas.shift=DynamicShift",
-            "task.prompts=a.txt",
+            "data.path=a.txt",
             'task.rewards=[{"is": "RewardTerm", "function": "a.b:c", "weight": 2.0}]',
             "optimizer.betas=[0.9, 0.95]",
         ],
     )
     assert recipe.group_size == 6
-    assert recipe.window.size == 2
+    assert recipe.topology.at.size == 2
     assert recipe.dynamics == parts.CPS(noise_level=0.5)
     assert recipe.optimizer.lr == 1.0
     assert isinstance(recipe.optimizer.lr, float)
     assert recipe.sigmas.shift == parts.DynamicShift()
-    assert recipe.task.prompts == "a.txt"
+    assert recipe.data.path == "a.txt"
     assert recipe.task.rewards == (parts.RewardTerm(function="a.b:c", weight=2.0),)
     assert recipe.optimizer.betas == (0.9, 0.95)
 
@@ -78,18 +78,22 @@ def test_overrides_reach_nested_fields_and_swap_parts() -> None:
     ("assignment", "message"),
     [
         ("group_sze=2", "Recipe has no field 'group_sze'; did you mean 'group_size'?"),
-        ("window.sise=2", "SlidingWindow has no field 'sise'; did you mean 'size'?"),
-        ("window=SlidingWindw", "did you mean 'SlidingWindow'?"),
+        ("topology.at.sise=2", "SlidingWindow has no field 'sise'; did you mean 'size'?"),
+        ("topology.at=SlidingWindw", "did you mean 'SlidingWindow'?"),
         ("group_size", "not an assignment"),
         ("group_size=many", "must be a value of type int"),
         ("group_size=2.5", "must be a value of type int"),
-        ("graphs=True", "graphs is 'True'; it must be a value of type bool, such as false"),
+        ("machine.graphs=True", "machine.graphs is 'True'; it must be a value of type bool, such as false"),
         ("optimizer.betas=[0.9]", "must be a value of type [float, float], such as [0.9, 0.999]"),
         ("optimizer.betas=[0.9, 1.5]", "Optimizer.betas is (0.9, 1.5); it must be two numbers in [0, 1)"),
         ("optimizer.weight_decay=-1", "Optimizer.weight_decay is -1.0; it must be at least 0"),
-        ("window=FlowSDE", "window is a part; 'FlowSDE' is not one of its kind, known: AllSteps, Determin"),
+        (
+            "topology.at=FlowSDE",
+            "topology.at is a FlowSDE, which has no method 'steps', no method 'latest_start' and no method "
+            "'earliest_end'; a window is one of Deterministic, RandomPair, AllSteps",
+        ),
         ("sigmas.shift=abc", "must be a value of type float or DynamicShift"),
-        ("task.rewards=[1]", "must be a value of type [RewardTerm, ...]"),
+        ("task.rewards=[1]", "must be a value of type [Reward, ...]"),
         ('task.rewards=[{"function": "a:f"}]', '{"function": "a:f"} has no "is" that names its part'),
         ('task.rewards=[{"is": "RewardTerm"}]', "RewardTerm needs a value for 'function'"),
         ("seed=-1", "Recipe.seed is -1; it must be at least 0"),
@@ -97,18 +101,18 @@ def test_overrides_reach_nested_fields_and_swap_parts() -> None:
         ("group_size=1", "Recipe.group_size is 1; an advantage needs at least 2"),
         ("sigmas.num_inference_steps=1", "Sigmas.num_inference_steps is 1; it must be at least 2"),
         ("sigmas.spacing=log", "must be 'linear' or 'diffusers'"),
-        ("loss.clip_range=0", "ClippedRatio.clip_range is 0.0; it must be above 0"),
-        ("loss.kl_beta=-1", "must be at least 0"),
+        ("objective.trust.range=0", "Clip.range is 0.0; it must be above 0"),
+        ('objective.regularizers=[{"is": "TransitionKL", "beta": -1}]', "must be at least 0"),
         ("optimizer.num_updates=5", "it must divide num_prompts * group_size = 384"),
-        ("rows_per_forward=7", "Recipe.rows_per_forward is 7; it must divide 96"),
+        ("machine.rows_per_forward=7", "Machine.rows_per_forward is 7; it must divide 96"),
         ("dynamics.noise_level=0", "FlowSDE.noise_level is 0.0; it must be above 0"),
-        ("precision=fp8", "must be 'fp32' or 'bf16'"),
+        ("machine.precision=fp8", "must be 'fp32' or 'bf16'"),
         ("task.rewards=[]", "Task.rewards is empty"),
         (
             'task.rewards=[{"is": "RewardTerm", "function": "a:f"}, {"is": "RewardTerm", "function": "b:f"}]',
             "Task.rewards names 'f' twice",
         ),
-        ("credit.std=global", "must be 'group' or 'batch'"),
+        ("credit.0.std=global", "must be 'group' or 'batch'"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_value_and_remedy(assignment: str, message: str) -> None:
@@ -145,9 +149,9 @@ def test_loading_names_what_is_wrong_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a JSON recipe"):
         load_recipe(tmp_path)
     values = to_dict(mix_grpo())
-    values["windw"] = 1
+    values["topolgy"] = 1
     (tmp_path / "recipe.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="Recipe has no field 'windw'; did you mean 'window'"):
+    with pytest.raises(ValueError, match="Recipe has no field 'topolgy'; did you mean 'topology'"):
         load_recipe(tmp_path)
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(parts.CPS())))
     with pytest.raises(ValueError, match="holds a CPS, not a Recipe"):
@@ -157,37 +161,41 @@ def test_loading_names_what_is_wrong_with_the_file(tmp_path: Path) -> None:
     values = {**to_dict(mix_grpo()), "group_size": "12"}
     with pytest.raises(ValueError, match=r'Recipe.group_size is "12"; it must be a value of type int'):
         from_dict(values)
-    values = {**to_dict(mix_grpo()), "window": to_dict(parts.CPS())}
-    with pytest.raises(ValueError, match=r"Recipe.window is .* of type Deterministic or AllSteps or"):
+    values = to_dict(mix_grpo())
+    values["topology"]["at"] = to_dict(parts.CPS())
+    with pytest.raises(
+        ValueError, match=r"Recipe.topology.at is a CPS, .* is one of Deterministic, RandomPair, AllS"
+    ):
         from_dict(values)
     with pytest.raises(ValueError, match=r"RandomWindow.high is 2.5; it must be a value of type int or null"):
         from_dict({"is": "RandomWindow", "high": 2.5})
 
 
 def test_rows_of_a_forward_follow_the_geometry() -> None:
-    recipe = replace(mix_grpo(), rows_per_forward=0)
+    recipe = replace(mix_grpo(), machine=parts.Machine(rows_per_forward=0))
     assert recipe.rows_per_update == 32 * 12 // 4
     assert recipe.rollout_rows == recipe.rows_per_update
-    assert replace(recipe, rows_per_forward=12).rollout_rows == 12
+    assert replace(recipe, machine=parts.Machine(rows_per_forward=12)).rollout_rows == 12
 
 
 def test_a_forward_divides_the_candidates_of_every_stage() -> None:
     recipe = pro_grpo_flash()
     assert recipe.rows_per_update == 288
     assert recipe.rollout_rows == 96  # 48 prompts x (24, 16, 12): 1152, 768, 576
-    assert replace(recipe, rows_per_forward=32).rollout_rows == 32
+    assert replace(recipe, machine=parts.Machine(rows_per_forward=32)).rollout_rows == 32
     message = r"rows_per_forward is 288; it must divide 768, the candidates of 16 a prompt, so that rollout and replay"
     with pytest.raises(ValueError, match=message):
-        replace(recipe, rows_per_forward=288)
+        replace(recipe, machine=parts.Machine(rows_per_forward=288))
     with pytest.raises(
         ValueError, match=r"prompts_per_chunk is 2: 48 samples, which must be whole forwards of 96"
     ):
-        replace(recipe, prompts_per_chunk=2)
-    assert replace(recipe, prompts_per_chunk=2, rows_per_forward=8).rollout_rows == 8
+        replace(recipe, machine=parts.Machine(prompts_per_chunk=2))
+    chunked = parts.Machine(prompts_per_chunk=2, rows_per_forward=8)
+    assert replace(recipe, machine=chunked).rollout_rows == 8
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_published_rollouts_are_whole_forwards(name: str) -> None:
     recipe = RECIPES[name].make()
-    sizes = recipe.prune.sizes if isinstance(recipe.prune, parts.Prune) else ()
-    assert all(recipe.num_prompts * n % recipe.rollout_rows == 0 for n in (*sizes, recipe.group_size))
+    sizes = (*recipe.topology.stages, recipe.group_size)
+    assert all(recipe.num_prompts * n % recipe.rollout_rows == 0 for n in sizes)

@@ -11,11 +11,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-from flowgrpo_fast import recipes
+from flowgrpo_fast.data.prompts import Prompts
+from flowgrpo_fast.names import resolve
 from flowgrpo_fast.recipe import FlowSDE, LoRA
 from flowgrpo_fast.recipe_io import load_recipe, save_recipe
-from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.engine import resolve
+from flowgrpo_fast.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").glob("*.json"))
@@ -44,18 +44,18 @@ def test_there_is_one_for_each_of_them() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_run_file_has_the_published_size(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
-    network, schedule = recipe.network, resolve_schedule(recipe, 0, seq_len=PUBLISHED[path.stem][-1])
+    network, plan = recipe.network, recipe.plan(0, seq_len=PUBLISHED[path.stem][-1])
     size = (network.height, network.width, network.num_frames)
-    steps = (schedule.num_steps, len(schedule.kept), recipe.group_size, recipe.num_prompts)
+    steps = (len(plan.steps), len(plan.kept), recipe.group_size, recipe.num_prompts)
     assert (recipe.task.model, *size, *steps, recipe.guidance_scale) == PUBLISHED[path.stem][:-1]
     assert isinstance(network.train, LoRA)
-    assert recipe.precision == "bf16"
-    assert recipe.rows_per_forward % recipe.group_size == 0  # a forward holds whole groups
+    assert recipe.machine.precision == "bf16"
+    assert recipe.machine.rows_per_forward % recipe.group_size == 0  # a forward holds whole groups
     module = import_module(f"flowgrpo_fast.models.{recipe.task.model}")
     assert network.path
     assert module.load.__self__.family() == recipe.task.model
     assert all(callable(resolve(term.function)) for term in recipe.task.rewards)
-    prompts = (ROOT / recipe.task.prompts).read_text().splitlines()
+    prompts = Prompts(path=str(ROOT / recipe.data.path)).load().prompts
     assert len(set(prompts)) == len(prompts) >= 5
     save_recipe(recipe, tmp_path / "recipe.json")
     assert load_recipe(tmp_path) == recipe
@@ -75,15 +75,15 @@ def test_the_noise_schedule_is_the_pipelines(name: str, scheduler: dict, last: f
     theirs = FlowMatchEulerDiscreteScheduler(**scheduler)
     mu = compute_empirical_mu(tokens, steps)
     theirs.set_timesteps(sigmas=np.linspace(1.0, last, steps), mu=mu)
-    ours = resolve_schedule(load_recipe(ROOT / f"examples/{name}.json"), 0, seq_len=tokens).sigmas
+    ours = load_recipe(ROOT / f"examples/{name}.json").plan(0, seq_len=tokens).sigmas
     torch.testing.assert_close(ours, theirs.sigmas, rtol=2e-6, atol=0)
 
 
 def test_where_they_follow_a_paper_they_are_its_recipe() -> None:
     ours = load_recipe(ROOT / "examples/sd3_5_medium_flow_grpo.json")
-    paper = recipes.flow_grpo()
-    for part in ("sigmas", "dynamics", "window", "credit", "loss", "optimizer", "guidance_scale"):
+    paper = RECIPES["flow_grpo"].make()
+    for part in ("sigmas", "dynamics", "topology", "credit", "objective", "optimizer", "guidance_scale"):
         assert getattr(ours, part) == getattr(paper, part)
     mixed = load_recipe(ROOT / "examples/flux_mix_grpo.json")
-    assert mixed.window == recipes.mix_grpo().window
+    assert mixed.topology == RECIPES["mix_grpo"].make().topology
     assert mixed.dynamics == FlowSDE(noise_level=0.7)

@@ -12,7 +12,19 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from flowgrpo_fast.compat.scheduler import (
+    Generators,
+    InheritedOptions,
+    check_choice,
+    check_same,
+    draw_seeds,
+    to_device,
+)
 from flowgrpo_fast.compat.tables import (
+    COEFFICIENT_PRESERVING,
+    DANCE_SDE,
+    FLOW_SDE,
+    ODE,
     Kind,
     StepRows,
     as_timesteps,
@@ -24,20 +36,16 @@ from flowgrpo_fast.compat.tables import (
     schedule_table,
     scored,
 )
-from flowgrpo_fast.recipe import CPS, DanceSDE, Euler, FlowSDE
-from flowgrpo_fast.sampling.scheduler import (
-    Generators,
-    InheritedOptions,
-    check_choice,
-    check_same,
-    draw_seeds,
-    to_device,
-)
 
 # SchedulerMixin too: a saved pipeline is loaded by looking for diffusers' base class in the module of each part.
 __all__ = ["FlowMatchEulerDiscreteSDEScheduler", "SDESchedulerMixin", "SDESchedulerOutput", "SchedulerMixin"]
 
-_KINDS: dict[str, Kind] = {"Flow-SDE": FlowSDE, "Dance-SDE": DanceSDE, "CPS": CPS, "ODE": Euler}
+_KINDS: dict[str, Kind] = {
+    "Flow-SDE": FLOW_SDE,
+    "Dance-SDE": DANCE_SDE,
+    "CPS": COEFFICIENT_PRESERVING,
+    "ODE": ODE,
+}
 _FIELDS = ("next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred")  # of the record
 # What comes back without return_dict.
 _TUPLE = ("next_latents", "next_latents_mean", "noise_pred", "log_prob", "std_dev_t", "dt")
@@ -283,10 +291,10 @@ class FlowMatchEulerDiscreteSDEScheduler(  # type: ignore[misc]
     def _rows(self, step: _Step, latents: Tensor) -> StepRows:
         """Of the schedule's table where that has them; of a table for this call alone where it does not."""
         level = step.noise_level
-        if isinstance(level, Tensor) and step.kind is not Euler:
+        if isinstance(level, Tensor) and step.kind.is_stochastic:
             return self._rows_of_this_call(step, latents)
         if level is None or isinstance(level, Tensor):
-            levels: float | tuple[float, ...] = 0.0 if step.kind is Euler else self._noise_levels()
+            levels: float | tuple[float, ...] = 0.0 if not step.kind.is_stochastic else self._noise_levels()
         else:
             levels = float(level)
         for value in levels if isinstance(levels, tuple) else (levels,):
@@ -309,7 +317,7 @@ class FlowMatchEulerDiscreteSDEScheduler(  # type: ignore[misc]
     def _rows_of_this_call(self, step: _Step, latents: Tensor) -> StepRows:
         """A table made on the host, a row per timestep given: noise levels per sample, steps off the schedule."""
         num_samples = len(latents)
-        if step.noise_level is None and step.kind is not Euler:
+        if step.noise_level is None and step.kind.is_stochastic:
             raise ValueError(
                 "timestep and timestep_next are no step of the schedule; pass noise_level with them"
             )
@@ -338,7 +346,7 @@ class FlowMatchEulerDiscreteSDEScheduler(  # type: ignore[misc]
             if step.timestep_next is not None:
                 end = as_timesteps("timestep_next", step.timestep_next, num_samples).cpu()
                 return (timestep / 1000).tolist(), (end / 1000).tolist()
-            table = schedule_table((self.sigmas, self.timesteps), Euler, 0.0, torch.device("cpu"))
+            table = schedule_table((self.sigmas, self.timesteps), ODE, 0.0, torch.device("cpu"))
             index = table.rows(timestep).step_index
         sigmas = self.sigmas.cpu()
         return sigmas[index].tolist(), sigmas[index + 1].tolist()

@@ -7,7 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flowgrpo_fast.compat.scheduler import Generators, check_choice, check_same, draw_seeds
 from flowgrpo_fast.compat.tables import (
+    COEFFICIENT_PRESERVING,
+    FLOW_SDE,
     Kind,
     as_timesteps,
     per_sample,
@@ -15,10 +18,8 @@ from flowgrpo_fast.compat.tables import (
     schedule_table,
     scored,
 )
-from flowgrpo_fast.recipe import CPS, FlowSDE
-from flowgrpo_fast.sampling.scheduler import Generators, check_choice, check_same, draw_seeds
 
-_KINDS: dict[str, Kind] = {"sde": FlowSDE, "cps": CPS}
+_KINDS: dict[str, Kind] = {"sde": FLOW_SDE, "cps": COEFFICIENT_PRESERVING}
 
 
 class HasSchedule(Protocol):
@@ -41,7 +42,7 @@ def sde_step_with_logprob(  # noqa: PLR0913 (Flow-GRPO's signature)
 ) -> tuple[Tensor, ...]:
     r"""One step of Flow-GRPO's sampler, or the score of a step that was taken.
 
-    With ``mean`` affine in ``sample`` and ``model_output`` (`sampling.dynamics`), ``dt = sigma_next - sigma``, and
+    With ``mean`` affine in ``sample`` and ``model_output`` (`schedule.dynamics`), ``dt = sigma_next - sigma``, and
     ``error`` the mean of ``(prev_sample - mean)^2`` over all dimensions but the first::
 
         sde: log_prob = -error / (2 std^2) - log(std) - log(2 pi) / 2    with std = std_dev_t * sqrt(-dt)

@@ -8,24 +8,65 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowgrpo_fast.compat.scheduler import to_device
 from flowgrpo_fast.ops import Extras, flow_log_prob, flow_step
-from flowgrpo_fast.recipe import CPS, DanceSDE, Euler, FlowSDE
-from flowgrpo_fast.sampling.dynamics import Row, coefficient_row, noise_rate
-from flowgrpo_fast.sampling.scheduler import to_device
-
-Kind: TypeAlias = type[FlowSDE] | type[DanceSDE] | type[CPS] | type[Euler]
+from flowgrpo_fast.schedule.dynamics import CPS, DanceSDE, Euler, FlowSDE, Row
+from flowgrpo_fast.schedule.sigmas import Array
 
 _MAX_TABLES = 64
 _MAX_TIMESTEP_ERROR = 1e-3  # of a timestep that went through other arithmetic: 1e-6 in sigma
 _LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A dynamics as the peers have it: our row, and what they call its std."""
+
+    # (noise level, sigmas, step) -> the row and the std; None = Euler steps, whatever the noise level
+    stochastic: Callable[[float, Array, int], tuple[Row, float]] | None
+    # The peers score a residual of this weight even where there is no noise; None = they score nothing there.
+    inv_var: float | None = None
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether a noise level says anything."""
+        return self.stochastic is not None
+
+    def step(self, noise_level: float, sigmas: Array, step: int) -> tuple[Row, float]:
+        """The row of a step of a schedule and the peers' std of it; an Euler step where there is no noise."""
+        row, std = Euler().row(sigmas, step, step + 1), 0.0
+        if self.stochastic is not None and noise_level != 0:
+            row, std = self.stochastic(noise_level, sigmas, step)
+        return (row if self.inv_var is None else (*row[:5], self.inv_var, *row[6:])), std
+
+
+def _flow_sde(noise_level: float, sigmas: Array, step: int) -> tuple[Row, float]:
+    rule = FlowSDE(noise_level=noise_level)
+    return rule.row(sigmas, step, step + 1), rule.rate(sigmas, step)  # q, without sqrt(-dt)
+
+
+def _dance_sde(noise_level: float, sigmas: Array, step: int) -> tuple[Row, float]:
+    rule = DanceSDE(noise_level=noise_level)
+    return rule.row(sigmas, step, step + 1), rule.rate(sigmas, step)  # eta, without sqrt(-dt)
+
+
+def _cps(noise_level: float, sigmas: Array, step: int) -> tuple[Row, float]:
+    row = CPS(noise_level=noise_level).row(sigmas, step, step + 1)
+    return row, row[3]  # the noise it adds
+
+
+FLOW_SDE = Kind(_flow_sde)
+DANCE_SDE = Kind(_dance_sde)
+COEFFICIENT_PRESERVING = Kind(_cps, inv_var=2.0)  # its score is -mean(residual^2), noise or not
+ODE = Kind(None)
 
 
 class StepRows(NamedTuple):
@@ -103,7 +144,7 @@ def make_table(
     """Coefficients `[R, 8]` and the peers' std `[R]`, fp32 on the host, of steps (sigma, sigma_next).
 
     Args:
-        sigma_max: stands in for sigma = 1 in Flow-SDE's denominator; see `sampling.dynamics.noise_rate`.
+        sigma_max: stands in for sigma = 1 in Flow-SDE's denominator; see `FlowSDE.rate`.
         noise_levels: one a step; 0 makes it an Euler step.
 
     Raises:
@@ -116,26 +157,11 @@ def make_table(
                 f"a step goes from sigma {sigma:g} to {sigma_next:g}; sigmas must fall strictly within [0, 1]"
             )
         # A schedule in which this step is the third: the second entry is the one that stands in for sigma = 1.
-        row, std = _row(kind, noise_level, np.array([1.0, sigma_max, sigma, sigma_next]), 2)
+        row, std = kind.step(noise_level, np.array([1.0, sigma_max, sigma, sigma_next]), 2)
         rows.append(row)
         stds.append(std)
     coeffs = torch.tensor(rows, dtype=torch.float64).to(torch.float32)
     return coeffs, torch.tensor(stds, dtype=torch.float64).to(torch.float32)
-
-
-def _row(kind: Kind, noise_level: float, sigmas: np.ndarray, step: int) -> tuple[Row, float]:
-    """A row and what the peers call its std: q of Flow-SDE, eta of Dance-SDE (both without sqrt(-dt)), s of CPS."""
-    if kind is Euler or noise_level == 0:
-        row, std = coefficient_row(Euler(), sigmas, step), 0.0
-    elif kind is CPS:
-        row = coefficient_row(CPS(noise_level=noise_level), sigmas, step)
-        std = row[3]
-    else:
-        rule = FlowSDE(noise_level=noise_level) if kind is FlowSDE else DanceSDE(noise_level=noise_level)
-        row, std = coefficient_row(rule, sigmas, step), noise_rate(rule, sigmas, step)
-    if kind is CPS:  # the peers score its residual even where its noise vanishes: -mean(residual^2)
-        row = (*row[:5], 2.0, *row[6:])
-    return row, std
 
 
 _tables: OrderedDict[tuple[object, ...], ScheduleTable] = OrderedDict()

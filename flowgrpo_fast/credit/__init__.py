@@ -1,5 +1,1 @@
-"""Credit: rewards -> advantages, and which samples count."""
-
-from flowgrpo_fast.credit.advantages import assign_credit
-
-__all__ = ["assign_credit"]
+"""Credit: scores -> advantages, by a chain of small steps applied from left to right."""

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowgrpo_fast.models.loading import one_line
-from flowgrpo_fast.recipe import LoRA
+from flowgrpo_fast.models.network import LoRA
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
 _NAME = "default"  # of the one adapter, inside peft
@@ -50,7 +50,7 @@ def add_lora(transformer: Any, part: LoRA, family_targets: Sequence[str], seed: 
             transformer.add_adapter(config, _NAME)
     except ValueError as error:
         raise ValueError(f"LoRA.targets {tuple(targets)}: {one_line(error)}") from error
-    for layer in _layers(transformer):
+    for layer in adapter_layers(transformer):
         layer.cast_input_dtype_enabled = False  # autocast casts; peft would go through fp32 first
     for parameter in transformer.parameters():
         if parameter.requires_grad:
@@ -61,13 +61,17 @@ def add_lora(transformer: Any, part: LoRA, family_targets: Sequence[str], seed: 
 
 def has_adapter(module: nn.Module) -> bool:
     """Whether low-rank adapters are what is trained."""
-    return next(_layers(module), None) is not None
+    return any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
 
 
 @contextmanager
-def adapters_off(module: nn.Module) -> Iterator[None]:
-    """The module without its adapters, inside; a flag per layer, no weight moves and no gradient setting changes."""
-    layers = list(_layers(module))
+def adapters_off(module: nn.Module, layers: Sequence[Any] | None = None) -> Iterator[None]:
+    """The module without its adapters, inside; a flag per layer, no weight moves and no gradient setting changes.
+
+    Args:
+        layers: the module's `adapter_layers`, for who asks often: to find them is a walk through the whole tree.
+    """
+    layers = adapter_layers(module) if layers is None else layers
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -114,6 +118,21 @@ def load_adapter(module: nn.Module, file: Path) -> list[Tensor]:
             )
         values.append(saved[key].to(parameter.device, parameter.dtype))
     return values
+
+
+def check_alpha(module: nn.Module, file: Path) -> None:
+    """Refuses an adapter whose configuration has another scale: its shapes would fit, its effect would not.
+
+    Raises:
+        ValueError: it was trained with another alpha.
+    """
+    with safe_open(file, framework="pt") as handle:
+        settings = json.loads((handle.metadata() or {}).get(_METADATA, "{}"))
+    for prefix, transformer in _transformers(module):
+        own = transformer.peft_config[_NAME].lora_alpha
+        alpha = settings.get(f"{prefix}.lora_alpha", own)
+        if alpha != own:
+            raise ValueError(f"it was trained with alpha {alpha}; LoRA.alpha is {own}")
 
 
 def _start_from(transformer: Any, part: LoRA, prefix: str) -> None:
@@ -169,5 +188,6 @@ def _saved_name(module: nn.Module, name: str) -> str:
     return name if isinstance(module, nn.ModuleDict) else f"transformer.{name}"
 
 
-def _layers(module: nn.Module) -> Iterator[Any]:
-    return (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+def adapter_layers(module: nn.Module) -> list[Any]:
+    """Those that hold an adapter."""
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowgrpo_fast.models.digits_text import DIGIT_WORDS, PHRASINGS, VOCABULARY, empty_tokens, tokenize
-from flowgrpo_fast.types import Conditioning
+from flowgrpo_fast.models.network import ModelSetup
+from flowgrpo_fast.types import Conditioning, FlowModel
 
 IMAGE_SIZE = 8
 
@@ -76,14 +77,20 @@ class DigitsNetwork(nn.Module):
         return velocity
 
 
-class DigitsModel:
-    """The digits generator (a `FlowModel`)."""
+class DigitsModel(FlowModel):
+    """The digits generator."""
 
-    latent_shape: tuple[int, ...] = (1, IMAGE_SIZE, IMAGE_SIZE)
-    sensitive: tuple[str, ...] = ("time_text_embed", "context_embedder", "norm", "proj_out")
+    module: DigitsNetwork
+    latent_shape = (1, IMAGE_SIZE, IMAGE_SIZE)
+    sensitive = ("time_text_embed", "context_embedder", "norm", "proj_out")
 
     def __init__(self, module: DigitsNetwork) -> None:
         self.module = module
+
+    @classmethod
+    def family(cls) -> str:
+        """The name a recipe calls it by."""
+        return "digits"
 
     @property
     def transformer(self) -> nn.Module:
@@ -91,11 +98,12 @@ class DigitsModel:
         transformer: nn.Module = self.module.transformer
         return transformer
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Conditioning:
         """One row per prompt, with the empty prompt as the negative; no gradient reaches the word table.
 
-        Raises ValueError, one line, for a word outside the vocabulary, no digit word, or two.
+        Raises ValueError, one line, for a word outside the vocabulary, no digit word, two, or images.
         """
+        self.check_images(images)
         device = self.module.words.weight.device
         with torch.no_grad():
             embeds, pooled = self.module.embed(tokenize(prompts).to(device))
@@ -120,9 +128,18 @@ class DigitsModel:
         result: Tensor = self.module(latents, sigma.expand(batch), embeds, pooled)
         return result
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 1, 8, 8]` fp32 in [0, 1], 1 = ink: `clamp((latents + 1) / 2)`."""
+        return self.decode_with_grad(latents)
+
+    def decode_with_grad(self, latents: Tensor) -> Tensor:
+        """The same with its gradient: 1/2 inside, 0 where the clamp holds. There is nothing to compute again."""
         return (latents.float() * 0.5 + 0.5).clamp(0.0, 1.0)
+
+    def own_prompts(self) -> list[str]:
+        """The training prompts."""
+        return prompts()
 
 
 def prompts() -> list[str]:
@@ -130,8 +147,13 @@ def prompts() -> list[str]:
     return [PHRASINGS[0].format(word) for word in DIGIT_WORDS]
 
 
-def load(device: torch.device | str = "cpu") -> DigitsModel:
-    """The shipped pretrained start, fp32, in eval mode, the word table frozen."""
+def load(device: torch.device, setup: ModelSetup) -> DigitsModel:
+    """The shipped pretrained start, fp32, in eval mode, the word table frozen; whatever the setup, all else learns."""
+    return shipped(device)
+
+
+def shipped(device: torch.device | str = "cpu") -> DigitsModel:
+    """As `load`, for those who have no recipe."""
     with as_file(files("flowgrpo_fast.models") / "digits.safetensors") as path:
         return from_pretrained(path, device)
 

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flowgrpo_fast.models.loading import one_line
+from flowgrpo_fast.models.network import Network
 from flowgrpo_fast.precision.formats import SCALED_MM
-from flowgrpo_fast.recipe import Network
 
 _aten = torch.ops.aten
 # What "selective" keeps: matrix products, convolutions and attention; norms and element-wise steps are computed again.

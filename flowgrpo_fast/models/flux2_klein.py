@@ -8,9 +8,9 @@ import torch
 from diffusers import Flux2KleinPipeline
 from torch import Tensor
 
+from flowgrpo_fast.models.network import Network
 from flowgrpo_fast.models.pipeline import PipelineModel
 from flowgrpo_fast.models.text_cache import Embedding
-from flowgrpo_fast.recipe import Network
 from flowgrpo_fast.types import Conditioning
 
 _MOST_BLOCKS = 48  # one-stream blocks of the largest FLUX.2

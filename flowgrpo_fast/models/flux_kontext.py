@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowgrpo_fast.models.flux import Flux
-from flowgrpo_fast.recipe import Network
+from flowgrpo_fast.models.network import Network
 from flowgrpo_fast.types import Conditioning
 
 
@@ -20,6 +20,7 @@ class FluxKontext(Flux):
     """`FluxKontextPipeline`: FLUX.1 with `extra["image_latents"] [P, L, 4 * C]`, a source image for each prompt."""
 
     pipeline_class = FluxKontextPipeline
+    takes_images = True
 
     def lay_out(self, network: Network) -> None:
         """The source has the positions of the image, one image further."""
@@ -36,7 +37,7 @@ class FluxKontext(Flux):
         """
         if not images:
             raise ValueError(
-                "flux_kontext edits images; set task.images to a text file, the path of each prompt's image a line"
+                "flux_kontext edits images; set data.images to a text file, the path of each prompt's image a line"
             )
         latents = torch.cat([self._encode_image(path) for path in images])
         conditioning = super().encode(prompts)
@@ -55,7 +56,7 @@ class FluxKontext(Flux):
             with Image.open(path) as image:
                 pixels = self.pipe.image_processor.preprocess(image.convert("RGB"), *size)
         except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"cannot read the image {str(path)!r} of task.images: {error}") from None
+            raise ValueError(f"cannot read the image {str(path)!r} of data.images: {error}") from None
         vae = self.pipe.vae
         with torch.no_grad():
             encoded = self.pipe._encode_vae_image(pixels.to(self.device, vae.dtype), generator=None)

@@ -8,9 +8,9 @@ from diffusers import HunyuanVideo15Pipeline
 from torch import Tensor
 from torch.nn import functional
 
+from flowgrpo_fast.models.network import Network
 from flowgrpo_fast.models.pipeline import PipelineModel, check_frame_groups
 from flowgrpo_fast.models.text_cache import Embedding
-from flowgrpo_fast.recipe import Network
 from flowgrpo_fast.types import Conditioning
 
 

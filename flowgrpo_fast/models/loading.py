@@ -1,10 +1,13 @@
-"""From `Network.path` to the parts of a diffusers pipeline, with one clear line for what cannot be one."""
+"""From names to models: `task.model` to its loader, `Network.path` to the parts of a diffusers pipeline.
+
+What cannot be one is refused in one clear line.
+"""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,37 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
+
+from flowgrpo_fast.models.network import ModelSetup
+from flowgrpo_fast.names import resolve
+from flowgrpo_fast.types import FlowModel
+
+
+def load_model(name: str, device: torch.device, setup: ModelSetup) -> FlowModel:
+    """The model that a task names: what its loader, `load(device, setup) -> FlowModel`, makes.
+
+    Args:
+        name: `sd3` is `flowgrpo_fast.models.sd3:load`; `package.module:function` is taken as it stands.
+
+    Raises:
+        ValueError: a name that does not resolve, or a loader that made no `FlowModel`.
+    """
+    loader = resolve(name if ":" in name else f"flowgrpo_fast.models.{name}:load")
+    model = loader(device, setup)
+    needed = ("latent_shape", "module", "encode", "velocity", "decode")
+    missing = [f"{part!r}" for part in needed if not hasattr(model, part)]
+    if missing or not isinstance(model, FlowModel):
+        lacks = f"; it lacks {', '.join(missing)}" if missing else ""
+        raise ValueError(
+            f"{name!r} made a {type(model).__name__}; a loader returns a model whose class is a subclass of "
+            f"flowgrpo_fast.types.FlowModel{lacks}"
+        )
+    if not isinstance(model, Hashable):
+        raise ValueError(
+            f"{name!r} made a {type(model).__name__} that compares by its values; models are told apart by "
+            "identity: declare it with @dataclass(eq=False)"
+        )
+    return model
 
 
 def pipeline_folder(path: str, wanted: type, family: str) -> Path:

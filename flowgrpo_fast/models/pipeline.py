@@ -16,20 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
-from flowgrpo_fast.models.adapters import add_lora
 from flowgrpo_fast.models.execution import check_kernel, prepare
 from flowgrpo_fast.models.loading import freeze, load_parts, pipeline_folder
+from flowgrpo_fast.models.network import ModelSetup, Network
 from flowgrpo_fast.models.text_cache import Embedding, Encoder, embed, fill, fingerprint
-from flowgrpo_fast.recipe import LoRA, Network, Recipe
-from flowgrpo_fast.types import Conditioning
+from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
 _DECODED_PIXELS = 1 << 22  # at once: 16 images of 512 x 512
+# With gradient one of them, whose backward holds every activation of the decoder.
+_DIFFERENTIATED_PIXELS = 1 << 18
 _MEMORY_BYTES = 1 << 31  # of embeddings; more are read from the text cache as they are needed
 _FIELDS = ("prompt_embeds", "pooled_prompt_embeds")  # of an embedding; other names go to `Conditioning.extra`
 
 
-class PipelineModel(ABC):
+class PipelineModel(FlowModel, ABC):
     """A `FlowModel` over the parts of a diffusers pipeline. Families are subclasses; `load` makes one."""
 
     pipeline_class: ClassVar[type[Any]]
@@ -37,7 +39,6 @@ class PipelineModel(ABC):
     streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")  # that a block passes on
     full_streams: ClassVar[tuple[str, ...]] = (*streams, "temb")  # whose gradient the embedders need as well
     lora_targets: ClassVar[tuple[str, ...]]  # ends of layer names, as published recipes choose them
-    sensitive: ClassVar[tuple[str, ...]]  # regular expressions over layer names: never quantised
     max_sequence_length: ClassVar[int]  # text tokens, where the recipe names none
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     text_pipeline_reads: ClassVar[tuple[str, ...]] = ()  # further parts without which it cannot be made
@@ -45,18 +46,17 @@ class PipelineModel(ABC):
     varying_length: ClassVar[bool] = False  # prompts are as long as they are, under a mask
     vae_in_fp32: ClassVar[bool] = False  # an autoencoder that bf16 would damage
 
-    latent_shape: tuple[int, ...]
-    image_seq_len: int  # image tokens of one sample: a dynamic shift grows with them
+    image_seq_len: int
 
-    def __init__(self, folder: Path, pipe: Any, recipe: Recipe) -> None:
-        self.folder, self.pipe, self.network = folder, pipe, recipe.network
-        self.dtype = _dtype(recipe)
+    def __init__(self, folder: Path, pipe: Any, setup: ModelSetup) -> None:
+        self.folder, self.pipe, self.network = folder, pipe, setup.network
+        self.dtype = setup.dtype
         self.device = torch.device("cpu")
         parts = {name: getattr(pipe, name) for name in self.transformer_parts if getattr(pipe, name, None)}
         # One transformer is trained as it stands; several by their names.
         self.module: nn.Module = parts["transformer"] if len(parts) == 1 else nn.ModuleDict(parts)
-        self.check_size(recipe.network)
-        self.lay_out(recipe.network)
+        self.check_size(self.network)
+        self.lay_out(self.network)
 
     @classmethod
     def family(cls) -> str:
@@ -64,38 +64,34 @@ class PipelineModel(ABC):
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
-    def load(cls, device: torch.device, recipe: Recipe) -> PipelineModel:
-        """The family's model as `recipe.network` describes it, ready to train on `device`.
+    def load(cls, device: torch.device, setup: ModelSetup) -> PipelineModel:
+        """The family's model as `setup.network` describes it, ready to train on `device`.
 
-        Frozen weights are held in the recipe's precision, trained ones in fp32.
+        Frozen weights are held in the run's precision, trained ones in fp32.
 
         Raises:
             ValueError: a path, size, target or backend that cannot be; one line with the value and the remedy.
         """
-        network = recipe.network
+        network = setup.network
         folder = pipeline_folder(network.path, cls.pipeline_class, cls.family())
-        base = _dtype(recipe)
-        check_kernel(network.attention, device, base)
-        dtypes = {"default": base}
-        if not isinstance(network.train, LoRA):
-            dtypes |= dict.fromkeys(cls.transformer_parts, torch.float32)
+        check_kernel(network.attention, device, setup.dtype)
+        dtypes = {"default": setup.dtype}
+        dtypes |= dict.fromkeys(cls.transformer_parts, network.train.held_dtype(setup.dtype))
         if cls.vae_in_fp32:
             dtypes["vae"] = torch.float32
-        model = cls(folder, load_parts(folder, cls.pipeline_class, cls.text_parts, dtypes), recipe)
+        model = cls(folder, load_parts(folder, cls.pipeline_class, cls.text_parts, dtypes), setup)
         freeze(model.pipe.vae)
-        model.prepare_training(recipe)
+        model.prepare_training(setup)
         return model.to(device)
 
-    def prepare_training(self, recipe: Recipe) -> None:
+    def prepare_training(self, setup: ModelSetup) -> None:
         """Adapters or all weights, checkpointing, attention and compilation, of every transformer."""
-        train, streams = recipe.network.train, self.streams
+        train = setup.network.train
+        streams = self.full_streams if train.trains_every_weight else self.streams
         for index, (name, transformer) in enumerate(self.transformers.items()):
-            transformer.requires_grad_(True).eval()
-            if isinstance(train, LoRA):
-                add_lora(transformer, train, self.lora_targets, recipe.seed + index, name)
-            else:
-                streams = self.full_streams
-            prepare(transformer, recipe.network, self.blocks, streams)
+            transformer.eval()
+            train.prepare(transformer, self.lora_targets, setup.seed + index, name)
+            prepare(transformer, setup.network, self.blocks, streams)
 
     def to(self, device: torch.device) -> PipelineModel:
         """Moves everything."""
@@ -168,25 +164,25 @@ class PipelineModel(ABC):
         Raises:
             ValueError: images for a family that takes none, or a cache that cannot be written.
         """
-        if images:
-            raise ValueError(f"task.images is set; {self.family()} makes images from text alone")
+        self.check_images(images)
         wanted = [*prompts, self.network.negative_prompt]
         *rows, negative = embed(wanted, self._load_encoder, self.network.text_cache, self._text_identity)
         return self._assemble(rows, negative)
 
-    def on_disk(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> StoredPrompts | None:
-        """The prompts' rows, read from the text cache step by step; None where all of them fit into memory.
+    def prompt_rows(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> PromptRows:
+        """The prompts' rows, read from the text cache step by step where they do not fit into memory.
 
-        Raises ValueError as `encode`.
+        Raises:
+            ValueError: as `encode`.
         """
-        if not self.network.text_cache:
-            return None
-        cache = (self._load_encoder, self.network.text_cache, self._text_identity)
-        fill([*prompts, self.network.negative_prompt], *cache)
-        (first,) = embed(prompts[:1], *cache)
-        if len(prompts) * sum(value.nbytes for value in first.values()) <= _MEMORY_BYTES:
-            return None
-        return StoredPrompts(self, list(prompts), list(images))
+        self.check_images(images)
+        if self.network.text_cache:
+            cache = (self._load_encoder, self.network.text_cache, self._text_identity)
+            fill([*prompts, self.network.negative_prompt], *cache)
+            (first,) = embed(prompts[:1], *cache)
+            if len(prompts) * sum(value.nbytes for value in first.values()) > _MEMORY_BYTES:
+                return StoredPrompts(self, list(prompts), list(images))
+        return self.encode(prompts, images)
 
     def _load_encoder(self) -> Encoder:
         parts = ("vae", *self.transformer_parts)
@@ -227,11 +223,23 @@ class PipelineModel(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]`, or videos `[B, F, 3, H, W]`, fp32 in [0, 1]; a few at a time, without gradient."""
-        pixels = self.network.height * self.network.width * self.network.num_frames
-        rows = max(1, _DECODED_PIXELS // pixels)
         with torch.no_grad():
-            parts = [self.decode_latents(part.to(self.pipe.vae.dtype)) for part in latents.split(rows)]
+            parts = [self.decode_latents(part) for part in self._decoded_together(latents, _DECODED_PIXELS)]
         return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
+
+    def decode_with_grad(self, latents: Tensor) -> Tensor:
+        """The same pixels with a gradient to the latents; the backward computes each part's decoding again."""
+        parts = [
+            # There is no dropout, so there is no random state to put back.
+            checkpoint(self.decode_latents, part, use_reentrant=False, preserve_rng_state=False)
+            for part in self._decoded_together(latents, _DIFFERENTIATED_PIXELS)
+        ]
+        return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
+
+    def _decoded_together(self, latents: Tensor, most_pixels: int) -> Sequence[Tensor]:
+        """The latents in the autoencoder's dtype, split so that a part makes at most so many pixels, or one sample."""
+        pixels = self.network.height * self.network.width * self.network.num_frames
+        return latents.to(self.pipe.vae.dtype).split(max(1, most_pixels // pixels))
 
     def _assemble(self, rows: list[Embedding], negative: Embedding) -> Conditioning:
         """Stacks the prompts; where lengths differ, zeros fill up and `extra["mask"]` tells the words from them.
@@ -271,11 +279,6 @@ class StoredPrompts:
         prompts = [self._prompts[i] for i in wanted.tolist()]
         images = [self._images[i] for i in wanted.tolist()] if self._images else []
         return self._model.encode(prompts, images).rows(place.to(index.device))
-
-
-def _dtype(recipe: Recipe) -> torch.dtype:
-    """Of what is frozen."""
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
 def check_frame_groups(network: Network, group: int, family: str) -> None:

@@ -8,9 +8,9 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 
+from flowgrpo_fast.models.network import Network
 from flowgrpo_fast.models.pipeline import PipelineModel, denormalised
 from flowgrpo_fast.models.text_cache import Embedding
-from flowgrpo_fast.recipe import Network
 from flowgrpo_fast.types import Conditioning
 
 
@@ -30,6 +30,7 @@ class QwenImage(PipelineModel):
     )
     max_sequence_length = 1024
     varying_length = True
+    mixes_guidance = True
 
     def multiple(self) -> int:
         """Two by two latents make a token."""

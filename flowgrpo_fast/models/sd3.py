@@ -7,9 +7,9 @@ from typing import Any
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from flowgrpo_fast.models.network import Network
 from flowgrpo_fast.models.pipeline import PipelineModel
 from flowgrpo_fast.models.text_cache import Embedding
-from flowgrpo_fast.recipe import Network
 from flowgrpo_fast.types import Conditioning
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import WanPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
+from flowgrpo_fast.models.network import Network
 from flowgrpo_fast.models.pipeline import PipelineModel, check_frame_groups, denormalised
 from flowgrpo_fast.models.text_cache import Embedding
-from flowgrpo_fast.recipe import Network
 from flowgrpo_fast.types import Conditioning
 
 
@@ -43,7 +43,7 @@ class Wan(PipelineModel):
 
     def lay_out(self, network: Network) -> None:
         """One token is a patch of latents."""
-        self._views: dict[tuple[int, str], Wan] = {}
+        self._views: dict[tuple[nn.Module, str], Wan] = {}
         config, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
         frames = (network.num_frames - 1) // self.pipe.vae_scale_factor_temporal + 1
         self.latent_shape = (config.in_channels, frames, network.height // scale, network.width // scale)
@@ -78,7 +78,7 @@ class Wan(PipelineModel):
         if self._alone or len(self.transformers) == 1:
             return self
         name = "transformer" if sigma >= self.pipe.config.boundary_ratio else "transformer_2"
-        key = id(self.module), name  # a copy in low precision has another module
+        key = self.module, name  # a copy in low precision has another module
         if key not in self._views:
             self._views[key] = copy.copy(self)
             self._views[key]._alone = name

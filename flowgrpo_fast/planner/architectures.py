@@ -1,11 +1,14 @@
-"""From a published name or a pipeline's folder to counts: one forward's work, and what memory holds."""
+"""From a published name or a pipeline's folder to counts: one forward's work, and what memory holds.
+
+The family that trains a pipeline is built over it on the meta device and asked as in a run: how the transformer is
+called, what latents look like, which sizes divide and which layers are adapted is said in one place, `models`.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from flowgrpo_fast.models.network import ModelSetup, Network
+from flowgrpo_fast.models.pipeline import PipelineModel
+from flowgrpo_fast.names import nearest
 from flowgrpo_fast.planner.counting import (
     Activations,
     Work,
@@ -24,79 +30,74 @@ from flowgrpo_fast.planner.counting import (
     count_work,
 )
 from flowgrpo_fast.planner.published import PUBLISHED, Part
-from flowgrpo_fast.planner.shapes import CALLS, FP32_VAES, Size, vae_latents, vae_stride
-from flowgrpo_fast.recipe import LoRA, Network
-from flowgrpo_fast.recipe_io import nearest
+from flowgrpo_fast.precision import QuantizedLinear
+from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
-# What is adapted where a recipe names nothing: the projections of attention, in some families the MLPs too.
-_ATTENTION = (
-    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-)
-_PLAIN = ("to_q", "to_k", "to_v", "to_out.0")
-_TARGETS = {
-    "SD3Transformer2DModel": _ATTENTION,
-    "FluxTransformer2DModel": (
-        *_ATTENTION,
-        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    ),
-    "QwenImageTransformer2DModel": (
-        *_ATTENTION,
-        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
-    ),
-    "Flux2Transformer2DModel": (*_ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out"),
-    "HunyuanVideoTransformer3DModel": _ATTENTION,
-}
+_META = torch.device("meta")
 _CLIP_TOKENS = 77
-_SD3 = "SD3Transformer2DModel"
+_SD3 = (
+    "StableDiffusion3Pipeline"  # whose tokens are those of a CLIP, and of a T5 whose number a recipe may set
+)
+# In the configurations of transformers: how wide an embedding of the text is.
+_TEXT_WIDTHS = ("joint_attention_dim", "text_dim", "caption_channels", "cap_feat_dim", "text_embed_dim")
+
+
+def families() -> dict[str, type[PipelineModel]]:
+    """The families that can be planned, by the class of their pipeline."""
+    # Each takes its part of diffusers with it, which a run of one family has no use for.
+    from flowgrpo_fast.models.flux import Flux
+    from flowgrpo_fast.models.flux2_klein import Flux2Klein
+    from flowgrpo_fast.models.flux_kontext import FluxKontext
+    from flowgrpo_fast.models.qwen_image import QwenImage
+    from flowgrpo_fast.models.sana import Sana
+    from flowgrpo_fast.models.sd3 import SD3
+    from flowgrpo_fast.models.wan import Wan
+    from flowgrpo_fast.models.z_image import ZImage
+    from flowgrpo_fast.planner.hunyuan_video import HunyuanVideo
+
+    known = (SD3, Flux, FluxKontext, Flux2Klein, QwenImage, ZImage, Sana, Wan, HunyuanVideo)
+    return {family.pipeline_class.__name__: family for family in known}
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The networks of a pipeline, as their configurations say."""
+    """A pipeline's networks, as their configurations say."""
 
     name: str
-    transformer: Part
-    vae: Part | None
+    pipeline: str  # its class in diffusers
+    networks: Mapping[str, Part]  # its transformers and the autoencoder, by the names of their folders
     text_encoders: tuple[Part, ...]
     tokens: int  # text tokens at the usual prompt length
-    experts: tuple[Part, ...] = ()  # further transformers, of which a forward runs one
-    sources: int = 0  # images a prompt comes with
-    token_times: bool = False  # each token is told its timestep
+    options: Mapping[str, Any] = field(default_factory=dict)  # what else the pipeline is made with
 
-    def size(self, network: Network) -> Size:
-        """One row of this pipeline at a network's size.
+    def on_meta(self, network: Network) -> PipelineModel:
+        """The model of this pipeline at a network's size, without weights or text encoders.
 
         Raises:
-            ValueError: a size the patches of this family do not divide.
+            ValueError: a size that this family does not run at.
         """
-        calling = CALLS[self.transformer[0]]
-        stride = vae_stride(*self.vae) if self.vae else 8
-        multiple = stride * calling.patch
-        for name in ("height", "width"):
-            value = getattr(network, name)
-            if value % multiple:
-                raise ValueError(
-                    f"Network.{name} is {value}; {self.name} needs a multiple of {multiple}, "
-                    f"such as {max(multiple, value // multiple * multiple)}"
-                )
-        if (network.num_frames - 1) % calling.frame_stride or (
-            calling.frame_stride == 1 and network.num_frames > 1
-        ):
-            wanted = f"1 more than a multiple of {calling.frame_stride}" if calling.frame_stride > 1 else "1"
-            raise ValueError(f"Network.num_frames is {network.num_frames}; {self.name} needs {wanted}")
-        tokens = network.max_sequence_length or self.tokens
-        if network.max_sequence_length and self.transformer[0] == _SD3:
-            tokens += _CLIP_TOKENS
-        return Size(
-            network.height,
-            network.width,
-            network.num_frames,
-            tokens,
-            stride,
-            self.sources,
-            self.token_times,
+        family = families()[self.pipeline]
+        parts = {
+            name: _on_meta(
+                getattr(diffusers, kind).from_config,
+                config,
+                torch.float32 if name == "vae" else torch.bfloat16,
+            )
+            for name, (kind, config) in self.networks.items()
+        }
+        pipe = family.pipeline_class(
+            scheduler=None, **dict.fromkeys(family.text_parts), **parts, **self.options
         )
+        sized = replace(network, max_sequence_length=self.num_tokens(network))
+        model = family(Path(), pipe, ModelSetup(network=sized, precision="bf16", seed=0))
+        model.device = _META
+        model.lay_out(sized)
+        return model
+
+    def num_tokens(self, network: Network) -> int:
+        """Text tokens of a prompt."""
+        own = network.max_sequence_length
+        return own + _CLIP_TOKENS if own and self.pipeline == _SD3 else own or self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,34 +141,43 @@ def architecture(model: str) -> Architecture:
             f"{nearest(model.lower().rpartition('/')[2], PUBLISHED)}"
         )
     entry = PUBLISHED[key]
-    fields = ("transformer", "vae", "text_encoders", "tokens", "experts", "sources", "token_times")
-    return Architecture(name=key, **{name: entry[name] for name in fields if name in entry})
+    names = [name for name in ("transformer", "transformer_2", "vae") if name in entry]
+    return Architecture(
+        name=key,
+        pipeline=entry["pipeline"],
+        networks={name: entry[name] for name in names},
+        text_encoders=entry["text_encoders"],
+        tokens=entry["tokens"],
+        options=entry.get("options", {}),
+    )
 
 
 def _from_folder(folder: Path) -> Architecture:
     index = _read_json(folder / "model_index.json")
     parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1]}
-    transformer = parts.get("transformer")
-    if transformer not in CALLS:
-        raise ValueError(
-            f"{str(folder)!r} holds a {transformer or 'pipeline without a transformer'}; "
-            f"the planner knows {', '.join(CALLS)}"
-        )
+    pipeline, known = index.get("_class_name"), families()
+    if pipeline not in known:
+        raise ValueError(f"{str(folder)!r} holds a {pipeline}; the planner knows {', '.join(known)}")
+    family = known[pipeline]
+    missing = [name for name in ("transformer", "vae") if name not in parts]
+    if missing:
+        raise ValueError(f"{str(folder)!r} holds a {pipeline} without {' and '.join(missing)}")
 
-    def part(name: str) -> Part:
+    def read(name: str) -> Part:
         return parts[name], _read_json(folder / name / "config.json")
 
-    encoders = tuple(part(name) for name in sorted(parts) if name.startswith("text_encoder"))
-    tokens = next(e["tokens"] for e in PUBLISHED.values() if e["transformer"][0] == transformer)
+    usual = (entry["tokens"] for entry in PUBLISHED.values() if entry["pipeline"] == pipeline)
     return Architecture(
         name=str(folder),
-        transformer=part("transformer"),
-        vae=part("vae") if "vae" in parts else None,
-        text_encoders=encoders,
-        tokens=tokens,
-        experts=(part("transformer_2"),) if "transformer_2" in parts else (),
-        sources=1 if index.get("_class_name") == "FluxKontextPipeline" else 0,
-        token_times=bool(index.get("expand_timesteps")),
+        pipeline=pipeline,
+        networks={name: read(name) for name in (*family.transformer_parts, "vae") if name in parts},
+        text_encoders=tuple(read(name) for name in sorted(parts) if name.startswith("text_encoder")),
+        tokens=next(usual),
+        options={
+            name: value
+            for name, value in index.items()
+            if not name.startswith("_") and not isinstance(value, list)
+        },
     )
 
 
@@ -191,8 +201,11 @@ def count(pipeline: Architecture, network: Network) -> Counts:
         ValueError: a size the family does not run at, LoRA targets that match no layer, or a configuration that
             diffusers or transformers cannot build from.
     """
+    # How the network is run changes nothing of what is counted here.
+    same = replace(network, path="", checkpointing="none", attention="", compile=False, text_cache="")
+    content = {name: getattr(pipeline, name) for name in Architecture.__dataclass_fields__ if name != "name"}
     try:
-        return _counted(pipeline, network)
+        return replace(_count(json.dumps(content, sort_keys=True), same), name=pipeline.name)
     except ValueError:
         raise
     except Exception as error:
@@ -200,73 +213,104 @@ def count(pipeline: Architecture, network: Network) -> Counts:
         raise ValueError(f"{pipeline.name} cannot be counted: {reason}") from error
 
 
-def _counted(pipeline: Architecture, network: Network) -> Counts:
-    size = pipeline.size(network)
-    parts = [pipeline.transformer, pipeline.experts, pipeline.vae, pipeline.text_encoders]
-    key = json.dumps(parts, sort_keys=True)
-    rank = 0
-    targets: tuple[str, ...] = ()
-    if isinstance(network.train, LoRA):
-        rank, targets = (
-            network.train.rank,
-            network.train.targets or _TARGETS.get(pipeline.transformer[0], _PLAIN),
-        )
-    return replace(_count(key, size, rank, targets), name=pipeline.name)
-
-
 @lru_cache(maxsize=64)
-def _count(key: str, size: Size, rank: int, targets: tuple[str, ...]) -> Counts:
-    first, others, vae, encoders = json.loads(key)
-    experts = [_on_meta(getattr(diffusers, name).from_config, part) for name, part in (first, *others)]
-    transformer, (kind, _) = experts[0], first
-    inputs = CALLS[kind].inputs(transformer.config, size)
-    adapted = [adapted_layers(part, targets) if rank else {} for part in experts]
+def _count(content: str, network: Network) -> Counts:
+    pipeline = Architecture(name="", **json.loads(content))
+    model, rank = pipeline.on_meta(network), network.train.adapter_rank
+    targets = network.train.adapted(model.lora_targets)
+    adapted = [adapted_layers(part, targets) if rank else {} for part in model.transformers.values()]
     if rank and not all(adapted):
+        kind = type(next(iter(model.transformers.values()))).__name__
         raise ValueError(f"LoRA.targets {targets} match no linear layer of {kind}")
-    layers = adapted[0]
+    model.module.requires_grad_(not rank)
+    row = _one_prompt(model, pipeline.num_tokens(network))
+    largest = [0]
 
-    def call() -> Any:
-        return transformer(**inputs)
+    def look(layer: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            largest[0] = max(largest[0], output.numel())
 
-    transformer.requires_grad_(not rank)
-    work = count_work(call, layers)
-    blocks = [b for child in transformer.children() if isinstance(child, nn.ModuleList) for b in child]
-    with adapters(layers, rank):
-        activations = count_activations(transformer, call, blocks)
-    modules = nn.ModuleList(experts)
-    parameters = sum(p.numel() for p in modules.parameters())
-    in_linear = sum(layer.weight.numel() for layer in modules.modules() if isinstance(layer, nn.Linear))
+    for layer in model.pipe.vae.modules():
+        layer.register_forward_hook(look)
+    counts = count_model(model, row, _META, model.image_seq_len, torch.bfloat16, adapted[0])
+    expert = model.expert(torch.ones(()))
+    latents = torch.empty(1, *model.latent_shape, device=_META, dtype=torch.bfloat16)
+    sigma = torch.ones(1, device=_META)
+    with adapters(adapted[0], rank):
+        transformer = next(iter(model.transformers.values()))
+        blocks = [block for block in transformer.modules() if type(block).__name__ in model.blocks]
+        activations = count_activations(transformer, lambda: expert.velocity(latents, sigma, row), blocks)
+    frames = f"x{network.num_frames}" if network.num_frames > 1 else ""
+    held = (row.prompt_embeds, row.pooled_prompt_embeds, *row.extra.values())
+    text = [
+        _text_encoder(kind, json.dumps(config), pipeline, network) for kind, config in pipeline.text_encoders
+    ]
     adapter = sum(rank * (x.in_features + x.out_features) for part in adapted for x in part.values())
-    latents = _latent_elements(inputs) // (1 + size.sources)
-    counts = Counts(
-        name="",
-        size=str(size),
-        forward=work,
-        trained_share=0.0 if rank else 1.0,
-        decode=0.0,
-        text=0.0,
+    return replace(
+        counts,
+        size=f"{network.height}x{network.width}{frames}",
+        text=sum(flops for flops, _ in text),
         reward=vit_h_14(),
-        parameters=parameters,
-        linear_parameters=in_linear,
-        trained=adapter or parameters,
-        latent_elements=latents,
-        prompt_elements=_prompt_elements(inputs) + size.sources * latents,
-        pixels=size.height * size.width * size.num_frames,
+        trained=adapter or counts.parameters,
+        prompt_elements=sum(value.numel() for value in held if value is not None),
+        pixels=network.height * network.width * network.num_frames,
         activations=activations,
-        sequence=CALLS[kind].tokens(size),
+        vae_parameters=sum(p.numel() for p in model.pipe.vae.parameters()),
+        vae_in_fp32=model.vae_in_fp32,
+        text_parameters=sum(parameters for _, parameters in text),
+        decode_bytes=3 * 4.0 * largest[0],  # a layer's input, output and residual
     )
-    return _with_text(_with_vae(counts, vae, size), encoders, kind, size)
 
 
-def _latent_elements(inputs: Mapping[str, Any]) -> int:
-    latents = inputs["x"][0] if "x" in inputs else inputs["hidden_states"]
-    return math.prod(latents.shape)
+def count_model(
+    model: FlowModel,
+    conditioning: PromptRows,
+    device: torch.device,
+    sequence: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    adapted: Mapping[str, nn.Linear] | None = None,
+) -> Counts:
+    """Counts one velocity call and one decode of a model, on one row; rewards count as nothing."""
+    latents = torch.zeros(1, *model.latent_shape, device=device, dtype=dtype)
+    sigma = torch.ones(1, device=device)
+    row = conditioning.rows(torch.zeros(1, dtype=torch.int64, device=device))
+    with torch.compiler.set_stance("force_eager"):
+        forward = count_work(lambda: model.expert(torch.ones(())).velocity(latents, sigma, row), adapted)
+        decode = count_work(lambda: model.decode(latents))
+    layers = list(model.module.modules())
+    linear = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    others = [layer.weight for layer in layers if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    frozen = sum(q.in_features * q.out_features for q in layers if isinstance(q, QuantizedLinear))
+    multiplied = sum(weight.numel() for weight in (*linear, *others)) + frozen
+    moved = sum(weight.numel() for weight in (*linear, *others) if weight.requires_grad)
+    parameters = list(model.module.parameters())
+    return Counts(
+        name=type(model).__name__,
+        size="x".join(map(str, model.latent_shape)),
+        forward=forward,
+        trained_share=moved / max(1, multiplied),
+        decode=decode.forward,
+        text=0.0,
+        reward=0.0,
+        parameters=sum(p.numel() for p in parameters),
+        linear_parameters=sum(weight.numel() for weight in linear) + frozen,
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        latent_elements=latents.numel(),
+        sequence=sequence,
+    )
 
 
-def _prompt_elements(inputs: Mapping[str, Any]) -> int:
-    embeddings = inputs["cap_feats"][0] if "cap_feats" in inputs else inputs["encoder_hidden_states"]
-    pooled = inputs.get("pooled_projections")
-    return math.prod(embeddings.shape) + (0 if pooled is None else math.prod(pooled.shape))
+def _one_prompt(model: PipelineModel, tokens: int) -> Conditioning:
+    """What a family's `encode` makes of one prompt, as wide as its transformer takes it."""
+    config = model.pipe.transformer.config
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(1, *shape, device=_META, dtype=torch.bfloat16)
+
+    width = next(config[name] for name in _TEXT_WIDTHS if name in config)
+    pooled = config.get("pooled_projection_dim")
+    extra = {"image_latents": empty(*model.latent_shape)} if model.takes_images else {}
+    return Conditioning(empty(tokens, width), None if pooled is None else empty(pooled), extra=extra)
 
 
 def _on_meta(make: Callable[..., nn.Module], config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -275,46 +319,22 @@ def _on_meta(make: Callable[..., nn.Module], config: Any, dtype: torch.dtype = t
     return nn.Module.to(module, dtype)
 
 
-def _with_vae(counts: Counts, vae: Part | None, size: Size) -> Counts:
-    if vae is None:
-        return counts
-    module = _on_meta(getattr(diffusers, vae[0]).from_config, vae[1], torch.float32)
-    largest = [0]
-
-    def look(layer: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            largest[0] = max(largest[0], output.numel())
-
-    for layer in module.modules():
-        layer.register_forward_hook(look)
-    latents = vae_latents(vae[0], module.config, size)
-    work = count_work(lambda: module.decode(latents))
-    return replace(
-        counts,
-        decode=work.forward,
-        vae_parameters=sum(p.numel() for p in module.parameters()),
-        vae_in_fp32=vae[0] in FP32_VAES,
-        decode_bytes=3 * 4.0 * largest[0],  # a layer's input, output and residual
-    )
-
-
-def _with_text(counts: Counts, encoders: list[Part], kind: str, size: Size) -> Counts:
-    flops, parameters = 0.0, 0
-    for name, config in encoders:
-        part_flops, part_parameters = _text_encoder(name, json.dumps(config), kind, size.tokens)
-        flops, parameters = flops + part_flops, parameters + part_parameters
-    return replace(counts, text=flops, text_parameters=parameters)
+def _text_encoder(kind: str, config: str, pipeline: Architecture, network: Network) -> tuple[float, int]:
+    """FLOPs of one prompt, by the number of weights and tokens; parameters."""
+    tokens = pipeline.num_tokens(network)
+    if "CLIP" in kind:
+        tokens = _CLIP_TOKENS
+    elif pipeline.pipeline == _SD3:
+        tokens -= _CLIP_TOKENS
+    weights, query_width, parameters = _text_weights(kind, config)
+    return transformer_flops(weights, query_width, tokens), parameters
 
 
 @lru_cache(maxsize=64)
-def _text_encoder(name: str, config: str, kind: str, tokens: int) -> tuple[float, int]:
-    """FLOPs of one prompt, by the number of weights and tokens; parameters."""
-    model_class = getattr(transformers, name)
+def _text_weights(kind: str, config: str) -> tuple[int, int, int]:
+    """Weights of the linear layers of a text encoder, width of its queries over all layers, and all parameters."""
+    model_class = getattr(transformers, kind)
     module = _on_meta(model_class, model_class.config_class.from_dict(json.loads(config)))
-    if "CLIP" in name:
-        tokens = _CLIP_TOKENS
-    elif kind == _SD3:
-        tokens -= _CLIP_TOKENS
     linears = {
         path: layer
         for path, layer in module.named_modules()
@@ -322,7 +342,7 @@ def _text_encoder(name: str, config: str, kind: str, tokens: int) -> tuple[float
     }
     queries = sum(layer.out_features for path, layer in linears.items() if path.endswith((".q", ".q_proj")))
     weights = sum(layer.weight.numel() for layer in linears.values())
-    return transformer_flops(weights, queries, tokens), sum(p.numel() for p in module.parameters())
+    return weights, queries, sum(p.numel() for p in module.parameters())
 
 
 def transformer_flops(weights: float, query_width: float, tokens: int) -> float:

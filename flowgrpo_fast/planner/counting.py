@@ -209,9 +209,14 @@ def count_activations(module: nn.Module, call: Callable[[], Any], blocks: list[n
     def leave(block: nn.Module, arguments: Any, output: Any) -> None:
         depth[0] -= 1
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, _same)
-    with _hooks(blocks, enter, leave), matrices, attention, hooks:
-        call()
+    handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+    handles += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        with matrices, attention, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
     heavy = sum(products.add(result) for result in (*matrices.results, *attention.kept))
     return Activations(
         all=outside + sum(inside),
@@ -219,23 +224,6 @@ def count_activations(module: nn.Module, call: Callable[[], Any], blocks: list[n
         full=outside + inputs,
         block=max(inside),
     )
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-@contextmanager
-def _hooks(blocks: list[nn.Module], enter: Any, leave: Any) -> Iterator[None]:
-    handles = []
-    for block in blocks:
-        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(block.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

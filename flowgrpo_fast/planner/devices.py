@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowgrpo_fast.recipe_io import nearest
+from flowgrpo_fast.names import nearest
 
 _TERA = 1e12
 _REACHED_16 = 800 / 989.4  # of the dense bf16 peak

@@ -6,21 +6,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from torch import nn
 
-from flowgrpo_fast.planner.architectures import Architecture, Counts, architecture, count
-from flowgrpo_fast.planner.counting import count_work
+from flowgrpo_fast.planner.architectures import Architecture, architecture, count, count_model
 from flowgrpo_fast.planner.devices import recognised_gpu
 from flowgrpo_fast.planner.memory import Memory, plan_memory
-from flowgrpo_fast.planner.published import PUBLISHED
 from flowgrpo_fast.planner.step import plan_step
-from flowgrpo_fast.precision import QuantizedLinear
 from flowgrpo_fast.recipe import Recipe
-from flowgrpo_fast.training.engine import Engine, PromptRows
-from flowgrpo_fast.types import FlowModel, at_step
+from flowgrpo_fast.training.engine import Engine
 
 _MEASURING = 0.25  # seconds of matrix products, after the first
 _SIDE = {"cpu": 768, "cuda": 8192}
@@ -59,10 +53,10 @@ def _scaled(value: float) -> str:
 
 def floor_of(engine: Engine) -> Floor | None:
     """The floor of a step, from one counted velocity call; None for a model whose operations cannot be counted."""
-    recipe = engine.recipe
+    recipe, precision = engine.recipe, engine.recipe.machine.precision
     try:
-        with torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-            counts = count_model(engine.model, engine.conditioning, engine.device, engine.seq_len)
+        with torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            counts = count_model(engine.model, engine.stage.conditioning, engine.device, engine.seq_len)
         pipeline = _known_pipeline(recipe)
         if pipeline is not None and not counts.forward.attention:  # a kernel that the counter cannot see into
             counts = replace(counts, forward=count(pipeline, recipe.network).forward)
@@ -72,43 +66,11 @@ def floor_of(engine: Engine) -> Floor | None:
     if not counts.forward.forward:
         return None
     gpu = recognised_gpu(torch.cuda.get_device_name(engine.device)) if engine.device.type == "cuda" else None
-    if gpu is not None and recipe.precision == "bf16":
+    if gpu is not None and precision == "bf16":
         return Floor(step.floor(gpu), step.total, gpu.rate(), f"(bf16 on a {gpu.name})")
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rate = measured_rate(engine.device, dtype)
-    return Floor(step.seconds(rate), step.total, rate, f"(measured here, {recipe.precision})")
-
-
-def count_model(
-    model: FlowModel, conditioning: PromptRows, device: torch.device, sequence: int | None = None
-) -> Counts:
-    """Counts one velocity call and one decode of a loaded model, on one row; rewards count as nothing."""
-    latents = torch.zeros(1, *model.latent_shape, device=device)
-    sigma = torch.ones(1, device=device)
-    row = conditioning.rows(torch.zeros(1, dtype=torch.int64, device=device))
-    with torch.compiler.set_stance("force_eager"):
-        forward = count_work(lambda: at_step(model, torch.ones(1), 0).velocity(latents, sigma, row))
-        decode = count_work(lambda: model.decode(latents))
-    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    weights = [layer.weight for layer in model.module.modules() if isinstance(layer, layers)]
-    moved = sum(w.numel() for w in weights if w.requires_grad)
-    quantized = [layer for layer in model.module.modules() if isinstance(layer, QuantizedLinear)]
-    linear = sum(w.numel() for w in weights) + sum(q.in_features * q.out_features for q in quantized)
-    parameters = list(model.module.parameters())
-    return Counts(
-        name=type(model).__name__,
-        size="x".join(map(str, model.latent_shape)),
-        forward=forward,
-        trained_share=moved / max(1, linear),
-        decode=decode.forward,
-        text=0.0,
-        reward=0.0,
-        parameters=sum(p.numel() for p in parameters),
-        linear_parameters=linear,
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
-        latent_elements=latents.numel(),
-        sequence=sequence,
-    )
+    return Floor(step.seconds(rate), step.total, rate, f"(measured here, {precision})")
 
 
 def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -144,15 +106,11 @@ def memory_of(device: torch.device) -> float | None:
 
 
 def _known_pipeline(recipe: Recipe) -> Architecture | None:
-    """The architecture of a recipe's network, where the planner has its configuration and shapes."""
-    path = recipe.network.path
-    known = {name.lower() for key, entry in PUBLISHED.items() for name in (key, *entry["names"])}
-    if not path or not ((Path(path) / "model_index.json").is_file() or path.lower() in known):
-        return None
+    """The architecture of a recipe's network; None for one that the planner does not know."""
     try:
-        return architecture(path)
+        return architecture(recipe.network.path) if recipe.network.path else None
     except ValueError:
-        return None  # a family the planner has no shapes for; the model's own loader speaks for it
+        return None
 
 
 def planned_memory(recipe: Recipe) -> Memory | None:
@@ -173,7 +131,8 @@ def check_memory(recipe: Recipe, device: torch.device, capacity: float | None) -
     memory = planned_memory(recipe) if capacity is not None else None
     if memory is None or capacity is None:
         return
-    refusal = memory.refusal(capacity, f"{device} ({capacity / 1e9:.0f} GB free)", recipe.rows_per_update)
+    most = recipe.rows_per_update * recipe.machine.steps_per_forward
+    refusal = memory.refusal(capacity, f"{device} ({capacity / 1e9:.0f} GB free)", most)
     if refusal:
         raise ValueError(refusal)
 
@@ -187,8 +146,8 @@ def out_of_memory_in_one_line(recipe: Recipe, device: torch.device) -> Iterator[
         if not isinstance(error, torch.OutOfMemoryError) and _NO_HOST_MEMORY not in str(error):
             raise
         memory = planned_memory(recipe)
-        rows = recipe.replay_rows or recipe.rollout_rows
-        advice = f"lower rows_per_forward (now {rows})"
+        rows = recipe.machine.replay_rows or recipe.rollout_rows
+        advice = f"lower machine.rows_per_forward (now {rows})"
         if memory is not None:
             largest = memory.parts[0]
             advice = (

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 from flowgrpo_fast.planner.architectures import Counts
 from flowgrpo_fast.planner.step import Execution
-from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LowPrecision, Prune, Recipe, Scouts
-from flowgrpo_fast.recipe.rollout import RolloutPrecision
-from flowgrpo_fast.sampling.windows import window_steps
+from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.sampling.policy import Policy
+from flowgrpo_fast.schedule.plan import Plan
+from flowgrpo_fast.types import FlowModel
 
 _CONTEXT = 1.5e9  # CUDA's own, with the libraries' workspaces
 _USABLE = 0.95  # of what is left: the allocator's blocks do not pack without gaps
@@ -26,6 +26,9 @@ _FP32 = 4
 _LORA = "set network.train=LoRA"
 _RANK = "lower network.train.rank"
 _LARGER_GPU = "choose a smaller model or a GPU with more memory"
+_ROWS = "lower machine.rows_per_forward"
+_CHUNKS = "set machine.prompts_per_chunk"
+_FEWER = "lower num_prompts or group_size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,11 @@ class Memory:
         if shrinkable is not largest and advice == _LARGER_GPU:
             advice += f"; then {shrinkable.name}, {shrinkable.bytes / 1e9:.1f} GB: {shrinkable.remedy}"
         rows = self.largest_rows(capacity, most)
-        fits = f"rows_per_forward={rows} fits" if rows else "even rows_per_forward=1 does not fit"
+        fits = (
+            f"machine.rows_per_forward={rows} fits"
+            if rows
+            else "even machine.rows_per_forward=1 does not fit"
+        )
         return (
             f"out of memory before the start: a step needs {self.total / 1e9:.1f} GB and {device} has "
             f"{room / 1e9:.1f} GB for it; the largest part is {largest.name}, {largest.bytes / 1e9:.1f} GB: "
@@ -111,166 +118,217 @@ def plan_memory(
     counts: Counts, recipe: Recipe, execution: Execution | None = None, num_gpus: int = 1
 ) -> Memory:
     """Memory of one GPU of `num_gpus`, at the recipe's rows per forward."""
-    execution = execution or Execution()
     if counts.activations is None:
         raise ValueError(f"the activations of {counts.name} were not counted; memory cannot be planned")
-    rows = (recipe.replay_rows or recipe.rows_per_forward) or max(1, recipe.rows_per_update // num_gpus)
-    held = _Samples(counts, recipe, recipe.num_prompts / num_gpus)
-    always = [
+    machine = recipe.machine
+    held = _Held(counts, recipe, recipe.plan(0, counts.sequence), recipe.num_prompts / num_gpus)
+    phases = (
+        _update(counts, recipe, execution or Execution(), held),
+        # Of the block that runs: its forward, and gradients on the way back.
+        Phase("rollout", held.rollout(), (Part("working buffers", counts.activations.block, _ROWS),)),
+        Phase("decoding", held.decoding()),
+        Phase("evaluation", held.evaluation()),
+    )
+    always = (
         *_weights(counts, recipe),
         Part("autoencoder", counts.vae_parameters * held.vae_width, _LARGER_GPU),
         Part(
             "prompt embeddings", held.prompts(), "set network.text_cache: those that do not fit stay on disk"
         ),
-    ]
-    phases = (
-        _update(counts, recipe, execution, held),
-        Phase("rollout", tuple(held.rollout()), (_working(counts),)),
-        Phase("decoding", tuple(held.decoding())),
-        Phase("evaluation", tuple(held.evaluation())),
     )
     return Memory(
         fixed=tuple(part for part in always if part.bytes),
         phases=tuple(replace(p, fixed=tuple(part for part in p.fixed if part.bytes)) for p in phases),
-        rows=rows,
+        rows=(machine.replay_rows or machine.rows_per_forward) or max(1, recipe.rollout_rows // num_gpus),
     )
 
 
-def _working(counts: Counts) -> Part:
-    """Of the block that runs: its forward, and gradients on the way back."""
-    assert counts.activations is not None
-    return Part("working buffers", counts.activations.block, "lower rows_per_forward")
+def _width(recipe: Recipe) -> int:
+    """Bytes of a number of the run's precision."""
+    return 2 if recipe.machine.precision == "bf16" else _FP32
 
 
-def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Samples) -> Phase:
+def _halves(recipe: Recipe) -> int:
+    """Forwards of a velocity."""
+    return Policy(FlowModel(), recipe.guidance_scale).halves
+
+
+def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
+    """The transformer, what is trained of it, and its copies."""
+    full, width = recipe.network.train.trains_every_weight, _width(recipe)
+    precisions = {"machine.rollout_precision": recipe.machine.rollout_precision}
+    ranking = recipe.experience.scout_precision
+    if ranking is not None and ranking != recipe.machine.rollout_precision:
+        precisions["experience.precision"] = ranking
+    trained, less = counts.trained * _FP32, _LORA if full else _RANK
+    base = counts.parameters * (_FP32 if full else width)
+    if any(precision.shares_base for precision in precisions.values()) and not full:
+        base -= counts.linear_parameters * width  # only its low-precision form is kept
+    smaller = "set machine.precision=bf16" if width == _FP32 else _LARGER_GPU
+    parts = [Part("transformer weights", base, _LORA if full else smaller)]
+    if full and width == 2:
+        parts.append(Part("bf16 weights of the forward", counts.parameters * 2, _LORA))
+    if not full:
+        parts.append(Part("adapters", trained, _RANK))
+    parts.append(Part("optimiser state", 2 * trained, less))
+    names = {"start": "reference weights", recipe.requires.sampled_by: "policy that samples"}
+    names["average"] = "moving average"
+    for name in recipe.snapshots:
+        if name == "start" and recipe.network.train.starts_from_base:
+            continue  # the base with its adapters off
+        remedy = "set optimizer.ema_decay=0" if name == "average" else less
+        parts.append(Part(names.get(name, f"snapshot {name}"), trained, remedy))
+    for setting, precision in precisions.items():
+        share = precision.low_share(counts.forward.linear, counts.forward.adapted)
+        size = int(counts.linear_parameters * share) * precision.bytes_per_weight
+        remedy = f"set {setting}=TrainingPrecision"
+        parts.append(Part(f"low-precision copy ({precision.format})", size, remedy))
+    return parts
+
+
+def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Held) -> Phase:
     assert counts.activations is not None
-    network = recipe.network
-    halves = 2 if execution.uncond_gradient and recipe.guidance_scale != 1.0 else 1
-    kept = counts.activations.kept(network.checkpointing) * halves
+    network, steps = recipe.network, recipe.machine.steps_per_forward
+    # Several velocities of a row may have to be there when its loss goes back.
+    graphs = recipe.objective.costs(held.plan, recipe.num_prompts).trained
+    halves = _halves(recipe) if execution.uncond_gradient else 1
+    kept = counts.activations.kept(network.checkpointing)
     if network.compile and network.checkpointing == "none":  # the compiler computes element-wise steps again
-        kept = min(kept, counts.activations.kept("selective") * halves)
+        kept = min(kept, counts.activations.kept("selective"))
     lighter = {"none": "selective", "selective": "full"}.get(network.checkpointing)
-    remedy = (
-        f"set network.checkpointing={lighter}, or lower rows_per_forward"
-        if lighter
-        else "lower rows_per_forward"
+    remedy = f"set network.checkpointing={lighter}, or {_ROWS}" if lighter else _ROWS
+    each_row = [
+        Part("activations", kept * graphs * halves, remedy),
+        Part("working buffers", counts.activations.block, _ROWS),
+    ]
+    if steps > 1:  # what a forward takes of several steps is set side by side, a row as large as ever
+        copied = (2 + held.unconditional) * counts.latent_elements * _FP32 + held.embeddings(1)
+        each_row.append(Part("steps side by side", copied, "lower machine.steps_per_forward"))
+    gradients = Part(
+        "gradients", counts.trained * _FP32, _LORA if network.train.trains_every_weight else _RANK
     )
-    full = isinstance(network.train, FullFineTuning)
-    return Phase(
-        "update",
-        (Part("gradients", counts.trained * _FP32, _LORA if full else _RANK), *held.update()),
-        (Part("activations", kept, remedy), _working(counts)),
-    )
+    return Phase("update", (gradients, *held.update()), tuple(each_row))
+
+
+def stored(plan: Plan, shared: bool = True) -> tuple[float, float]:
+    """Latents that a sample's transitions are made of, and how many of them are rows before a kept step.
+
+    Each kept step has its rows and the edges after them, each a part of a latent where samples have it in common.
+    `shared`: the state between two kept steps is one tensor, as a walk and its cuts leave it; else both have their own,
+    as chunks are joined.
+    """
+    states, heads = 0.0, 0.0
+    all_kept = False  # at the step before
+    for step, num_samples in zip(plan.steps, plan.candidates(), strict=True):
+        num_prompts = max(len(step.row), len(step.kept))
+        rows, edges = (count / num_prompts / num_samples for count in step.kept_of(num_prompts))
+        passed_on = shared and all_kept and len(step.kept_heads) == step.parent.max() + 1
+        states += edges + (0.0 if passed_on else rows)
+        heads += rows
+        all_kept = bool(step.kept.all())
+    return states, heads
 
 
 @dataclass(frozen=True, slots=True)
-class _Samples:
+class _Held:
     """Latents, embeddings and images of a step, on a GPU with `num_prompts` of its prompts."""
 
     counts: Counts
     recipe: Recipe
+    plan: Plan
     num_prompts: float
 
     @property
     def vae_width(self) -> int:
         """Bytes of a number of the autoencoder."""
-        return _FP32 if self.counts.vae_in_fp32 else self.width
+        return _FP32 if self.counts.vae_in_fp32 else _width(self.recipe)
 
     @property
-    def width(self) -> int:
-        """Bytes of a number of the run's precision."""
-        return 2 if self.recipe.precision == "bf16" else _FP32
+    def unconditional(self) -> float:
+        """Of a latent in fp32: what is kept of the unconditional half of guidance at a row before a kept step."""
+        recipe = self.recipe
+        kept = recipe.machine.reuse_unconditional and recipe.objective.requires.log_probs
+        return kept * (_halves(recipe) - 1) * _width(recipe) / _FP32
 
     @property
-    def _chunk(self) -> float:
+    def chunk(self) -> float:
         """Prompts that are rolled out together."""
-        return min(self.num_prompts, self.recipe.prompts_per_chunk or self.num_prompts)
+        return min(self.num_prompts, self.recipe.machine.prompts_per_chunk or self.num_prompts)
 
-    @property
-    def _most(self) -> int:
-        """Samples of a prompt that exist together in a rollout: at most those before and after a cut."""
-        recipe = self.recipe
-        if not isinstance(recipe.prune, Prune):
-            return recipe.group_size
-        return max(before + after for before, after in pairwise((*recipe.prune.sizes, recipe.group_size)))
+    def kept(self, joined: bool = False) -> float:
+        """Latents in fp32 that a sample keeps of its walk; what is `joined` of chunks are copies."""
+        states, heads = stored(self.plan, shared=not joined)
+        if not self.recipe.requires.log_probs:
+            return heads  # states alone, see `Sampler.keeps_next`
+        return states + self.unconditional * heads
 
-    @property
-    def _scouts(self) -> int:
-        """Scouts of a prompt."""
-        explore = self.recipe.explore
-        return explore.num_scouts if isinstance(explore, Scouts) else 0
-
-    @property
-    def _kept(self) -> float:
-        """Latents in fp32 that a sample keeps of its walk: before and after stochastic steps, and what guides them."""
-        recipe = self.recipe
-        guides = recipe.guidance_scale != 1.0 and recipe.reuse_unconditional
-        return (2 + guides * self.width / _FP32) * _kept_steps(recipe)
-
-    def _latents(self, samples: float, stored: float) -> float:
+    def latents(self, samples: float, stored: float) -> float:
+        """Bytes of `stored` latents in fp32 of each sample."""
         return samples * stored * self.counts.latent_elements * _FP32
 
-    def _embeddings(self, rows: float) -> float:
-        return rows * self.counts.prompt_elements * self.width
+    def embeddings(self, rows: float) -> float:
+        """Bytes of what the transformer reads of so many prompts."""
+        return rows * self.counts.prompt_elements * _width(self.recipe)
 
     def prompts(self) -> float:
         """All prompts of the run, while they are in memory."""
-        held = self._embeddings(num_prompts(self.recipe))
+        held = self.embeddings(num_prompts(self.recipe))
         return 0.0 if self.recipe.network.text_cache and held > MOST_EMBEDDINGS else held
 
     def update(self) -> list[Part]:
         """What waits for the update, and the prompt of each sample."""
         samples = self.num_prompts * self.recipe.group_size
-        fewer = "lower num_prompts or group_size"
-        latents = self._latents(samples, self._kept + 2)
+        latents = self.latents(samples, self.kept(self.chunk < self.num_prompts) + 2)
         return [
-            Part("latents kept for the update", latents, f"{fewer}, or use a smaller window"),
-            Part("embeddings of the samples", self._embeddings(samples), fewer),
+            Part("latents kept for the update", latents, f"{_FEWER}, or use a smaller window"),
+            Part("embeddings of the samples", self.embeddings(samples), _FEWER),
         ]
 
-    def rollout(self) -> list[Part]:
+    def rollout(self) -> tuple[Part, ...]:
         """The candidates of a chunk at a cut; or the finished samples of all twice, when chunks are joined."""
-        stored = self._kept + 1
-        joined = 2 * self._latents(self.num_prompts * self.recipe.group_size, stored)
-        scouts = self._latents(self._scouts * (self._chunk + self.num_prompts), 1)  # no transitions
-        latents, embeddings = self._candidates(self._most)
-        least = max(scouts, joined if self._chunk < self.num_prompts else 0.0)
-        return [replace(latents, bytes=max(latents.bytes, least)), embeddings]
+        samples, joined = self.num_prompts * self.recipe.group_size, 0.0
+        if self.chunk < self.num_prompts:
+            joined = self.latents(samples, self.kept() + self.kept(joined=True) + 2)
+        scouts = self.latents(self.recipe.experience.walks.num_scouts * (self.chunk + self.num_prompts), 1)
+        # Candidates exist on both sides of a cut at once.
+        sizes = (*self.recipe.topology.stages, self.recipe.group_size)
+        most = max((before + after for before, after in pairwise(sizes)), default=self.recipe.group_size)
+        latents, embeddings = self.candidates(most)
+        return replace(latents, bytes=max(latents.bytes, scouts, joined)), embeddings
 
-    def _candidates(self, of_prompt: int) -> list[Part]:
+    def candidates(self, of_prompt: int) -> list[Part]:
         """So many of each prompt of a chunk, beside the finished samples of other chunks."""
-        stored = self._kept + 1
-        others = self._latents((self.num_prompts - self._chunk) * self.recipe.group_size, stored)
-        latents = self._latents(self._chunk * of_prompt, stored + 1) + others
-        embeddings = self._embeddings(self._chunk * max(of_prompt, self._scouts))
-        fewer = "lower num_prompts, prune.sizes or explore.num_scouts, or set prompts_per_chunk"
+        stored = self.kept() + 1
+        others = self.latents((self.num_prompts - self.chunk) * self.recipe.group_size, stored)
+        latents = self.latents(self.chunk * of_prompt, stored + 1) + others
+        together = max(of_prompt, self.recipe.experience.walks.num_scouts)
+        fewer = f"lower num_prompts, topology.sizes or experience.num_scouts, or {_CHUNKS}"
         return [
             Part("latents of the candidates", latents, fewer),
-            Part("embeddings of the candidates", embeddings, fewer),
+            Part("embeddings of the candidates", self.embeddings(self.chunk * together), fewer),
         ]
 
-    def decoding(self) -> list[Part]:
+    def decoding(self) -> tuple[Part, ...]:
         """The images of a chunk, or of all where rewards run elsewhere; candidates wait while previews are judged."""
-        recipe, group = self.recipe, max(self.recipe.group_size, self._scouts)
-        waiting = [self.update()[0]]
-        if isinstance(recipe.prune, Prune) and recipe.prune.score == "reward":
-            waiting = self._candidates(recipe.num_candidates)
-            group = max(group, recipe.num_candidates)
+        recipe = self.recipe
+        group, waiting = max(recipe.group_size, recipe.experience.walks.num_scouts), [self.update()[0]]
+        if any(cut.score == "reward" for _, cut in self.plan.cuts):
+            waiting = self.candidates(self.plan.num_candidates)
+            group = max(group, self.plan.num_candidates)
         elsewhere = any(term.where != "here" for term in recipe.task.rewards)
-        samples = (self.num_prompts if elsewhere else self._chunk) * group
-        fewer = "lower num_prompts or group_size" if elsewhere else "set prompts_per_chunk, or lower it"
-        return [*waiting, *self._images(samples, fewer)]
+        samples = (self.num_prompts if elsewhere else self.chunk) * group
+        return *waiting, *self.images(samples, _FEWER if elsewhere else f"{_CHUNKS}, or lower it")
 
-    def evaluation(self) -> list[Part]:
+    def evaluation(self) -> tuple[Part, ...]:
         """Its samples go all at once."""
         samples, fewer = self.recipe.task.num_eval_samples, "lower task.num_eval_samples"
-        return [
-            Part("latents of the evaluation", self._latents(samples, 2), fewer),
-            Part("embeddings of the evaluation", self._embeddings(samples), fewer),
-            *self._images(samples, fewer),
-        ]
+        return (
+            Part("latents of the evaluation", self.latents(samples, 2), fewer),
+            Part("embeddings of the evaluation", self.embeddings(samples), fewer),
+            *self.images(samples, fewer),
+        )
 
-    def _images(self, samples: float, fewer: str) -> list[Part]:
+    def images(self, samples: float, fewer: str) -> list[Part]:
         """As the autoencoder gives them, in fp32, and joined; and what it needs for those it makes at once."""
         counts = self.counts
         at_once = max(1, DECODED_PIXELS // max(1, counts.pixels))
@@ -282,57 +340,8 @@ class _Samples:
 
 
 def num_prompts(recipe: Recipe) -> int:
-    """Prompts of the run's file; those of one step where it cannot be read."""
+    """Prompts of the run; those of one step where the source cannot be read, or the model brings them."""
     try:
-        lines = Path(recipe.task.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        return len(recipe.data.load(()))
+    except ValueError:
         return recipe.num_prompts
-    return sum(1 for line in lines if line.strip())
-
-
-def _kept_steps(recipe: Recipe) -> int:
-    """States of a sample that wait for the update; a loss without log-probs needs none but the finished sample."""
-    if not isinstance(recipe.loss, ClippedRatio):
-        return 0
-    return len(window_steps(recipe.window, recipe.sigmas.num_inference_steps, 0, recipe.seed).stochastic)
-
-
-def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
-    """The transformer, what is trained of it, and its copies."""
-    full = isinstance(recipe.network.train, FullFineTuning)
-    width = 2 if recipe.precision == "bf16" else _FP32
-    smaller = "set precision=bf16" if width == _FP32 else _LARGER_GPU
-    trained = counts.trained * _FP32
-    base = counts.parameters * _FP32 if full else counts.parameters * width
-    shared_base = any(part.mode == "shared_base" for part in _low_precisions(recipe).values())
-    if shared_base and not full:
-        base -= counts.linear_parameters * width  # only its low-precision form is kept
-    parts = [Part("transformer weights", base, _LORA if full else smaller)]
-    if full and width == 2:
-        parts.append(Part("bf16 weights of the forward", counts.parameters * 2, _LORA))
-    if not full:
-        parts.append(Part("adapters", trained, _RANK))
-    less = _LORA if full else _RANK
-    parts.append(Part("optimiser state", 2 * trained, less))
-    if recipe.optimizer.ema_decay > 0:
-        parts.append(Part("moving average", trained, "set optimizer.ema_decay=0"))
-    if not isinstance(recipe.loss, ClippedRatio):  # it samples from a slower policy than it trains
-        parts.append(Part("policy that samples", trained, less))
-    if full and getattr(recipe.loss, "kl_beta", 0.0) > 0:
-        parts.append(Part("reference weights", counts.parameters * width, "set loss.kl_beta=0"))
-    for setting, precision in _low_precisions(recipe).items():
-        size = 0.5625 if precision.format == "nvfp4" else 1.0  # codes, and a scale for 16 of them
-        linear = counts.linear_parameters
-        if precision.mode == "bare_layers":
-            linear = int(linear * (1 - counts.forward.adapted / max(counts.forward.linear, 1)))
-        name = f"low-precision copy ({precision.format})"
-        parts.append(Part(name, linear * size, f"set {setting}=TrainingPrecision"))
-    return parts
-
-
-def _low_precisions(recipe: Recipe) -> dict[str, LowPrecision]:
-    """Distinct low precisions, by the setting that asks for them."""
-    asked: dict[str, RolloutPrecision] = {"rollout_precision": recipe.rollout_precision}
-    if isinstance(recipe.explore, Scouts) and recipe.explore.precision != recipe.rollout_precision:
-        asked["explore.precision"] = recipe.explore.precision
-    return {name: part for name, part in asked.items() if isinstance(part, LowPrecision)}

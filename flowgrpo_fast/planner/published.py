@@ -1,8 +1,8 @@
 """Published pipelines as data: the `config.json` of each part, shortened to what differs from diffusers' defaults.
 
 A part is `(class, config)`; classes are those of diffusers and transformers. `tokens` is the number of text tokens
-the transformer sees at its usual prompt length, `names` where the weights are published; `experts`, `sources` and
-`token_times` are as in `Architecture`.
+the transformer sees at its usual prompt length, `names` where the weights are published, `options` what the pipeline
+is told besides its parts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _VAE_16: Part = (
         "latent_channels": 16,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
+        "shift_factor": 0.0,  # each has its own, which is added all the same
     },
 )
 _VAE_DC: Part = (
@@ -138,11 +139,14 @@ _WAN_22_VAE: Part = (
         "out_channels": 12,
         "patch_size": 2,
         "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 48,  # their number counts
+        "latents_std": [1.0] * 48,
     },
 )
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "sd3-medium": {
+        "pipeline": "StableDiffusion3Pipeline",
         "transformer": _sd3(24, 192),
         "vae": _VAE_16,
         "text_encoders": _SD3_TEXT,
@@ -150,6 +154,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "names": ("stabilityai/stable-diffusion-3-medium-diffusers",),
     },
     "sd3.5-medium": {
+        "pipeline": "StableDiffusion3Pipeline",
         "transformer": _sd3(24, 384, dual_attention_layers=list(range(13)), qk_norm="rms_norm"),
         "vae": _VAE_16,
         "text_encoders": _SD3_TEXT,
@@ -157,16 +162,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "names": ("stabilityai/stable-diffusion-3.5-medium",),
     },
     "sd3.5-large": {
+        "pipeline": "StableDiffusion3Pipeline",
         "transformer": _sd3(38, 192, qk_norm="rms_norm"),
         "vae": _VAE_16,
         "text_encoders": _SD3_TEXT,
         "tokens": 205,
-        "names": (
-            "stabilityai/stable-diffusion-3.5-large",
-            "stabilityai/stable-diffusion-3.5-large-turbo",
-        ),
+        "names": ("stabilityai/stable-diffusion-3.5-large", "stabilityai/stable-diffusion-3.5-large-turbo"),
     },
     "flux.1-dev": {
+        "pipeline": "FluxPipeline",
         "transformer": ("FluxTransformer2DModel", {"guidance_embeds": True}),
         "vae": _VAE_16,
         "text_encoders": (_CLIP_L, _T5_XXL),
@@ -174,14 +178,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "names": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev"),
     },
     "flux.1-kontext-dev": {
+        "pipeline": "FluxKontextPipeline",
         "transformer": ("FluxTransformer2DModel", {"guidance_embeds": True}),
         "vae": _VAE_16,
         "text_encoders": (_CLIP_L, _T5_XXL),
         "tokens": 512,
-        "sources": 1,
         "names": ("black-forest-labs/FLUX.1-Kontext-dev",),
     },
     "flux.2-klein-4b": {
+        "pipeline": "Flux2KleinPipeline",
         "transformer": (
             "Flux2Transformer2DModel",
             {
@@ -198,6 +203,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "names": ("black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-base-4B"),
     },
     "qwen-image": {
+        "pipeline": "QwenImagePipeline",
         "transformer": ("QwenImageTransformer2DModel", {}),
         "vae": ("AutoencoderKLQwenImage", {}),
         "text_encoders": (_QWEN_25_7B,),
@@ -205,6 +211,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "names": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
     },
     "z-image": {
+        "pipeline": "ZImagePipeline",
         "transformer": ("ZImageTransformer2DModel", {}),
         "vae": _VAE_16,
         "text_encoders": (_QWEN_3_4B,),
@@ -212,6 +219,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "names": ("Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo"),
     },
     "sana-1.6b": {
+        "pipeline": "SanaPipeline",
         "transformer": ("SanaTransformer2DModel", {}),
         "vae": _VAE_DC,
         "text_encoders": (_GEMMA_2_2B,),
@@ -222,6 +230,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         ),
     },
     "wan2.1-1.3b": {
+        "pipeline": "WanPipeline",
         "transformer": _wan(12, 8960, 30),
         "vae": _WAN_VAE,
         "text_encoders": (_UMT5_XXL,),
@@ -229,6 +238,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "names": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
     },
     "wan2.1-14b": {
+        "pipeline": "WanPipeline",
         "transformer": _wan(40, 13824, 40),
         "vae": _WAN_VAE,
         "text_encoders": (_UMT5_XXL,),
@@ -236,22 +246,26 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "names": ("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
     },
     "wan2.2-5b": {
+        "pipeline": "WanPipeline",
         "transformer": _wan(24, 14336, 30, in_channels=48, out_channels=48),
         "vae": _WAN_22_VAE,
         "text_encoders": (_UMT5_XXL,),
         "tokens": 512,
-        "token_times": True,
+        "options": {"expand_timesteps": True},
         "names": ("Wan-AI/Wan2.2-TI2V-5B-Diffusers",),
     },
     "wan2.2-a14b": {
+        "pipeline": "WanPipeline",
         "transformer": _wan(40, 13824, 40),
-        "experts": (_wan(40, 13824, 40),),
+        "transformer_2": _wan(40, 13824, 40),
+        "options": {"boundary_ratio": 0.875},
         "vae": _WAN_VAE,
         "text_encoders": (_UMT5_XXL,),
         "tokens": 512,
         "names": ("Wan-AI/Wan2.2-T2V-A14B-Diffusers",),
     },
     "hunyuan-video": {
+        "pipeline": "HunyuanVideoPipeline",
         "transformer": ("HunyuanVideoTransformer3DModel", {}),
         "vae": ("AutoencoderKLHunyuanVideo", {}),
         "text_encoders": (_LLAMA_3_8B, _CLIP_L),

@@ -37,7 +37,7 @@ class Plan:
     @property
     def most_rows(self) -> int:
         """Samples of one update on one GPU."""
-        return max(1, self.recipe.rows_per_update // self.num_gpus)
+        return max(1, self.recipe.rows_per_update * self.recipe.machine.steps_per_forward // self.num_gpus)
 
 
 def make_plan(
@@ -69,7 +69,7 @@ def show(plan: Plan, console: Console) -> None:
     kind = "LoRA" if counts.trained_share == 0 else "full"
     console.print(
         f"[bold]{recipe.name}[/] on {counts.name}, {counts.size}: {recipe.num_prompts} prompts x "
-        f"{recipe.group_size} samples, {recipe.sigmas.num_inference_steps} steps, {recipe.precision}, "
+        f"{recipe.group_size} samples, {recipe.sigmas.num_inference_steps} steps, {recipe.machine.precision}, "
         f"{kind} ({counts.trained / 1e6:,.1f} of {counts.parameters / 1e6:,.0f} M parameters)\n"
         f"one forward of one row: {work.forward / 1e12:.2f} TFLOP, {work.linear / 1e12:.2f} in weights and "
         f"{(work.forward - work.linear) / 1e12:.2f} in attention; backward "
@@ -131,7 +131,7 @@ def _memory(plan: Plan) -> Titled:
     memory = replace(plan.memory, rows=max(1, min(rows, plan.memory.rows)))
     title = f"Memory of one {plan.gpu.name} at the {memory.heaviest.name}, micro-batch {memory.rows}"
     if plan.memory.rows > memory.rows:
-        title += f" (the recipe as it stands runs {plan.memory.rows}: set rows_per_forward)"
+        title += f" (the recipe as it stands runs {plan.memory.rows}: set machine.rows_per_forward)"
     table = _table("part", "GB", "shrinks with", words=("shrinks with",))
     for part in memory.parts:
         table.add_row(part.name, f"{part.bytes / 1e9:.3g}", part.remedy)

@@ -1,18 +1,25 @@
-"""FLOPs of one iteration of a recipe, phase by phase, and the seconds they need at least."""
+"""FLOPs of one iteration of a recipe, phase by phase, and the seconds they need at least.
+
+Nothing is known here of a method: rows are counted on the plans that the rollout walks, and what an update asks at them
+is what the objective says.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from flowgrpo_fast.planner.architectures import Counts
 from flowgrpo_fast.planner.devices import Gpu
-from flowgrpo_fast.recipe import ClippedRatio, KeepAll, LowPrecision, Prune, Recipe, Scouts
-from flowgrpo_fast.recipe.rollout import RolloutPrecision
-from flowgrpo_fast.sampling.schedule import Schedule, resolve_schedule
-from flowgrpo_fast.sampling.windows import window_steps
+from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.sampling.policy import Policy
+from flowgrpo_fast.schedule.plan import Plan
+from flowgrpo_fast.types import FlowModel
 
 _MOST_ITERATIONS = 1000  # of a run, over which a moving window is averaged
+# Of a reward's gradient: the images are decoded, decoded again in the backward, and differentiated.
+_DECODES, _REWARDS = 3, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,18 +27,28 @@ class Execution:
     """How a trainer runs a recipe. The defaults are what this engine does; others model other trainers."""
 
     uncond_gradient: bool = False  # the unconditional half goes through autograd, for nothing
-    recompute_old_log_prob: bool = False  # one forward more for each trained step
-    # that half again in the update, where its weights are still the rollout's
-    recompute_unconditional: bool = False
-    # policies beside the trained one in a loss that matches velocities; -1: the loss's
-    num_frozen_forwards: int = -1
-    trained_steps: int = 0  # steps a sample trains on; 0: the window's
+    recompute_old_log_prob: bool = False  # one forward more at each trained row
     trained_of_group: int = 0  # finished samples of a group that the update takes; 0: all
-    share_prefix: bool = True  # steps before the window once a group, where the start noise is shared
-    share_first_step: bool = True  # the update's first stochastic step once a group
-    share_first_forward: bool = True  # and the rollout's
+    share_first_step: bool = True  # a group's first stochastic step once, where it shares what comes before
     text_each_sample: bool = False  # encode a prompt anew for each of its samples
     num_reward_towers: int = 1  # of ViT-H/14 size, per finished sample
+
+
+class Evaluations(NamedTuple):
+    """Rows that go through the network in one training step, each half of guidance one; and what is decoded besides."""
+
+    kept: float  # of the rollout: their edges are trained
+    others: float  # of the rollout
+    scouts: float
+    update: float  # forwards of the update, with gradient or without
+    backwards: float
+    previews: float  # candidates whose x0 prediction is decoded and rewarded
+    rewarded: float  # finished samples that are decoded and rewarded with gradient
+
+    @property
+    def rollout(self) -> float:
+        """All that sample."""
+        return self.kept + self.others + self.scouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +63,6 @@ class Flops:
     def total(self) -> float:
         """All of it."""
         return self.training + self.low + self.window
-
-    def __add__(self, other: Flops) -> Flops:
-        """Sum of each kind."""
-        return Flops(self.training + other.training, self.low + other.low, self.window + other.window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +88,9 @@ class StepFlops:
 
     def seconds(self, rate: float, low_rate: float | None = None, scout_rate: float | None = None) -> float:
         """GPU-seconds at these rates in FLOP/s: all matrix work at `rate`, but what the recipe runs lower."""
-        low_flops = self.rollout.low + self.update_low
-        low = low_flops / (low_rate or rate)
-        scout_linear = self.scouts.low / (scout_rate or rate)
-        rest = self.total - low_flops - self.scouts.low
-        return rest / rate + low + scout_linear
+        low = self.rollout.low + self.update_low
+        rest = self.total - low - self.scouts.low
+        return rest / rate + low / (low_rate or rate) + self.scouts.low / (scout_rate or rate)
 
     def floor(self, gpu: Gpu) -> float:
         """GPU-seconds on that GPU, bf16 where the recipe asks for nothing lower."""
@@ -87,186 +98,129 @@ class StepFlops:
 
     def phases(self, gpu: Gpu) -> dict[str, tuple[float, float]]:
         """FLOPs and GPU-seconds of each phase; text also where it costs nothing a step."""
-        rate = gpu.rate()
-        values = {}
-        for name, flops, form in (
-            ("rollout", self.rollout, self.low_format),
-            ("scouts", self.scouts, self.scout_format),
-        ):
-            seconds = (flops.training + flops.window) / rate + flops.low / gpu.rate(form)
-            values[name] = (flops.total, seconds)
-        low = self.update_low
-        values["update"] = (self.update, (self.update - low) / rate + low / gpu.rate(self.low_format))
-        for name in ("decode", "text", "reward"):
-            flops_here = getattr(self, name)
-            values[name] = (flops_here, flops_here / rate)
-        return {name: value for name, value in values.items() if value[0] or name == "text"}
+        low, scout = self.low_format, self.scout_format
+        parts = {
+            "rollout": (self.rollout.total, self.rollout.low, low),
+            "scouts": (self.scouts.total, self.scouts.low, scout),
+            "update": (self.update, self.update_low, low),
+            "decode": (self.decode, 0.0, low),
+            "text": (self.text, 0.0, low),
+            "reward": (self.reward, 0.0, low),
+        }
+        return {
+            name: (flops, (flops - lower) / gpu.rate() + lower / gpu.rate(form))
+            for name, (flops, lower, form) in parts.items()
+            if flops or name == "text"
+        }
 
 
 def plan_step(counts: Counts, recipe: Recipe, execution: Execution | None = None) -> StepFlops:
     """FLOPs of one iteration, averaged over those of a run where the window moves.
 
     Raises:
-        ValueError: the window does not fit the schedule.
+        ValueError: the topology does not fit the schedule.
     """
     execution = execution or Execution()
-    rollout, forwards, update, update_low = Flops(), 0.0, 0.0, 0.0
-    regenerate = not isinstance(recipe.explore, Scouts) or recipe.explore.regenerate
-    for schedule, weight in _schedules(recipe, counts.sequence):
-        if regenerate:
-            part, evaluations = _rollout(counts, recipe, execution, schedule)
-            scaled = Flops(part.training * weight, part.low * weight, part.window * weight)
-            rollout, forwards = rollout + scaled, forwards + evaluations * weight
-        whole, low = _update(counts, recipe, execution, schedule)
-        update, update_low = update + weight * whole, update_low + weight * low
-    scouts, scout_forwards, scouted = _scouts(counts, recipe)
+    work, precision = counts.forward, recipe.machine.rollout_precision
+    sums = [0.0] * len(Evaluations._fields)
+    for plan, share in plans(recipe, counts.sequence, execution):
+        rows = evaluations(recipe, plan, execution, counts.sequence)
+        sums = [total + share * value for total, value in zip(sums, rows, strict=True)]
+    rows = Evaluations(*sums)
+    in_low = rows.others + rows.kept * precision.shares_base
+    low_share = precision.low_share(work.linear, work.adapted)
+    rollout = Flops(
+        training=(rows.kept + rows.others) * (work.forward - work.linear)
+        + in_low * (1 - low_share) * work.linear,
+        low=in_low * low_share * work.linear,
+        window=rows.kept * (not precision.shares_base) * work.linear,
+    )
+    ranking = recipe.experience.scout_precision
+    scout_share = ranking.low_share(work.linear, work.adapted) if ranking is not None else 0.0
+    scout_low = rows.scouts * scout_share * work.linear
+    # What a checkpointed block keeps nothing of is computed again on the way back.
+    again = rows.backwards * (recipe.network.checkpointing == "full")
     samples = recipe.num_prompts * recipe.group_size
-    previewed = _previewed(recipe)
-    scored = scouted + previewed + (samples if regenerate else 0)
+    scored = samples + rows.previews + recipe.num_prompts * recipe.experience.walks.num_scouts
+    rewards = scored + _REWARDS * rows.rewarded
     return StepFlops(
         rollout=rollout,
-        scouts=scouts,
-        update=update,
-        update_low=update_low,
-        decode=scored * counts.decode,
+        scouts=Flops(rows.scouts * work.forward - scout_low, scout_low),
+        update=(rows.update + again) * work.forward + rows.backwards * work.backward(counts.trained_share),
+        update_low=(rows.update + again) * work.linear * precision.shares_base,
+        decode=(scored + _DECODES * rows.rewarded) * counts.decode,
         text=samples * counts.text if execution.text_each_sample else 0.0,
-        reward=scored * counts.reward * execution.num_reward_towers,
-        forwards=forwards + scout_forwards,
+        reward=rewards * counts.reward * execution.num_reward_towers,
+        forwards=rows.rollout,
         samples=samples,
-        low_format=_format(recipe.rollout_precision),
-        scout_format=_format(recipe.explore.precision) if isinstance(recipe.explore, Scouts) else "bf16",
+        low_format=precision.format_name,
+        scout_format=ranking.format_name if ranking is not None else "bf16",
     )
 
 
-def _format(precision: RolloutPrecision) -> str:
-    if not isinstance(precision, LowPrecision):
-        return "bf16"
-    return "fp4" if precision.format == "nvfp4" else "fp8"
-
-
-def _schedules(recipe: Recipe, sequence: int | None) -> list[tuple[Schedule, float]]:
-    """The distinct schedules of a run, each with its share of the iterations."""
-    schedules: dict[object, Schedule] = {}
-    times: Counter[object] = Counter()
+def plans(
+    recipe: Recipe, seq_len: int | None = None, execution: Execution | None = None
+) -> list[tuple[Plan, float]]:
+    """The plans of a run that differ, each with its share of the iterations: a plan's size follows its window."""
     iterations = min(recipe.num_steps, _MOST_ITERATIONS)
+    first: dict[object, int] = {}
+    times: Counter[object] = Counter()
     for iteration in range(iterations):
-        window = window_steps(recipe.window, recipe.sigmas.num_inference_steps, iteration, recipe.seed)
-        if window not in schedules:
-            schedules[window] = resolve_schedule(recipe, iteration, sequence)
+        window = recipe.topology.at.steps(recipe.sigmas.num_inference_steps, iteration, recipe.seed)
+        first.setdefault(window, iteration)
         times[window] += 1
-    return [(schedules[window], count / iterations) for window, count in times.items()]
+    apart = execution is not None and not execution.share_first_step
+    return [
+        (
+            # A group whose members an update may split has its first stochastic step member by member.
+            recipe.topology.plan(recipe.course(iteration, seq_len)._replace(whole_groups=False))
+            if apart
+            else recipe.plan(iteration, seq_len),
+            times[window] / iterations,
+        )
+        for window, iteration in first.items()
+    ]
 
 
-def _halves(recipe: Recipe) -> int:
-    return 1 if recipe.guidance_scale == 1.0 else 2
-
-
-def _group_sizes(recipe: Recipe, num_steps: int) -> list[int]:
-    """Samples of a prompt at each step."""
-    if isinstance(recipe.prune, KeepAll):
-        return [recipe.group_size] * num_steps
-    sizes = (*recipe.prune.sizes, recipe.group_size)
-    return [sizes[sum(step >= cut for cut in recipe.prune.at)] for step in range(num_steps)]
-
-
-def _previewed(recipe: Recipe) -> int:
-    """Candidates whose decoded one-step prediction is rewarded."""
-    if isinstance(recipe.prune, Prune) and recipe.prune.score == "reward":
-        return recipe.num_prompts * sum(recipe.prune.sizes)
-    return 0
-
-
-def _low_share(counts: Counts, precision: RolloutPrecision) -> float:
-    """Share of the linear FLOPs that a low precision covers."""
-    if isinstance(precision, LowPrecision) and precision.mode == "bare_layers" and counts.forward.linear:
-        return 1 - counts.forward.adapted / counts.forward.linear
-    return 1.0
-
-
-def _rollout(counts: Counts, recipe: Recipe, execution: Execution, schedule: Schedule) -> tuple[Flops, float]:
-    """FLOPs and network evaluations of the rollout."""
-    work, share = counts.forward, _low_share(counts, recipe.rollout_precision)
-    sizes = _group_sizes(recipe, schedule.num_steps)
-    shares = recipe.share_start_noise and recipe.share_prefix and bool(schedule.kept)
-    first = schedule.kept[0] if shares else -1
-    first_forward = execution.share_first_forward and _shares_first(recipe, schedule)
-    training = low = window = evaluations = 0.0
-    for step, size in enumerate(sizes):
-        shared = (execution.share_prefix and step < first) or (first_forward and step == first)
-        rows = recipe.num_prompts * (1 if shared else size) * _halves(recipe)
-        evaluations += rows
-        training += rows * (work.forward - work.linear)
-        if step in schedule.kept and not _shares_base(recipe):
-            window += rows * work.linear
-        else:
-            low += rows * share * work.linear
-            training += rows * (1 - share) * work.linear
-    return Flops(training, low, window), evaluations
-
-
-def _shares_first(recipe: Recipe, schedule: Schedule) -> bool:
-    """Whether a group's first stochastic step is one row: `sampling.step.shares_first` without draws."""
-    whole = recipe.rows_per_update % recipe.group_size == 0
-    trains_all = 0 < len(schedule.kept) == schedule.num_trained
-    return recipe.share_start_noise and recipe.share_prefix and trains_all and whole
-
-
-def _scouts(counts: Counts, recipe: Recipe) -> tuple[Flops, float, int]:
-    """FLOPs, network evaluations and finished samples of the first stage."""
-    explore = recipe.explore
-    if not isinstance(explore, Scouts):
-        return Flops(), 0.0, 0
-    samples = recipe.num_prompts * explore.num_scouts
-    rows = float(samples * explore.num_inference_steps * _halves(recipe))
-    share = _low_share(counts, explore.precision) if isinstance(explore.precision, LowPrecision) else 1.0
-    linear = rows * counts.forward.linear
-    attention = rows * counts.forward.forward - linear
-    return Flops(attention + (1 - share) * linear, share * linear), rows, samples
-
-
-def _shares_base(recipe: Recipe) -> bool:
-    """Whether all steps, and the update's forwards, run one base in low precision."""
-    part = recipe.rollout_precision
-    return isinstance(part, LowPrecision) and part.mode == "shared_base"
-
-
-def _update(counts: Counts, recipe: Recipe, execution: Execution, schedule: Schedule) -> tuple[float, float]:
-    """FLOPs of the update: forwards with and without gradient, backwards, what checkpointing computes again.
-
-    And those of them that run in low precision.
-    """
-    work, halves = counts.forward, _halves(recipe)
-    matches = not isinstance(recipe.loss, ClippedRatio)
-    with_gradient = halves if execution.uncond_gradient else 1
-    forwards = float(halves)
-    if execution.num_frozen_forwards >= 0:
-        forwards += halves * execution.num_frozen_forwards
-    else:  # the start weights where there is a KL; the old policy where the loss matches velocities
-        forwards += halves * (getattr(recipe.loss, "kl_beta", 0.0) > 0) + halves * matches
-    forwards += halves * execution.recompute_old_log_prob
-    recomputes = (
-        execution.recompute_unconditional or execution.uncond_gradient or not recipe.reuse_unconditional
+def evaluations(
+    recipe: Recipe, plan: Plan, execution: Execution | None = None, seq_len: int | None = None
+) -> Evaluations:
+    """What one training step along a plan evaluates, if every group teaches something."""
+    execution, walks, num_prompts = execution or Execution(), recipe.experience.walks, recipe.num_prompts
+    objective, machine = recipe.objective, recipe.machine
+    halves = Policy(FlowModel(), recipe.guidance_scale).halves
+    learnt = plan if walks.full else recipe.scout_plan(walks.scout_steps, recipe.group_size, seq_len)
+    scouts = 0
+    if walks.num_scouts:
+        scouts = recipe.scout_plan(walks.scout_steps, walks.num_scouts, seq_len).evaluations(num_prompts)
+    asked = plan.evaluations(num_prompts) * walks.full
+    kept = sum(step.kept_of(num_prompts)[0] for step in plan.steps) * walks.full
+    previews = sum(len(plan.steps[place].parent) for place, cut in plan.cuts if cut.score == "reward")
+    costs = objective.costs(learnt, num_prompts)
+    rows = costs.rows * (execution.trained_of_group or recipe.group_size) / recipe.group_size
+    passes = 2 if objective.couples else 1  # a coupled loss is measured once for its slopes alone
+    trained = rows * costs.trained
+    update = halves * (passes * (trained + rows * costs.frozen) + rows * execution.recompute_old_log_prob)
+    if (
+        halves == 2
+        and machine.reuse_unconditional
+        and objective.requires.log_probs
+        and not execution.uncond_gradient
+    ):
+        # Until the first optimiser step the rollout's own unconditional half serves.
+        update -= passes * trained / recipe.optimizer.num_updates
+    return Evaluations(
+        kept=halves * kept,
+        others=halves * (asked - kept),
+        scouts=halves * scouts,
+        update=update,
+        backwards=trained * (halves if execution.uncond_gradient else 1),
+        previews=num_prompts * previews,
+        rewarded=costs.rewarded,
     )
-    if halves == 2 and not matches and not recomputes:
-        forwards -= 1 / recipe.optimizer.num_updates  # of the samples, those of the first optimiser step
-    if recipe.network.checkpointing == "full":
-        forwards += with_gradient
-    each = forwards * work.forward + with_gradient * work.backward(counts.trained_share)
-    samples = recipe.num_prompts * (execution.trained_of_group or recipe.group_size)
-    steps = execution.trained_steps or schedule.num_trained
-    if matches and not execution.trained_steps:
-        # On finished samples, noised to a share of the schedule's sigmas.
-        steps = max(1, int(getattr(recipe.loss, "fraction", 1.0) * schedule.num_steps))
-    evaluations = samples * steps
-    if execution.share_first_step and _shares_first(recipe, schedule):
-        evaluations -= samples - recipe.num_prompts
-    return evaluations * each, evaluations * forwards * work.linear * _shares_base(recipe)
 
 
 def as_dict(step: StepFlops) -> dict[str, float]:
     """Plain numbers, for JSON."""
-    values: dict[str, float] = {}
-    for f in fields(step):
-        value = getattr(step, f.name)
-        values[f.name] = value.total if isinstance(value, Flops) else value
-    return values
+    values = {f.name: getattr(step, f.name) for f in fields(step)}
+    return {**values, "rollout": step.rollout.total, "scouts": step.scouts.total}

@@ -22,7 +22,6 @@ from torch import nn
 from flowgrpo_fast.precision.adapters import Layer, active_lora, check_adapter, linear_layers
 from flowgrpo_fast.precision.formats import FORMATS, Format
 from flowgrpo_fast.precision.linear import QuantizedLinear
-from flowgrpo_fast.recipe import LowPrecision
 from flowgrpo_fast.types import FlowModel
 
 
@@ -41,43 +40,38 @@ class LowPrecisionModel:
             quantized.write_(source.linear.weight, active_lora(source.wrapper))
 
 
-def build_low_precision(model: FlowModel, part: LowPrecision) -> LowPrecisionModel:
-    """The low-precision model of a training model; with `shared_base` that model is changed in place.
+def build_low_precision(
+    model: FlowModel, form: Format, mode: str, skip: tuple[str, ...], emulate: bool
+) -> LowPrecisionModel:
+    """The low-precision model of a training model; arguments and errors as of `parts.LowPrecision`.
 
     The family says by `sensitive`, regular expressions searched for in layer names, what is never quantised, and by
-    `transformer` where its layers are; without these nothing is spared and all of `module` is searched.
-
-    Raises:
-        ValueError: no layer can be quantised, an adapter is not plain LoRA, `skip` matches no layer, or the device
-            lacks the format and the recipe does not emulate it.
+    `transformer` where its layers are.
     """
-    form = FORMATS[part.format]
-    emulated = _check_device(form, next(model.module.parameters()).device, part)
-    layers = list(linear_layers(_transformer(model)))
-    _check_skip(part.skip, layers)
-    sensitive = (*getattr(model, "sensitive", ()), *part.skip)
-    reasons = [_left_alone(layer, form, part.mode, sensitive) for layer in layers]
+    emulated = _check_device(form, next(model.module.parameters()).device, emulate)
+    layers = list(linear_layers(model.transformer))
+    _check_skip(skip, layers)
+    sensitive = (*model.sensitive, *skip)
+    reasons = [_left_alone(layer, form, mode, sensitive) for layer in layers]
     chosen = [layer for layer, reason in zip(layers, reasons, strict=True) if not reason]
     left = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons).items()) if reason)
     if not chosen:
         raise ValueError(
-            f"rollout_precision: no linear layer can run in {form.name} with mode={part.mode!r}: "
+            f"rollout_precision: no linear layer can run in {form.name} with mode={mode!r}: "
             f"of {len(layers)}, {left or 'none is there'}. Mode 'merged' takes trained layers and adapters"
         )
-    if part.mode != "bare_layers":
+    if mode != "bare_layers":
         for layer in chosen:
             check_adapter(layer)
-    target = model if part.mode == "shared_base" else sharing_copy(model)
-    pairs = [(_quantize(_transformer(target), layer, form, part.mode), layer) for layer in chosen]
-    follows = tuple(
-        pair for pair in pairs if part.mode == "merged" and (pair[1].wrapper or pair[1].is_trained)
-    )
-    how = f"{form.name}{', emulated' if emulated else ''}, mode {part.mode}"
+    target = model if mode == "shared_base" else sharing_copy(model)
+    pairs = [(_quantize(target.transformer, layer, form, mode), layer) for layer in chosen]
+    follows = tuple(pair for pair in pairs if mode == "merged" and (pair[1].wrapper or pair[1].is_trained))
+    how = f"{form.name}{', emulated' if emulated else ''}, mode {mode}"
     description = f"{len(chosen)} of {len(layers)} linear layers in {how}{f' ({left})' if left else ''}"
     return LowPrecisionModel(target, follows, description)
 
 
-def _check_device(form: Format, device: torch.device, part: LowPrecision) -> bool:
+def _check_device(form: Format, device: torch.device, emulate: bool) -> bool:
     """Whether the format is emulated there, which is said once."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"rollout_precision: there is no low precision on {device.type}; use a CPU or CUDA")
@@ -85,14 +79,14 @@ def _check_device(form: Format, device: torch.device, part: LowPrecision) -> boo
         return False
     name = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     able = [other.name for other in FORMATS.values() if other.is_native(device)]
-    if not part.emulate:
+    if not emulate:
         raise ValueError(
             f"rollout_precision.format is {form.name!r}, which {name} lacks (it has "
             f"{', '.join(able) or 'no low precision'}); emulate=true runs it dequantised, slower than bf16"
         )
     native = f"; native are {', '.join(able)}" if able else ""
     line = f"{form.name} is emulated on {name}: the numbers are right, but slower than bf16{native}"
-    warnings.warn(line, RuntimeWarning, stacklevel=3)
+    warnings.warn(line, RuntimeWarning, stacklevel=4)  # where the recipe's part was built
     return True
 
 
@@ -108,11 +102,6 @@ def _check_skip(skip: tuple[str, ...], layers: list[Layer]) -> None:
             raise ValueError(
                 f"rollout_precision.skip has {pattern!r}, which is found in no linear layer's name"
             )
-
-
-def _transformer(model: FlowModel) -> nn.Module:
-    transformer: nn.Module = getattr(model, "transformer", model.module)
-    return transformer
 
 
 def _left_alone(layer: Layer, form: Format, mode: str, sensitive: tuple[str, ...]) -> str:
@@ -144,14 +133,17 @@ def _quantize(transformer: nn.Module, layer: Layer, form: Format, mode: str) -> 
 
 def sharing_copy(model: FlowModel) -> FlowModel:
     """A model with modules of its own and the tensors of the original; compiled modules are compiled again."""
-    memo: dict[int, object] = {id(t): t for t in (*model.module.parameters(), *model.module.buffers())}
+    # deepcopy takes what it shall not copy by id: the tensors stay those of the original.
+    memo = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
+    module = copy.deepcopy(model.module, memo)
+    twins = dict(zip(model.module.modules(), module.modules(), strict=True))
     twin = copy.copy(model)
-    copy.deepcopy(model.module, memo)
-    for name in (*getattr(model, "__dict__", ()), *getattr(model, "__slots__", ())):
+    slots = (name for kind in type(model).__mro__ for name in vars(kind).get("__slots__", ()))
+    for name in (*vars(model), *slots):
         value = getattr(model, name)
-        if isinstance(value, nn.Module) and id(value) in memo:
-            object.__setattr__(twin, name, memo[id(value)])
-    for name, module in model.module.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            twin.module.get_submodule(name).compile(dynamic=False)
+        if isinstance(value, nn.Module) and value in twins:
+            object.__setattr__(twin, name, twins[value])  # a model may be frozen
+    for original, other in twins.items():
+        if original._compiled_call_impl is not None:
+            other.compile(dynamic=False)
     return twin

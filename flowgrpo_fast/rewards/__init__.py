@@ -1,3 +1,3 @@
-"""Rewards: plain functions `(images [B, C, H, W] in [0, 1], prompts) -> [B] fp32`, and judges that stay outside."""
+"""Rewards: what they see and return, how samples are scored by several at once, and judges that stay outside."""
 
 from __future__ import annotations

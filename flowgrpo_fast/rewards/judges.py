@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from sklearn.svm import SVC
@@ -11,6 +12,14 @@ from torch import Tensor
 from flowgrpo_fast.models.digits_data import digit_images
 from flowgrpo_fast.models.digits_text import digits_of
 from flowgrpo_fast.rewards.rules import check_images
+
+
+class Judge(Protocol):
+    """An independent reader of the samples that training never sees."""
+
+    def correct(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Which images `[B, C, H, W]` show what their prompt asks for, `[B]` bool."""
+        ...
 
 
 class DigitJudge:

@@ -9,18 +9,17 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from dataclasses import fields
 from multiprocessing import get_context, parent_process
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowgrpo_fast.recipe import RewardTerm
-from flowgrpo_fast.recipe_io import resolve
-from flowgrpo_fast.types import RewardFunction
+from flowgrpo_fast.rewards.terms import Reward, Seen, scored
+from flowgrpo_fast.types import Scores
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -33,21 +32,19 @@ class RewardWorkers:
         self._pool: ProcessPoolExecutor | None = None
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
-    def submit(
-        self, term: RewardTerm, function: RewardFunction, images: Tensor, prompts: list[str]
-    ) -> Future[Tensor]:
-        """Starts one reward on images `[B, C, H, W]`; its result is `[B]`, wherever it was computed."""
+    def submit(self, term: Reward, seen: Seen) -> Future[Scores]:
+        """Starts one reward, to which `seen` belongs from here on; the scores lie wherever they were computed."""
         if term.where == "thread":
-            lock = self._locks[term.function]  # one call of a function at a time, as without threads
+            lock = self._locks[term.label]  # one call of a function at a time, as without threads
 
-            def call() -> Tensor:
+            def call() -> Scores:
                 with lock, torch.no_grad():
-                    return function(images, prompts)
+                    return scored(term, seen)
 
             return _in_thread(call)
-        arrived = _on_its_way(images)
+        arrived = _on_its_way(seen)
         pool = self._started()
-        return _in_thread(lambda: _result(pool, term.function, arrived(), prompts))
+        return _in_thread(lambda: _result(pool, term, arrived()))
 
     def close(self) -> None:
         """Ends the processes, whatever they are at."""
@@ -70,28 +67,19 @@ class RewardWorkers:
         return self._pool
 
 
-def require_tensor(path: str, values: object, num_samples: int) -> None:
-    """Raises ValueError for a reward that returned something else, a list or an array say."""
-    if not isinstance(values, Tensor):
-        raise ValueError(
-            f"reward {path!r} returned a {type(values).__name__} for {num_samples} images; "
-            f"it must return a tensor of shape {(num_samples,)}"
-        )
-
-
-def _result(pool: ProcessPoolExecutor, path: str, images: NDArray[Any], prompts: list[str]) -> Tensor:
+def _result(pool: ProcessPoolExecutor, term: Reward, parcel: dict[str, Any]) -> Scores:
     try:
-        return torch.from_numpy(pool.submit(_call, path, images, prompts).result())
+        return Scores(**_unpacked(pool.submit(_call, term, parcel).result()))
     except BrokenProcessPool:
         raise ValueError(
-            f"the process of reward {path!r} died: out of memory, killed, or its script lacks the guard "
+            f"the process of reward {term.label!r} died: out of memory, killed, or its script lacks the guard "
             "if __name__ == '__main__'"
         ) from None
 
 
-def _in_thread(work: Callable[[], Tensor]) -> Future[Tensor]:
+def _in_thread(work: Callable[[], Scores]) -> Future[Scores]:
     """Runs `work` in a daemon thread: one that hangs does not keep the program from ending."""
-    future: Future[Tensor] = Future()
+    future: Future[Scores] = Future()
 
     def run() -> None:
         # Processes that start from here inherit it: a Ctrl-C while they import cannot end them.
@@ -105,21 +93,47 @@ def _in_thread(work: Callable[[], Tensor]) -> Future[Tensor]:
     return future
 
 
-def _on_its_way(images: Tensor) -> Callable[[], NDArray[Any]]:
-    """Starts the copy to the host without waiting for it; the result waits."""
-    if not images.is_cuda:
-        array: NDArray[Any] = images.detach().numpy()
-        return lambda: array
-    host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
-    host.copy_(images.detach(), non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(images.device))
+def _on_its_way(seen: Seen) -> Callable[[], dict[str, Any]]:
+    """Starts the copies to the host without waiting for them; the result waits."""
+    values = {f.name: getattr(seen, f.name) for f in fields(seen)}
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.is_cuda:
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            values[name] = host.copy_(value.detach(), non_blocking=True)
+    copied = torch.cuda.Event() if seen.images.is_cuda else None
+    if copied is not None:
+        copied.record(torch.cuda.current_stream(seen.images.device))
 
-    def wait() -> NDArray[Any]:
-        copied.synchronize()
-        return host.numpy()
+    def wait() -> dict[str, Any]:
+        if copied is not None:
+            copied.synchronize()
+        packed: dict[str, Any] = _packed(values)
+        return packed
 
     return wait
+
+
+class _Bytes(NamedTuple):
+    """A tensor as an array of bytes, which pickles by value; torch's own pickles hold a file open for each tensor."""
+
+    array: NDArray[np.uint8]
+    dtype: torch.dtype
+
+
+def _packed(value: Any) -> Any:
+    """A record's fields, with every tensor as bytes on the host; waits for those that lie elsewhere."""
+    if isinstance(value, dict):
+        return {name: _packed(item) for name, item in value.items()}
+    if isinstance(value, Tensor):
+        return _Bytes(value.detach().cpu().contiguous().view(torch.uint8).numpy(), value.dtype)
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    """Inverse of `_packed`."""
+    if isinstance(value, dict):
+        return {name: _unpacked(item) for name, item in value.items()}
+    return torch.from_numpy(value.array).view(value.dtype) if isinstance(value, _Bytes) else value
 
 
 # -------------------------------------------------------------------------------------- in the process
@@ -140,22 +154,15 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-@lru_cache
-def _function(path: str) -> RewardFunction:
-    function: RewardFunction = resolve(path)
-    return function
-
-
-def _call(path: str, images: NDArray[Any], prompts: list[str]) -> NDArray[np.float32]:
+def _call(term: Reward, parcel: dict[str, Any]) -> dict[str, Any]:
     """One reward; every failure is a `ValueError` of one line, which any process can unpickle."""
     try:
         with torch.no_grad():
-            values = _function(path)(torch.from_numpy(images), prompts)
-        require_tensor(path, values, len(prompts))
-        array: NDArray[np.float32] = values.detach().to("cpu", torch.float32).numpy()
-        return array
+            scores = scored(term, Seen(**_unpacked(parcel)))
+        packed: dict[str, Any] = _packed({f.name: getattr(scores, f.name) for f in fields(scores)})
+        return packed
     except ValueError as error:
         raise ValueError(str(error)) from None
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"reward {path!r} raised {type(error).__name__}: {line}") from error
+        raise ValueError(f"reward {term.label!r} raised {type(error).__name__}: {line}") from error

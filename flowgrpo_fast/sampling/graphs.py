@@ -1,8 +1,8 @@
 """One step of a rollout as a CUDA graph, captured once per shape and replayed at every step of every rollout.
 
-The step's index lives on the device, so stochastic and deterministic steps of a shape are the same graph. Inputs are
-static buffers that all shapes share, the smaller ones as leading rows of the largest; outputs live in one memory pool
-and are copied out before the next replay. Weights are read where they are: an update in place is seen, as is a
+The rows of the table live on the device, so stochastic and deterministic steps of a shape are the same graph. Inputs
+are static buffers that all shapes share, the smaller ones as leading rows of the largest; outputs live in one memory
+pool and are copied out before the next replay. Weights are read where they are: an update in place is seen, as is a
 snapshot's, whose own memory the pointers of its capture name.
 
 Without a CUDA device, or where a capture failed, the same function runs on the same buffers, uncaptured.
@@ -13,21 +13,31 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowgrpo_fast.ops import FlowStepOutput, Guidance
-from flowgrpo_fast.recipe import Recipe
-from flowgrpo_fast.sampling.step import Launch, StepInput, StepResult, row_slices, take_step
+from flowgrpo_fast.sampling.policy import Policy
+from flowgrpo_fast.sampling.step import Ask, StepInput, StepResult, Wanted, row_slices, take_step
 from flowgrpo_fast.types import Conditioning, FlowModel
 
 _MOST_LAYOUTS = 8  # say of prompts padded to the longest of a step; the oldest makes room
 _WARM_UP = 3  # runs before a capture: workspaces, autotuning, compilation
 
-# The model, rows of a micro-batch, what a row becomes, whether x0, velocity and unconditional half come out, layout.
-_Key = tuple[int, int, int, bool, bool, bool, tuple[Any, ...]]
+
+class _Key(NamedTuple):
+    """What steps have in common that are one graph."""
+
+    model: FlowModel  # by itself: two views of one module are two
+    rows: int  # of a micro-batch
+    fan: int
+    repeats: bool  # children of a row are one, copied
+    carries_x0: bool
+    gives_velocity: bool
+    gives_unconditional: bool
+    layout: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +45,17 @@ class _Buffers:
     """Static inputs of up to N rows."""
 
     given: StepInput
-    coeffs: Tensor  # [T, 8]
-    step: Tensor  # [] int64
+    coeffs: Tensor  # [N, 8]
 
-    def rows(self, num_rows: int, num_samples: int) -> StepInput:
+    def rows(self, num_rows: int, fan: int) -> StepInput:
         """The leading rows: views, whose addresses never change."""
         given = self.given
+        assert isinstance(given.row, Tensor)
         return StepInput(
             given.latents[:num_rows],
             given.conditioning.rows(slice(num_rows)),
-            given.seed[:num_samples],
+            given.seed[: num_rows * fan],
+            given.row[: num_rows * fan],
             None if given.x0_pred is None else given.x0_pred[:num_rows],
         )
 
@@ -53,7 +64,7 @@ class _Buffers:
 class StepGraph:
     """One shape's step on its static buffers: `replay` computes `result` again from what they hold."""
 
-    model: FlowModel  # kept alive: the graph names its memory
+    policy: Policy  # kept alive: the graph names its model's memory
     given: StepInput
     run: Callable[[], StepResult]
     graph: torch.cuda.CUDAGraph | None = None
@@ -96,89 +107,80 @@ class Graphs:
     _side: torch.cuda.Stream | None = None  # of all captures, as the pool is
     _refused: bool = False
 
-    def begin(
-        self,
-        models: Sequence[FlowModel],
-        shapes: Sequence[Launch],
-        given: StepInput,
-        coeffs: Tensor,
-        recipe: Recipe,
-    ) -> None:
+    def begin(self, steps: Sequence[tuple[Policy, Wanted, Ask]], given: StepInput, coeffs: Tensor) -> None:
         """Captures what a rollout needs and has not been captured yet, the largest first.
 
         Args:
-            models, shapes: one a step.
+            steps: who is asked, for what, at every step.
             given: the first step's input, for layout.
         """
-        carries_x0 = any(shape.reads_x0 or shape.gives_x0 for shape in shapes)
-        num_rows = max(min(shape.rows, shape.num_rows) for shape in shapes)
-        num_samples = max(min(shape.rows, shape.num_rows) * shape.size for shape in shapes)
-        table = max(len(coeffs), recipe.sigmas.num_inference_steps)  # a respaced tail is shorter at times
-        layout = (carries_x0, table, recipe.guidance_scale, recipe.precision, *_layout(given))
+        carries_x0 = any(wanted.reads_x0 or wanted.gives_x0 for _, wanted, _ in steps)
+        num_rows = max(min(ask.rows, ask.num_heads) for _, _, ask in steps)
+        num_children = max(min(ask.rows, ask.num_heads) * ask.fan for _, _, ask in steps)
+        # A respaced tail makes the table shorter at times: the buffers keep the longest they have seen.
+        longest = max([len(coeffs), *(len(b.coeffs) for b in self._buffers.values())])
+        policy = steps[0][0]
+        layout = (carries_x0, policy.guidance_scale, policy.precision, *_layout(given))
         buffers = self._buffers.get(layout)
         too_small = (
-            buffers is None or len(buffers.given.latents) < num_rows or len(buffers.given.seed) < num_samples
+            buffers is None
+            or len(buffers.given.latents) < num_rows
+            or len(buffers.given.seed) < num_children
+            or len(buffers.coeffs) < len(coeffs)
         )
         if buffers is None or too_small:
             self._forget(layout)
             if len(self._buffers) == _MOST_LAYOUTS:
                 self._forget(next(iter(self._buffers)))
-            buffers = _allocate(given, coeffs.new_zeros(table, 8), num_rows, num_samples, carries_x0)
+            buffers = _allocate(given, coeffs.new_zeros(longest, 8), num_rows, num_children, carries_x0)
             self._buffers[layout] = buffers
         buffers.coeffs[: len(coeffs)].copy_(coeffs)
         self._now = buffers, layout
-        wanted: dict[_Key, tuple[FlowModel, Launch, int]] = {}
-        for model, shape in zip(models, shapes, strict=True):
-            for part in row_slices(shape.num_rows, shape.rows):
-                rows = part.stop - part.start
-                wanted.setdefault(self._key(model, shape, rows), (model, shape, rows))
-        for key, (model, shape, rows) in sorted(
-            wanted.items(), key=lambda item: -item[1][2] * item[1][1].size
-        ):
+        needed: dict[_Key, tuple[Policy, Wanted]] = {}
+        for policy, wanted, ask in steps:
+            for part in row_slices(ask.num_heads, ask.rows):
+                needed.setdefault(self._key(policy, wanted, part.stop - part.start), (policy, wanted))
+        for key, (policy, wanted) in sorted(needed.items(), key=lambda item: -item[0].rows * item[0].fan):
             if key not in self.captured:
-                self.captured[key] = self._make(model, shape, rows, buffers, recipe)
+                self.captured[key] = self._make(policy, wanted, key, buffers)
 
-    def take_step(self, model: FlowModel, given: StepInput, shape: Launch) -> StepResult:
+    def take_step(self, policy: Policy, given: StepInput, wanted: Wanted) -> StepResult:
         """One step of all rows, micro-batch after micro-batch, as `sampling.step.take_step`."""
-        assert self._now is not None
-        self._now[0].step.fill_(shape.step)
         parts = []
-        for rows in row_slices(shape.num_rows, shape.rows):
-            graph = self.captured[self._key(model, shape, rows.stop - rows.start)]
-            _fill(graph.given, given, rows, shape.size)
+        for rows in row_slices(len(given.latents), wanted.rows):
+            graph = self.captured[self._key(policy, wanted, rows.stop - rows.start)]
+            _fill(graph.given, given, rows, wanted.fan)
             parts.append(_copied(graph.replay()))
         return _joined(parts)
 
     def _forget(self, layout: tuple[Any, ...]) -> None:
         self._buffers.pop(layout, None)
-        self.captured = {key: graph for key, graph in self.captured.items() if key[-1] != layout}
+        self.captured = {key: graph for key, graph in self.captured.items() if key.layout != layout}
 
-    def _key(self, model: FlowModel, shape: Launch, rows: int) -> _Key:
+    def _key(self, policy: Policy, wanted: Wanted, rows: int) -> _Key:
         assert self._now is not None
         layout = self._now[1]
-        return (
-            id(model),
+        return _Key(
+            policy.model,
             rows,
-            shape.size,
+            wanted.fan,
+            wanted.fan > 1 and not wanted.noisy,
             bool(layout[0]),
-            shape.gives_velocity,
-            shape.gives_unconditional,
+            wanted.gives_velocity,
+            wanted.gives_unconditional,
             layout,
         )
 
-    def _make(
-        self, model: FlowModel, shape: Launch, rows: int, buffers: _Buffers, recipe: Recipe
-    ) -> StepGraph:
-        given = buffers.rows(rows, rows * shape.size)
-        carries_x0 = given.x0_pred is not None
+    def _make(self, policy: Policy, wanted: Wanted, key: _Key, buffers: _Buffers) -> StepGraph:
+        given = buffers.rows(key.rows, key.fan)
         # A row of the table without history multiplies the x0 prediction by 0: one graph serves both kinds.
-        fixed = replace(shape, num_rows=rows, rows=rows, reads_x0=carries_x0, gives_x0=carries_x0)
+        fixed = replace(wanted, rows=key.rows, reads_x0=key.carries_x0, gives_x0=key.carries_x0)
 
         @torch.no_grad()
         def run() -> StepResult:
-            return take_step(model, given, buffers.coeffs, buffers.step, fixed, recipe)
+            return take_step(policy, given, buffers.coeffs, fixed)
 
-        graph = StepGraph(model, given, run)
+        graph = StepGraph(policy, given, run)
         if _on_cuda(given) and not self._refused:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._side = self._side or torch.cuda.Stream(given.latents.device)
@@ -187,8 +189,8 @@ class Graphs:
             except RuntimeError as error:  # the driver's and torch's own are
                 self._refused = True
                 line = str(_first(error)).strip().splitlines()[0]
-                message = f"graphs: a step of {rows} rows cannot be captured ({line}); steps are launched one by one"
-                warnings.warn(message, RuntimeWarning, stacklevel=4)
+                message = f"graphs: a step of {key.rows} rows cannot be captured ({line})"
+                warnings.warn(f"{message}; steps are launched one by one", RuntimeWarning, stacklevel=4)
         return graph
 
 
@@ -213,7 +215,7 @@ def _tensors(conditioning: Conditioning) -> list[tuple[str, Tensor]]:
 
 
 def _allocate(
-    given: StepInput, coeffs: Tensor, num_rows: int, num_samples: int, carries_x0: bool
+    given: StepInput, coeffs: Tensor, num_rows: int, num_children: int, carries_x0: bool
 ) -> _Buffers:
     def empty(like: Tensor) -> Tensor:
         if like.stride(0) == 0:  # one row stands for all
@@ -229,18 +231,24 @@ def _allocate(
         given=StepInput(
             latents=latents,
             conditioning=replace(conditioning, **own, extra=extra),
-            seed=given.seed.new_zeros(num_samples),
+            seed=given.seed.new_zeros(num_children),
+            row=given.seed.new_zeros(num_children),
             x0_pred=torch.zeros_like(latents, dtype=real) if carries_x0 else None,
         ),
         coeffs=coeffs,
-        step=torch.zeros((), dtype=torch.int64, device=coeffs.device),
     )
 
 
-def _fill(buffer: StepInput, given: StepInput, rows: slice, size: int) -> None:
+def _fill(buffer: StepInput, given: StepInput, rows: slice, fan: int) -> None:
     """Copies one micro-batch into the static inputs."""
+    children = slice(rows.start * fan, rows.stop * fan)
     buffer.latents.copy_(given.latents[rows])
-    buffer.seed.copy_(given.seed[rows.start * size : rows.stop * size])
+    buffer.seed.copy_(given.seed[children])
+    assert isinstance(buffer.row, Tensor)
+    if isinstance(given.row, Tensor):
+        buffer.row.copy_(given.row[children])
+    else:
+        buffer.row.fill_(given.row)
     if buffer.x0_pred is not None:
         if given.x0_pred is None:
             buffer.x0_pred.zero_()
@@ -260,6 +268,7 @@ def _copied(result: StepResult) -> StepResult:
         FlowStepOutput(*(None if t is None else t.clone() for t in out)),  # type: ignore[arg-type]
         None if result.velocity is None else result.velocity.clone(),
         None if guidance is None else Guidance(guidance.negative_velocity.clone(), guidance.scale),
+        None if result.unconditional is None else result.unconditional.clone(),
     )
 
 
@@ -277,4 +286,4 @@ def _joined(parts: list[StepResult]) -> StepResult:
     columns = zip(*(part.out for part in parts), strict=True)
     out = FlowStepOutput(*(cat(list(column)) for column in columns))  # type: ignore[arg-type]
     guidance = Guidance(negative, first.scale) if negative is not None and first is not None else None
-    return StepResult(out, velocity, guidance)
+    return StepResult(out, velocity, guidance, cat([part.unconditional for part in parts]))

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flowgrpo_fast.ops import Guidance, PreviewOutput, best_variance_subset, preview, top_bottom
-from flowgrpo_fast.recipe import Prune, Pruning
+from flowgrpo_fast.schedule.plan import Cut, Plan
 from flowgrpo_fast.types import FlowModel, PreviewScore
-
-Choice: TypeAlias = Literal["variance", "top_bottom", "random"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,77 +24,76 @@ class Candidates:
     velocity: Tensor  # [R, *S]
     guidance: Guidance | None
     coeffs: Tensor  # [T, 8]
-    step: int
+    step: int  # its row of the table
     x0_pred: Tensor | None  # [R, *S] what the step would jump to
     num_groups: int
     grid: tuple[int, ...] | None  # of packed latents
 
 
-def check_pool(part: Pruning, model: FlowModel) -> None:
+def check_cells(plan: Plan, model: FlowModel) -> None:
     """Refuses cells that do not tile the model's latents, before anything is sampled.
 
     Raises:
         ValueError: names the latents' size, or that they have none.
     """
-    if not isinstance(part, Prune) or part.score != "latents":
-        return
-    sides = (getattr(model, "latent_grid", None) or model.latent_shape[1:])[-2:]
-    if len(sides) < 2:
-        raise ValueError(
-            f"Prune.score is 'latents', but the model's are {list(model.latent_shape)}, which have no height and width "
-            "(a model with packed ones says its grid by latent_grid); use score='reward'"
-        )
-    if any(side % part.pool for side in sides):
-        raise ValueError(
-            f"Prune.pool is {part.pool}; it must divide the latents' height and width, {sides[0]} x {sides[1]}: "
-            f"set {math.gcd(*sides, part.pool)}, say"
-        )
+    for _, cut in plan.cuts:
+        if cut.score != "latents":
+            continue
+        sides = (model.latent_grid or model.latent_shape[1:])[-2:]
+        if len(sides) < 2:
+            raise ValueError(
+                f"Cuts.score is 'latents', but the model's are {list(model.latent_shape)}, which have no height and "
+                "width (a model with packed ones says its grid by latent_grid); use score='reward'"
+            )
+        if any(side % cut.pool for side in sides):
+            raise ValueError(
+                f"Cuts.pool is {cut.pool}; it must divide the latents' height and width, {sides[0]} x {sides[1]}: "
+                f"set {math.gcd(*sides, cut.pool)}, say"
+            )
 
 
-def survivors(seen: Candidates, size: int, part: Pruning, score: PreviewScore | None) -> Tensor:
+def survivors(seen: Candidates, cut: Cut, score: PreviewScore | None) -> Tensor:
     """The rows `[P * size]` int64 that go on.
 
     Raises:
         ValueError: scoring by reward without `score`, or scores of a wrong shape.
     """
-    assert isinstance(part, Prune)
     group_size = len(seen.latents) // seen.num_groups
-    if part.score == "latents":
+    if cut.score == "latents":
         pooled = preview(
             seen.latents,
             seen.velocity,
             seen.coeffs,
             seen.step,
-            part.pool,
+            cut.pool,
             seen.guidance,
             seen.grid,
             group_size,
         )
         assert isinstance(pooled, PreviewOutput)
-        return group_rows(spread_subset(pooled.gram, size), group_size)
+        return group_rows(spread_subset(pooled.gram, cut.size), group_size)
     if score is None or seen.x0_pred is None:
         raise ValueError(
-            "Prune.score is 'reward', but the rollout was given no score; use 'latents' or pass one"
+            "Cuts.score is 'reward', but the rollout was given no score; use 'latents' or pass one"
         )
     scores = score(seen.x0_pred)
     if scores.shape != (len(seen.latents),):
         raise ValueError(f"a preview's scores have shape {list(scores.shape)}, must be [{len(seen.latents)}]")
-    return choose(scores.view(seen.num_groups, group_size), size, part.select)
+    return choose(scores.view(seen.num_groups, group_size), cut.size, cut.select)
 
 
-def choose(scores: Tensor, size: int, select: Choice) -> Tensor:
+def choose(scores: Tensor, size: int, select: str) -> Tensor:
     """The rows `[P * size]` int64 of the batch that a selection by scores `[P, G]` fp32 leaves, in order.
 
     "variance": the subset of maximal variance (Pro-GRPO); "top_bottom": half the best, half the worst, an odd one to
     the best; "random": the first, for seeds are drawn at random.
     """
-    match select:
-        case "variance":
-            members = best_variance_subset(scores, size)
-        case "top_bottom":
-            members = top_bottom(scores, size - size // 2, size // 2)
-        case "random":
-            members = torch.arange(size, device=scores.device).expand(len(scores), -1)
+    if select == "variance":
+        members = best_variance_subset(scores, size)
+    elif select == "top_bottom":
+        members = top_bottom(scores, size - size // 2, size // 2)
+    else:
+        members = torch.arange(size, device=scores.device).expand(len(scores), -1)
     return group_rows(members, scores.shape[1])
 
 

@@ -2,9 +2,9 @@
 
     checkpoints/step_000120/model.safetensors     the trained module; of a LoRA run, in its place
                             pytorch_lora_weights.safetensors   the adapter, as diffusers and peft load it
-                            average.safetensors   the moving average, where the recipe has one, alike
-                            old.safetensors       the policy that samples, where the loss keeps one, alike
+                            <name>.safetensors    every snapshot that moves, alike: average, old, ...
                             optimizer.pt          AdamW's state
+                            memory.pt             what the experience keeps, such as a replay buffer
                             state.json            counters
 
 Noise is a function of (seed, step), so there is no random state to save.
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from flowgrpo_fast.models.adapters import ADAPTER_FILE, has_adapter, load_adapter, save_adapter
-from flowgrpo_fast.training.engine import Engine, sync_weights
+from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.snapshots import Snapshot, trained_parameters
 
 _KEEP = 2  # finished checkpoints; the older one survives whatever happens to the newer
@@ -67,15 +67,26 @@ def _write(engine: Engine, folder: Path) -> None:
         save_adapter(module, folder / ADAPTER_FILE)
     else:
         save_model(module, str(folder / "model.safetensors"))
-    if engine.averaged is not None:
-        _save_snapshot(engine.averaged, folder / "average.safetensors")
-    if engine.old is not None:
-        _save_snapshot(engine.old, folder / "old.safetensors")
-    torch.save(engine.optimizer.state_dict(), folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps({"step": engine.step, "num_updates": engine.num_updates}))
+    learner = engine.learner
+    for name, snapshot in moving(engine).items():
+        _save_snapshot(snapshot, folder / f"{name}.safetensors")
+    torch.save(learner.optimizer.state_dict(), folder / "optimizer.pt")
+    if engine.stage.memory:
+        torch.save(engine.stage.memory, folder / "memory.pt")
+    (folder / "state.json").write_text(json.dumps({"step": engine.step, "num_updates": learner.num_updates}))
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+
+
+def moving(engine: Engine) -> dict[str, Snapshot]:
+    """The snapshots that a checkpoint holds: those whose rule moves them."""
+    learner = engine.learner
+    return {
+        name: snapshot
+        for name, snapshot in learner.snapshots.items()
+        if learner.rules[name].moves and isinstance(snapshot, Snapshot)
+    }
 
 
 def _save_snapshot(snapshot: Snapshot, file: Path) -> None:
@@ -127,14 +138,17 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
     """
     try:
         _load_trained(engine, folder)
-        if engine.averaged is not None:
-            _load_snapshot(engine.averaged, folder / "average.safetensors")
-        if engine.old is not None:
-            _load_snapshot(engine.old, folder / "old.safetensors")
+        learner = engine.learner
+        for name, snapshot in moving(engine).items():
+            _load_snapshot(snapshot, folder / f"{name}.safetensors")
         state = torch.load(folder / "optimizer.pt", map_location=engine.device, weights_only=True)
-        engine.optimizer.load_state_dict(state)
+        learner.optimizer.load_state_dict(state)
+        if (folder / "memory.pt").exists():
+            memory = torch.load(folder / "memory.pt", map_location="cpu", weights_only=True)
+            engine.stage.memory.clear()
+            engine.stage.memory.update(memory)
         counters = json.loads((folder / "state.json").read_text())
-        engine.step, engine.num_updates = int(counters["step"]), int(counters["num_updates"])
-        sync_weights(engine)
+        engine.step, learner.num_updates = int(counters["step"]), int(counters["num_updates"])
+        engine.refresh()
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"{str(folder)!r} is not a checkpoint of this recipe: {error}") from error

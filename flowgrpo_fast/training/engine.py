@@ -1,48 +1,39 @@
-"""The state of a run: the model, its optimiser, its prompts, and what scores it."""
+"""The state of a run: its learners, the stage on which samples are made, and who judges them."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flowgrpo_fast.checks import require
+from flowgrpo_fast.experience.experience import Stage
 from flowgrpo_fast.models.adapters import has_adapter
-from flowgrpo_fast.precision import (
-    LowPrecisionModel,
-    build_low_precision,
-    check_masters,
-    check_recipe,
-    check_training_precision,
-)
-from flowgrpo_fast.recipe import NFT, LoRA, LowPrecision, Recipe, Scouts
-from flowgrpo_fast.recipe_io import resolve
-from flowgrpo_fast.rewards.workers import RewardWorkers
+from flowgrpo_fast.models.loading import load_model
+from flowgrpo_fast.models.network import ModelSetup
+from flowgrpo_fast.names import resolve
+from flowgrpo_fast.objectives.snapshots import SnapshotRule
+from flowgrpo_fast.precision import LowPrecisionModel, check_masters, check_training_precision
+from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.rewards.judges import Judge
+from flowgrpo_fast.rewards.scoring import Scorer
+from flowgrpo_fast.rewards.terms import Seen
 from flowgrpo_fast.sampling.graphs import Graphs
-from flowgrpo_fast.sampling.prune import check_pool
-from flowgrpo_fast.training.snapshots import Snapshot, Through, WithoutAdapter, trained_parameters
-from flowgrpo_fast.types import Conditioning, FlowModel, RewardFunction
-
-
-class Judge(Protocol):
-    """An independent reader of the samples that training never sees."""
-
-    def correct(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Which images `[B, C, H, W]` show what their prompt asks for, `[B]` bool."""
-        ...
-
-
-class PromptRows(Protocol):
-    """Conditioning of a set of prompts: a `Conditioning`, or what reads one from disk."""
-
-    def rows(self, index: Tensor) -> Conditioning:
-        """Rows `index [B]` (int64), on the index's device."""
-        ...
+from flowgrpo_fast.sampling.policy import Policy
+from flowgrpo_fast.sampling.prune import check_cells
+from flowgrpo_fast.sampling.walk import Sampler
+from flowgrpo_fast.training.learner import Learner
+from flowgrpo_fast.training.snapshots import (
+    Snapshot,
+    Through,
+    View,
+    WithoutAdapter,
+    load_weights,
+    trained_parameters,
+)
+from flowgrpo_fast.types import FlowModel, PromptSet
 
 
 @dataclass(slots=True)
@@ -51,192 +42,199 @@ class Engine:
 
     recipe: Recipe
     model: FlowModel
-    prompts: tuple[str, ...]
-    conditioning: PromptRows  # of all prompts, encoded once
-    rewards: tuple[RewardFunction, ...]
+    prompts: PromptSet
+    stage: Stage
+    learners: tuple[Learner, ...]
     judge: Judge | None
-    optimizer: torch.optim.Optimizer
-    reference: FlowModel | None  # the start weights, where the loss has a KL
-    averaged: Snapshot | None  # the moving average, where the recipe has one
-    old: Snapshot | None  # the policy that samples, where the loss keeps it apart from the trained one
     device: torch.device
+    copies: tuple[LowPrecisionModel, ...]  # that follow the policy that samples
     step: int = 0  # finished training steps
-    num_updates: int = 0  # finished optimiser steps
-    low_precision: LowPrecisionModel | None = None  # what steps without a log-prob run
-    scouts: LowPrecisionModel | None = None  # what scouts run; the same copy where the recipe says the same
-    graphs: Graphs | None = None  # captured rollout steps
-    workers: RewardWorkers | None = None  # where a reward runs elsewhere
-    _views: dict[int, FlowModel] = field(default_factory=dict)  # one each: captured steps know a model by it
 
     @property
     def seq_len(self) -> int | None:
         """Image tokens of a sample, where the model says so; a dynamic shift needs them."""
-        return getattr(self.model, "image_seq_len", None)
+        return self.model.image_seq_len
+
+    @property
+    def learner(self) -> Learner:
+        """The one that trains the generator."""
+        return self.learners[0]
 
     @property
     def sampled(self) -> FlowModel:
         """The policy that training samples come from."""
-        return self.old or self.model
+        return self._sampling_snapshot or self.model
 
     @property
-    def outside(self) -> FlowModel:
-        """That policy at the steps without a log-prob."""
-        return self._in_low_precision(self.low_precision)
+    def _sampling_snapshot(self) -> View | None:
+        """The snapshot that samples; None where that is the trained policy itself."""
+        return self.learner.snapshots.get(self.recipe.requires.sampled_by)
 
     @property
-    def scout(self) -> FlowModel:
-        """That policy where it only ranks seeds."""
-        return self._in_low_precision(self.scouts)
+    def evaluated(self) -> Policy:
+        """The policy that evaluation samples from and that the user takes home."""
+        return self.learner.policy.of(self.learner.snapshots.get("average", self.model))
 
-    def _in_low_precision(self, copy: LowPrecisionModel | None) -> FlowModel:
-        if copy is None:
-            return self.sampled
-        if self.old is None:
-            return copy.model
-        return self._views.setdefault(id(copy), Through(self.old, copy.model))
+    def refresh(self) -> None:
+        """Brings copies in low precision up to the policy that samples, in place; all else shares its weights."""
+        snapshot = self._sampling_snapshot
+        with snapshot.changed() if snapshot is not None else nullcontext():
+            for copy in self.copies:
+                copy.refresh()
 
     def close(self) -> None:
         """Ends what runs beside the run."""
-        if self.workers is not None:
-            self.workers.close()
-
-    @property
-    def evaluated(self) -> FlowModel:
-        """The model that evaluation samples from and that the user takes home."""
-        return self.averaged or self.model
+        self.stage.scorer.close()
 
 
 def build_engine(recipe: Recipe, device: torch.device) -> Engine:
-    """Loads model, prompts, rewards and judge as the recipe's task names them.
+    """Loads model, prompts, rewards and judge as the recipe names them.
 
     Raises:
         ValueError: a name that does not resolve, an empty prompt file, or what the model cannot be.
     """
-    check_recipe(recipe)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # also for what asks for the current one: torch, rewards
-    check_training_precision(recipe, device)
-    task, part = recipe.task, recipe.rollout_precision
-    prompts = tuple(_read_lines(task.prompts, "prompt") if task.prompts else _own_prompts(task.model))
-    rewards = tuple(_function(term.function, "reward") for term in task.rewards)
-    judge = _function(task.judge, "judge") if task.judge else None
-    model = load_model(recipe, device)
-    check_pool(recipe.prune, model)
+    task, machine = recipe.task, recipe.machine
+    require(not recipe.requires.incomplete, recipe.requires.incomplete)
+    check_training_precision(machine.precision, device)
+    judge = resolve(task.judge) if task.judge else None
+    require(
+        judge is None or callable(judge),
+        f"judge {task.judge!r} is a {type(judge).__name__}, which cannot be called",
+    )
+    setup = ModelSetup(network=recipe.network, precision=machine.precision, seed=recipe.seed)
+    for term in task.rewards:
+        term.resolve()  # a name that is not there is found before anything is loaded
+    model = load_model(task.model, device, setup)
+    prompts = recipe.data.load(model.own_prompts())
+    _check_metadata(recipe, prompts)
+    check_cells(recipe.plan(0, model.image_seq_len), model)
     check_masters(model.module)
     model.module.eval()  # no dropout: rollout and replay must agree to the bit
     with torch.no_grad():
-        conditioning = _encode(model, prompts, task.images)
-    low_precision = build_low_precision(model, part) if isinstance(part, LowPrecision) else None
-    scouts, tried = None, recipe.explore.precision if isinstance(recipe.explore, Scouts) else None
-    if isinstance(tried, LowPrecision):
-        scouts = low_precision if tried == part else build_low_precision(model, tried)
-    optimizer = torch.optim.AdamW(
-        trained_parameters(model.module),
-        lr=recipe.optimizer.lr,
-        betas=recipe.optimizer.betas,
-        weight_decay=recipe.optimizer.weight_decay,
-        fused=True,
+        conditioning = model.prompt_rows(list(prompts.prompts), list(prompts.images))
+    low_precision = machine.rollout_precision.build(model)
+    scouting = recipe.experience.scout_precision
+    scouts = None
+    if scouting is not None:
+        scouts = low_precision if scouting == machine.rollout_precision else scouting.build(model)
+    scorer = Scorer(task.rewards, model.decode, device, task.reward_processes)
+    learner = _learner(recipe, model, scorer)
+    if recipe.requires.reward_gradient:
+        _check_gradient(learner, prompts, device)
+    sampled = learner.snapshots.get(recipe.requires.sampled_by)
+    policy, graphs = learner.policy.of(sampled or model), Graphs() if machine.graphs else None
+
+    def in_low_precision(copy: LowPrecisionModel | None) -> Policy:
+        if copy is None:
+            return policy
+        return policy.of(copy.model if sampled is None else Through(sampled, copy.model))
+
+    sampler = Sampler(
+        policy=policy,
+        forwards=recipe.forwards,
+        outside=in_low_precision(low_precision),
+        graphs=graphs,
+        keeps_unconditional=machine.reuse_unconditional and recipe.objective.requires.log_probs,
+        keeps_next=recipe.requires.log_probs,
     )
+    stage = Stage(
+        sampler=sampler,
+        scout=replace(
+            sampler, policy=in_low_precision(scouts) if scouting is not None else policy, outside=None
+        ),
+        prompts=prompts,
+        conditioning=conditioning,
+        scorer=scorer,
+        group_size=recipe.group_size,
+        num_steps=recipe.sigmas.num_inference_steps,
+        plan=lambda step: recipe.plan(step, model.image_seq_len),
+        ode=lambda num_steps, group_size: recipe.scout_plan(num_steps, group_size, model.image_seq_len),
+        prompts_per_chunk=machine.prompts_per_chunk,
+    )
+    copies = [copy for copy in (low_precision, scouts) if copy is not None]
     return Engine(
         recipe=recipe,
         model=model,
         prompts=prompts,
-        conditioning=conditioning,
-        rewards=rewards,
+        stage=stage,
+        learners=(learner,),
         judge=judge() if judge else None,
-        optimizer=optimizer,
-        reference=_start_of(model, recipe) if recipe.loss.kl_beta > 0 else None,
-        averaged=Snapshot(model) if recipe.optimizer.ema_decay > 0 else None,
-        old=Snapshot(model) if isinstance(recipe.loss, NFT) else None,
         device=device,
-        low_precision=low_precision,
-        scouts=scouts,
-        graphs=Graphs() if recipe.graphs else None,
-        workers=RewardWorkers(task.reward_processes)
-        if any(t.where != "here" for t in task.rewards)
-        else None,
+        copies=tuple(dict.fromkeys(copies)),
     )
 
 
-def sync_weights(engine: Engine) -> None:
-    """Brings copies in low precision up to the policy that samples, in place; all else shares its weights."""
-    copies = [engine.low_precision, engine.scouts if engine.scouts is not engine.low_precision else None]
-    with engine.old.swapped_in() if engine.old else nullcontext():
-        for copy in copies:
-            if copy is not None:
-                copy.refresh()
+def _check_metadata(recipe: Recipe, prompts: PromptSet) -> None:
+    """Refuses a prompt whose metadata a part could not read, before a step far into the run meets it."""
+    for name, known in recipe.requires.metadata.items():
+        for prompt, entry in zip(prompts.prompts, prompts.metadata, strict=True):
+            require(
+                str(entry.get(name, "")) in known,
+                f"the prompt {prompt!r} has {name} = {entry.get(name, '')!r} in its metadata; "
+                f"{type(recipe.objective).__name__} knows {', '.join(map(repr, known))}: name one of them in its line "
+                "of the prompt file (.jsonl)",
+            )
 
 
-def load_model(recipe: Recipe, device: torch.device) -> FlowModel:
-    """The model of `recipe.task.model`.
-
-    `sd3` is `flowgrpo_fast.models.sd3:load`; `package.module:function` is taken as it stands. A loader takes the
-    device, and the recipe where it reads one.
-    """
-    loader = _model_part(recipe.task.model, "load")
-    model: FlowModel = loader(*(device, recipe)[: len(inspect.signature(loader).parameters)])
-    return model
-
-
-def _start_of(model: FlowModel, recipe: Recipe) -> FlowModel:
-    """The start weights: a fresh adapter's are the base alone."""
-    train = recipe.network.train
-    fresh = has_adapter(model.module) and isinstance(train, LoRA) and not train.path
-    return WithoutAdapter(model) if fresh else Snapshot(model)
+def _check_gradient(learner: Learner, prompts: PromptSet, device: torch.device) -> None:
+    """Asks for one reward's gradient: a decoder or a reward without one is refused before anything is sampled."""
+    assert learner.reward_gradient is not None
+    model = learner.policy.model
+    x0 = torch.zeros(1, *model.latent_shape, device=device, requires_grad=True)
+    rewards = learner.reward_gradient(x0, prompts.part(slice(0, 1)))
+    (gradient,) = torch.autograd.grad(rewards.sum(), x0, allow_unused=True)
+    require(
+        gradient is not None,
+        f"the rewards' gradient does not reach the latents; {model.family()}'s decode_with_grad and every "
+        "differentiable reward must compute in torch, without no_grad, detach and numpy",
+    )
 
 
-def _encode(model: FlowModel, prompts: tuple[str, ...], images: str) -> PromptRows:
-    """All prompts' conditioning: in memory, or on disk where the model keeps it there."""
-    arguments: dict[str, Any] = {"images": _source_images(model, prompts, images)} if images else {}
-    on_disk: Callable[..., PromptRows | None] | None = getattr(model, "on_disk", None)
-    stored = on_disk(list(prompts), **arguments) if on_disk else None
-    return stored or model.encode(list(prompts), **arguments)
+def _learner(recipe: Recipe, model: FlowModel, scorer: Scorer) -> Learner:
+    """Optimiser and snapshots of the generator."""
 
-
-def _source_images(model: FlowModel, prompts: tuple[str, ...], images: str) -> list[Path]:
-    if "images" not in inspect.signature(model.encode).parameters:
-        raise ValueError(f"task.images is {images!r}; this model takes prompts alone")
-    paths = [Path(images).parent / line for line in _read_lines(images, "image")]
-    if len(paths) != len(prompts):
-        raise ValueError(
-            f"{images!r} names {len(paths)} images for {len(prompts)} prompts; give one for each"
+    def reward_gradient(x0: Tensor, asked: PromptSet) -> Tensor:
+        seen = Seen(
+            images=model.decode_with_grad(x0),
+            prompts=list(asked.prompts),
+            metadata=list(asked.metadata),
+            source_images=list(asked.images) if asked.images else None,
+            group=torch.arange(len(asked), device=x0.device),
+            latents=x0,
+            num_groups=len(asked),
         )
-    return paths
+        return scorer.with_gradient(seen)
+
+    part, machine = recipe.optimizer, recipe.machine
+    optimizer = torch.optim.AdamW(
+        trained_parameters(model.module),
+        lr=part.lr,
+        betas=part.betas,
+        weight_decay=part.weight_decay,
+        fused=True,
+    )
+    return Learner(
+        policy=Policy(model, recipe.guidance_scale, machine.precision),
+        objective=recipe.objective,
+        optimizer=optimizer,
+        max_grad_norm=part.max_grad_norm,
+        updates_per_step=part.num_updates,
+        rows=recipe.rollout_rows,
+        replay_rows=machine.replay_rows,
+        steps_per_forward=machine.steps_per_forward,
+        reward_gradient=reward_gradient,
+        snapshots={name: _snapshot(recipe, model, name, rule) for name, rule in recipe.snapshots.items()},
+        rules=recipe.snapshots,
+    )
 
 
-def _own_prompts(name: str) -> list[str]:
-    try:
-        own = _model_part(name, "prompts")
-    except ValueError as error:
-        if "has no 'prompts'" not in str(error):
-            raise
-        raise ValueError(
-            f"{name} brings no prompts of its own; set task.prompts to a text file, one prompt a line"
-        ) from None
-    prompts: list[str] = own()
-    return prompts
-
-
-def _model_part(name: str, part: str) -> Callable[..., Any]:
-    if ":" in name:
-        module, _, function = name.partition(":")
-        return resolve(f"{module}:{function if part == 'load' else part}")
-    return resolve(f"flowgrpo_fast.models.{name}:{part}")
-
-
-def _function(path: str, what: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = resolve(path)
-    if not callable(found):
-        raise ValueError(f"{what} {path!r} is a {type(found).__name__}, which cannot be called")
-    return found
-
-
-def _read_lines(path: str, what: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise ValueError(f"cannot read {what}s from {path!r}: {error.strerror}") from None
-    kept = [line for line in lines if line]
-    if not kept:
-        raise ValueError(f"{path!r} holds no {what}; write one a line")
-    return kept
+def _snapshot(recipe: Recipe, model: FlowModel, name: str, rule: SnapshotRule) -> View:
+    """The model under other weights; the start of a fresh adapter is the base alone, for no memory at all."""
+    if name == "start" and has_adapter(model.module) and recipe.network.train.starts_from_base:
+        return WithoutAdapter(model)
+    snapshot = Snapshot(model)
+    if rule.path:
+        load_weights(snapshot, rule.path)
+    return snapshot

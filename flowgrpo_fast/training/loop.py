@@ -8,20 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from flowgrpo_fast.credit.advantages import assign_credit
-from flowgrpo_fast.recipe import NFT, ClippedRatio
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import Schedule, ode_schedule, resolve_schedule
-from flowgrpo_fast.training.draws import draw, draw_eval, draw_step_positions
-from flowgrpo_fast.training.engine import Engine, sync_weights
-from flowgrpo_fast.training.explore import explore, scout_metrics
-from flowgrpo_fast.training.sample import sample_and_score
-from flowgrpo_fast.training.score import collect, score_images, start_scoring
+from flowgrpo_fast.credit.chain import assign
+from flowgrpo_fast.data.draws import draw
+from flowgrpo_fast.objectives.snapshots import Moment
+from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.self_test import ratio_self_test
 from flowgrpo_fast.training.update import update
-from flowgrpo_fast.types import Draws, RewardOutput, TrainBatch, Trajectory
+from flowgrpo_fast.types import Batch, Choices, Scored
 
 _MAX_IDLE_STEPS = 20  # consecutive steps in which no group teaches anything
 
@@ -43,32 +37,38 @@ class StepReport:
 
 
 def train_step(engine: Engine) -> StepReport:
-    """Scouts, rollout, rewards, credit, update: one iteration of the recipe."""
-    recipe, report = engine.recipe, StepReport(step=engine.step + 1)
-    with report.phase("explore"):
-        drawn = draw(recipe, len(engine.prompts), engine.step, engine.device)
-        explored = explore(engine, drawn)
+    """Rollout, rewards, credit, update: one iteration of the recipe."""
+    recipe, stage, report = engine.recipe, engine.stage, StepReport(step=engine.step + 1)
     with report.phase("rollout"):
-        schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
-        if explored.finished is not None:
-            trajectory, scorings = explored.finished, [start_scoring(engine, explored.finished)]
-        else:
-            trajectory, scorings = sample_and_score(engine, explored.draws, schedule)
+        draws = draw(
+            recipe.data.draw(engine.step, recipe.seed, recipe.num_prompts, len(engine.prompts)),
+            step=engine.step,
+            seed=recipe.seed,
+            num_drawn=recipe.num_drawn,
+            share_start=recipe.topology.shares_start,
+            device=engine.device,
+        )
+        gathered = recipe.experience.collect(stage, draws, engine.step)
     with report.phase("reward"):
-        rewards = collect(scorings)
-        report.metrics |= reward_metrics(rewards, trajectory.draws) | scout_metrics(explored, rewards.total)
+        scored = gathered.scored()
+        report.metrics |= reward_metrics(scored) | gathered.measures(scored.scores)
+        recipe.experience.settle(stage, scored, engine.step)
     with report.phase("credit"):
-        batch = make_batch(engine, trajectory, rewards, schedule)
-        report.metrics["idle_groups"] = 1 - sum(batch.live) / len(batch.live)
-    if engine.step == 0 and isinstance(recipe.loss, ClippedRatio):
+        batch = make_batch(engine, scored)
+        report.metrics["idle_groups"] = 1 - float(batch.live.mean())
+    if engine.step == 0 and recipe.objective.requires.log_probs:
         with report.phase("self_test"):
-            report.metrics["ratio_self_test"] = ratio_self_test(engine, batch)
+            report.metrics["ratio_self_test"] = ratio_self_test(
+                engine.learner, batch, recipe.machine.max_ratio_error
+            )
     with report.phase("update"):
-        report.metrics |= update(engine, batch)
-        sync_weights(engine)
-    report.metrics["network_evaluations"] += explored.evaluations
-    if schedule.kept:
-        report.metrics["window_start"] = float(schedule.kept[0])
+        for learner in engine.learners:
+            report.metrics |= update(learner, batch)
+            moment = Moment(engine.step + 1, learner.num_updates, True, report.metrics)
+            learner.follow(moment)
+        engine.refresh()  # copies in low precision, in place: captured graphs stay valid
+    if batch.samples.plan.kept:
+        report.metrics["window_start"] = float(batch.samples.plan.steps[batch.samples.plan.kept[0]].step)
     engine.step += 1
     return report
 
@@ -91,79 +91,34 @@ def train(engine: Engine, on_step: Callable[[StepReport], None], stop: Callable[
             )
 
 
-def make_batch(
-    engine: Engine,
-    trajectory: Trajectory,
-    rewards: RewardOutput,
-    schedule: Schedule,
-) -> TrainBatch:
-    """Joins a trajectory with its credit and with the steps each sample trains on."""
-    recipe = engine.recipe
-    draws = trajectory.draws
-    advantages, weight = assign_credit(
-        rewards, draws.group_id, recipe.credit, recipe.task.rewards, len(draws.prompt_index)
-    )
-    num_steps, num_trained = len(schedule.kept), schedule.num_trained
-    if isinstance(recipe.loss, NFT):
-        num_steps = len(trajectory.sigmas) - 1  # the rollout's own
-        num_trained = max(1, int(recipe.loss.fraction * num_steps))
-    position = draw_step_positions(recipe, num_steps, num_trained, engine.step)
-    return TrainBatch(
-        trajectory=trajectory,
-        conditioning=engine.conditioning.rows(draws.prompt_index[draws.group_id]),
-        advantages=advantages,
-        weight=weight,
-        step_position=position.to(engine.device),
-        live=tuple(value > 0 for value in weight.tolist()),
+def make_batch(engine: Engine, scored: Scored) -> Batch:
+    """Joins samples with their credit; which of them carry weight is read here, once, for the host to know."""
+    draws, credit = scored.samples.draws, assign(engine.recipe.credit, scored)
+    weight = credit.weight if credit.weight.ndim == 1 else credit.weight.amax(1)
+    num_samples = len(draws.group_id)
+    return Batch(
+        samples=scored.samples,
+        conditioning=engine.stage.conditioning.rows(draws.prompt_index[draws.group_id]),
+        credit=credit,
+        live=(weight > 0).cpu().numpy(),
+        choices=Choices(engine.recipe.seed, engine.step, slice(0, num_samples), num_samples),
+        prompts=engine.prompts.rows(draws.prompt_index[draws.group_id]),
     )
 
 
-def reward_metrics(rewards: RewardOutput, draws: Draws) -> dict[str, float]:
-    """Mean total and per-objective rewards, and the mean spread within a group."""
-    groups = rewards.total.view(len(draws.prompt_index), -1)
-    values = {"reward": rewards.total.mean(), "reward_group_std": groups.std(1, correction=0).mean()}
-    values |= {f"reward/{name}": reward.mean() for name, reward in rewards.objectives.items()}
+def reward_metrics(scored: Scored) -> dict[str, float]:
+    """Mean total and per-objective rewards, and the mean spread within a group, of the samples that have a score."""
+    scores, num_groups = scored.scores, scored.samples.num_prompts
+    groups = scores.total.view(num_groups, -1)
+    if scores.valid is None:
+        spread = groups.std(1, correction=0)
+    else:
+        here = scores.valid.view(num_groups, -1)
+        num = here.sum(1, keepdim=True).clamp(min=1)
+        centred = (groups - groups.where(here, 0.0).sum(1, keepdim=True) / num).where(here, 0.0)
+        spread = (centred.square().sum(1) / num[:, 0]).sqrt()
+    values = {"reward": scores.mean(scores.total), "reward_group_std": spread.mean()}
+    values |= {f"reward/{name}": scores.mean(reward) for name, reward in scores.objectives.items()}
+    if scores.valid is not None:
+        values["unscored"] = 1 - scores.valid.float().mean()
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-
-
-def diversity(images: Tensor, prompt_index: Tensor) -> float:
-    """Standard deviation over the samples of one prompt, averaged over pixels and prompts.
-
-    `images [N, C, H, W]`, `prompt_index [N]`. Prompts with one sample are left out; 0 if all have one.
-    """
-    spreads = [
-        images[prompt_index == prompt].std(0, correction=0).mean()
-        for prompt, count in zip(*prompt_index.unique(return_counts=True), strict=True)
-        if count > 1
-    ]
-    return float(torch.stack(spreads).mean()) if spreads else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """A deterministic look at the model: always the same prompts and start noise."""
-
-    images: Tensor  # [N, C, H, W]
-    prompts: list[str]
-    correct: Tensor | None  # [N] bool, the judge's reading
-    metrics: dict[str, float]
-
-
-def evaluate(engine: Engine) -> Evaluation:
-    """Samples with the Euler ODE and lets the rewards and the judge read the result."""
-    recipe = engine.recipe
-    draws = draw_eval(len(engine.prompts), recipe.task.num_eval_samples, engine.device)
-    conditioning = engine.conditioning.rows(draws.prompt_index)
-    schedule = ode_schedule(recipe.sigmas, engine.seq_len)
-    trajectory = rollout(engine.evaluated, conditioning, draws, schedule, recipe)
-    with torch.no_grad():
-        images = engine.model.decode(trajectory.x0)
-    prompts = [engine.prompts[i] for i in draws.prompt_index.tolist()]
-    rewards = score_images(engine, images, prompts)
-    metrics = {"eval/reward": float(rewards.total.mean())}
-    metrics |= {f"eval/{name}": float(value.mean()) for name, value in rewards.objectives.items()}
-    metrics["eval/diversity"] = diversity(images, draws.prompt_index)
-    correct = None if engine.judge is None else engine.judge.correct(images, prompts)
-    if correct is not None:
-        metrics["eval/judge"] = float(correct.float().mean())
-    return Evaluation(images=images, prompts=prompts, correct=correct, metrics=metrics)

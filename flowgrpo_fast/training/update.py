@@ -1,205 +1,239 @@
-"""Replay or noise again, loss, backward, optimiser."""
+"""The update: points, measurements, loss, backward, optimiser. There is no branch on the method."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flowgrpo_fast.losses.clipped_ratio import LossTerms, clipped_ratio, drift_kl
-from flowgrpo_fast.losses.nft import NFTTerms, forward_process, nft, old_decay, optimality
-from flowgrpo_fast.recipe import NFT, ClippedRatio
-from flowgrpo_fast.sampling.sampler import replay
-from flowgrpo_fast.sampling.step import halves, predict, row_slices
-from flowgrpo_fast.training.engine import Engine
-from flowgrpo_fast.training.mismatch import Mismatch
-from flowgrpo_fast.types import FlowModel, TrainBatch, at_step
+from flowgrpo_fast.objectives.objective import Objective, Points, Stats, Terms
+from flowgrpo_fast.objectives.surrogates import PathLogProb
+from flowgrpo_fast.sampling.step import row_slices
+from flowgrpo_fast.training.learner import Counts, Learner, Networks, networks
+from flowgrpo_fast.types import Batch
+
+# The scalar that one micro-batch pulls the weights by: of column(s) k of the points, the point, its statistics.
+Pull = Callable[[Any, Any, Stats], Tensor]
 
 
 @dataclass(slots=True)
-class _Tally:
-    """Per-sample terms of one training step, kept on the device until its end."""
+class Tally:
+    """What a training step shows, kept on the device until its end."""
 
-    terms: list[LossTerms | NFTTerms] = field(default_factory=list)
-    on_policy_ratio: list[Tensor] = field(default_factory=list)  # before the first optimiser step
-    mismatch: Mismatch = field(default_factory=Mismatch)  # likewise
+    shown: dict[str, list[Tensor]] = field(default_factory=dict)
+    worst: dict[str, list[Tensor]] = field(default_factory=dict)
     grad_norm: list[Tensor] = field(default_factory=list)
-    backwards: int = 0  # rows that went back through the network
-    evaluations: int = 0  # rows that went through one
+    # Of the replays before the first optimiser step, whose true log-ratio is 0: the row of the table, and |log_ratio|.
+    first_rows: list[Tensor] = field(default_factory=list)
+    first_ratios: list[Tensor] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+
+    def show(self, terms: Terms) -> None:
+        """Takes what a loss shows."""
+        for into, values in ((self.shown, terms.shown), (self.worst, terms.worst)):
+            for name, value in values.items():
+                into.setdefault(name, []).append(value)
+
+    def add(self, objective: Objective, point: Any, stats: Stats, terms: Terms | None) -> None:
+        """One micro-batch; before the first optimiser step its log-ratios, too."""
+        if terms is not None:
+            self.show(terms)
+        log_ratio = None if self.grad_norm else objective.log_ratio(stats)
+        if log_ratio is not None and point.row is not None:
+            self.first_rows.append(point.row)
+            self.first_ratios.append(log_ratio.detach())
+
+    def metrics(self, batch: Batch) -> dict[str, float]:
+        """Means over all trained edges; the one place where the device is asked for numbers."""
+        values = {name: torch.cat(parts).mean() for name, parts in self.shown.items()}
+        values |= {name: torch.cat(parts).max() for name, parts in self.worst.items()}
+        if self.grad_norm:
+            values["grad_norm"] = torch.stack(self.grad_norm).mean()
+        if self.first_ratios:
+            values |= self._mismatch(batch)
+        numbers = torch.stack([value.float() for value in values.values()]).tolist() if values else []
+        named = dict(zip(values, numbers, strict=True))
+        named["network_evaluations"] = float(batch.samples.evaluations + self.counts.evaluations)
+        named["network_backwards"] = float(self.counts.backwards)
+        return named
+
+    def _mismatch(self, batch: Batch) -> dict[str, Tensor]:
+        """How far the replay's log-probs lie from the rollout's, by step of the schedule."""
+        row, log_ratio = torch.cat(self.first_rows), torch.cat(self.first_ratios)
+        delta, zeros = log_ratio.abs(), log_ratio.new_zeros(len(batch.samples.coeffs))
+        largest = zeros.scatter_reduce(0, row, delta, "amax")
+        count = zeros.index_add(0, row, torch.ones_like(delta))
+        mean = zeros.index_add(0, row, delta) / count.clamp(min=1)
+        plan = batch.samples.plan
+        kept = sorted({int(r) for place in plan.kept for r in plan.steps[place].kept_rows})
+        values = {"first_ratio_error": (torch.exp(log_ratio) - 1).abs().max()}
+        values |= {"delta_log_prob_max": delta.max(), "delta_log_prob_mean": delta.mean()}
+        values |= {f"delta_log_prob_max/step_{plan.starts[r]}": largest[r] for r in kept}
+        return values | {f"delta_log_prob_mean/step_{plan.starts[r]}": mean[r] for r in kept}
 
 
-def update(engine: Engine, batch: TrainBatch) -> dict[str, float]:
+def update(learner: Learner, batch: Batch) -> dict[str, float]:
     """One pass of optimiser steps over the batch, each on its own share of the samples.
 
-    Every trained step of a share is one forward and backward; gradients add up to one optimiser step.
+    Every point of a share is measured in micro-batches, each of which goes back through the network at once: memory is
+    that of one. Their gradients add up to one optimiser step.
     """
-    recipe, tally = engine.recipe, _Tally()
-    for share in row_slices(len(batch.advantages), recipe.rows_per_update):
-        if not accumulate_share(engine, batch, share, tally):
+    tally = Tally()
+    for rows in batch.shares(learner.updates_per_step):
+        if not batch.live[rows].any():
             continue  # every group of it had equal rewards
-        parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
-        tally.grad_norm.append(torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.max_grad_norm))
-        engine.optimizer.step()
-        engine.optimizer.zero_grad(set_to_none=True)
-        _average(engine)
+        accumulate(learner, batch.of_samples(rows), tally)
+        tally.grad_norm.append(learner.step())
         # What the rollout kept of guidance is of the weights before.
-        batch = replace(batch, trajectory=replace(batch.trajectory, unconditional=None))
-    if isinstance(recipe.loss, NFT):
-        assert engine.old is not None
-        engine.old.average(old_decay(recipe.loss, engine.step + 1))
-    return _metrics(tally, batch.trajectory.step_index) | _spent(batch, tally)
+        batch = batch.without_unconditional()
+    return tally.metrics(batch)
 
 
-def accumulate_share(engine: Engine, batch: TrainBatch, share: slice, tally: _Tally) -> bool:
-    """Adds the gradient of one share's loss; False if nothing in it carries weight.
+def accumulate(learner: Learner, share: Batch, tally: Tally) -> None:
+    """Adds the gradient of one optimiser step to the parameters' own."""
+    points, evaluator = learner.objective.points(share), networks(learner, share, tally.counts)
+    if learner.objective.couples:
+        share = replace(share, live=_live_groups(share))
+        pull = linearised(learner, share, points, evaluator, tally)
+    else:
+        pull = separable(learner.objective, share, points, tally)
+    for column, point in micro_batches(learner, share, points):
+        stats = learner.objective.measure(point, evaluator.at(point))
+        pull(column, point, stats).backward()
 
-    What carries weight is known on the host since the rewards were read: nothing here waits for the device.
+
+@torch.no_grad()
+def rescored(learner: Learner, batch: Batch) -> Batch:
+    """The batch with log-probs of the learner's own policy, for walks that another model, or precision, has sampled.
+
+    Costs a forward a kept step. Forwards are those of the rollout, so a replay by this policy has ratio 1.
     """
-    num_trained = batch.step_position.shape[1]
-    total = batch.weight[share].sum() * num_trained
-    for turn in range(num_trained):
-        size = samples_per_row(engine, batch, turn)
-        for rows in micro_batch_slices(engine, share, size):
-            if not _any_live(batch, rows):
+    batch = batch.without_unconditional()
+    evaluator = networks(learner, batch, Counts())
+    transitions = []
+    step: Any
+    for step in batch.samples.transitions:
+        pieces = [step.heads(rows) for rows in row_slices(step.num_heads, learner.rows_at(step))]
+        scored = [PathLogProb().measure(piece, evaluator.at(piece), ())["log_prob"] for piece in pieces]
+        transitions.append(replace(step, log_prob=torch.cat(scored)))
+    return replace(batch, samples=replace(batch.samples, transitions=tuple(transitions)))
+
+
+def micro_batches(learner: Learner, share: Batch, points: Points) -> Iterator[tuple[int | Tensor, Any]]:
+    """Every point in parts that go through the network at once, with the number(s) of its place among the points.
+
+    Parts in which no sample carries weight are passed over, which the host knows since the rewards were read. With
+    `steps_per_forward` several points of one expert stand side by side, as many rows a forward as one had alone.
+    """
+    place = 0
+    while place < len(points):
+        point = points[place]
+        rows = learner.rows_at(point)
+        beside = [point]
+        if point.fan == 1 and point.num_heads == len(share):
+            expert = learner.policy.at(point.level).model
+            for other in range(place + 1, min(place + learner.steps_per_forward, len(points))):
+                following = points[other]
+                if following.fan > 1 or learner.policy.at(following.level).model is not expert:
+                    break
+                beside.append(following)
+            while rows % len(beside):
+                beside.pop()  # parts would not fill a forward evenly
+        num_beside = len(beside)
+        for part in row_slices(point.num_heads, rows // num_beside):
+            pieces = [one.heads(part) for one in beside]
+            if not share.live[pieces[0].samples_host].any():
                 continue
-            terms = loss_terms(engine, batch, rows, turn)
-            (terms.loss * batch.weight[rows]).sum().div(total).backward()
-            tally.terms.append(terms)
-            tally.backwards += (rows.stop - rows.start) // size
-            tally.evaluations += (rows.stop - rows.start) // size * _forwards(engine, batch)
-            if isinstance(terms, LossTerms) and not tally.grad_norm:
-                tally.on_policy_ratio.append(terms.ratio)
-                tally.mismatch.add(batch.step_position[rows, turn], terms.log_ratio)
-    return _any_live(batch, share)
+            if num_beside == 1:
+                yield place, pieces[0]
+            else:
+                columns = torch.arange(place, place + num_beside, device=point.samples.device)
+                yield columns.repeat_interleave(part.stop - part.start), point.side_by_side(pieces)
+        place += num_beside
 
 
-def _any_live(batch: TrainBatch, rows: slice) -> bool:
-    return any(batch.live[rows]) if batch.live else True
+def separable(objective: Objective, share: Batch, points: Points, tally: Tally) -> Pull:
+    """The pull of a loss that is taken edge by edge: its weighted mean over samples and their trained steps."""
+    credit, imported = share.credit, share.samples.weight
+    per_column = credit.weight.shape[1] if credit.weight.ndim > 1 else 1
+    total = credit.weight.sum() * points.per_sample
+    total = total if per_column == 1 else total / per_column
+
+    def pull(column: int | Tensor, point: Any, stats: Stats) -> Tensor:
+        terms = objective.loss(stats, _at(credit.advantages, point.samples[:, 0], column))
+        tally.add(objective, point, stats, terms)
+        loss = terms.loss.flatten(1).mean(1) if terms.loss.ndim > 1 else terms.loss
+        # An edge reads the credit of one sample and counts for all that are behind it, each as much as it weighs.
+        weight = _at(credit.weight, point.samples, column if isinstance(column, int) else column[:, None])
+        weight = weight if imported is None else weight * imported[point.samples]
+        return (loss * weight.sum(1)).sum().div(total)
+
+    return pull
 
 
-def samples_per_row(engine: Engine, batch: TrainBatch, turn: int) -> int:
-    """How many samples one row of the network serves at a turn: a group, where its first latents are the same."""
-    return engine.recipe.group_size if turn == 0 and batch.trajectory.shares_first else 1
+def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networks, tally: Tally) -> Pull:
+    """The pull of a loss that joins a sample's steps, or a group: its slope by every statistic, taken once.
 
-
-def micro_batch_slices(engine: Engine, share: slice, size: int = 1) -> list[slice]:
-    """The samples of each forward of a share: those of the rollout, unless the recipe asks for others."""
-    recipe = engine.recipe
-    rows = recipe.replay_rows or recipe.rollout_rows
-    num_samples = rows if size == 1 else recipe.prompts_per_forward(rows) * size
-    return [
-        slice(share.start + part.start, share.start + part.stop)
-        for part in row_slices(share.stop - share.start, num_samples)
-    ]
-
-
-def loss_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> LossTerms | NFTTerms:
-    """The loss of one micro-batch at each sample's `turn`-th trained step."""
-    match engine.recipe.loss:
-        case ClippedRatio():
-            return replay_terms(engine, batch, rows, turn)
-        case NFT():
-            return noised_terms(engine, batch, rows, turn)
-
-
-def replay_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> LossTerms:
-    """Stored transitions, scored again."""
-    recipe, trajectory = engine.recipe, batch.trajectory
-    assert isinstance(recipe.loss, ClippedRatio)
-    index = torch.arange(rows.start, rows.stop, device=engine.device)
-    position = batch.step_position[rows, turn]
-    size = samples_per_row(engine, batch, turn)
-    log_prob, drift = replay(
-        _at_turn(engine.model, batch, turn),
-        trajectory,
-        batch.conditioning.rows(rows),
-        rows,
-        position,
-        recipe,
-        None if engine.reference is None else _at_turn(engine.reference, batch, turn),
-        size,
-    )
-    old_log_prob = trajectory.log_prob[index, position]
-    kl = None
-    if drift is not None:
-        step_index = trajectory.step_index.to(engine.device, non_blocking=True)[position]
-        sigmas = trajectory.sigmas.to(engine.device, non_blocking=True)
-        kl = drift_kl(drift, trajectory.coeffs, sigmas, step_index)
-    return clipped_ratio(log_prob, old_log_prob, batch.advantages[rows], recipe.loss, kl)
-
-
-def _at_turn(model: FlowModel, batch: TrainBatch, turn: int) -> FlowModel:
-    """What of the model runs where all samples replay the same step; all of it where each has its own."""
-    trajectory = batch.trajectory
-    if batch.step_position.shape[1] < len(trajectory.step_index):
-        return model
-    return at_step(model, trajectory.sigmas, trajectory.step_index[turn])
-
-
-def noised_terms(engine: Engine, batch: TrainBatch, rows: slice, turn: int) -> NFTTerms:
-    """Finished samples, noised to one of the schedule's sigmas each."""
-    recipe, trajectory = engine.recipe, batch.trajectory
-    assert isinstance(recipe.loss, NFT)
-    assert engine.old is not None
-    step = batch.step_position[rows, turn].contiguous()
-    sigma = trajectory.coeffs[step, 0]
-    latents, target = forward_process(trajectory.x0[rows], trajectory.draws.seed[rows], sigma, step)
-
-    def velocity(model: FlowModel) -> Tensor:
-        return predict(model, latents, sigma, batch.conditioning.rows(rows), recipe)[0]
-
+    A first pass without gradient fills tables `[B, N]` of all statistics. Near the weights they were taken at the loss
+    is linear in them, so pulling each statistic by its slope gives the gradient of the whole, a micro-batch at a time.
+    Groups in which no sample carries weight are in no table: the loss sees the others, whole.
+    """
+    objective, credit = learner.objective, share.credit
+    tables: dict[str, Tensor] = {}
     with torch.no_grad():
-        old = velocity(engine.old)
-        reference = None if engine.reference is None else velocity(engine.reference)
-    clip = recipe.credit.clip
-    good = optimality(batch.advantages[rows], clip)
-    return nft(velocity(engine.model), old, target, sigma, good, recipe.loss, clip, reference)
+        for column, point in micro_batches(learner, share, points):
+            columns = column if isinstance(column, int) else column[:, None]
+            for name, values in objective.measure(point, evaluator.at(point)).items():
+                if name not in tables:
+                    tables[name] = values.new_zeros(len(share), len(points), *values.shape[1:])
+                wide = values[:, None].expand(point.samples.shape[:2] + values.shape[1:])
+                tables[name][point.samples, columns] = wide
+    weight = credit.weight if share.samples.weight is None else credit.weight * share.samples.weight
+    advantages, own = credit.advantages, tables
+    if not share.live.all():
+        rows = torch.from_numpy(np.flatnonzero(share.live)).to(weight.device, non_blocking=True)
+        weight, advantages = weight[rows], advantages[rows]
+        own = {name: values[rows] for name, values in tables.items()}
+    leaves = {name: values.requires_grad_() for name, values in own.items()}
+    terms = objective.loss(leaves, advantages)
+    mean = (terms.loss * weight).sum() / credit.weight.sum()
+    slopes = torch.autograd.grad(mean, list(leaves.values()), allow_unused=True)
+    slope_of = {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
+    if not share.live.all():
+        slope_of = {
+            name: torch.zeros_like(tables[name]).index_copy_(0, rows, slope)
+            for name, slope in slope_of.items()
+        }
+    tally.show(terms)
+
+    def pull(column: int | Tensor, point: Any, stats: Stats) -> Tensor:
+        tally.add(objective, point, stats, None)
+        columns = column if isinstance(column, int) else column[:, None]
+        pulls = [
+            (slope_of[name][point.samples, columns].sum(1) * values).sum()
+            for name, values in stats.items()
+            if name in slope_of and values.requires_grad
+        ]
+        return torch.stack(pulls).sum()
+
+    return pull
 
 
-def _average(engine: Engine) -> None:
-    engine.num_updates += 1
-    if engine.averaged is not None and engine.num_updates % engine.recipe.optimizer.ema_every == 0:
-        engine.averaged.average(engine.recipe.optimizer.ema_decay)
+def _live_groups(share: Batch) -> NDArray[np.bool_]:
+    """`[B]` host: which samples are of a group that carries weight; each by itself where a share splits groups."""
+    group_size = share.samples.plan.group_size
+    if len(share) % group_size:
+        return share.live
+    return share.live.reshape(-1, group_size).any(1).repeat(group_size)
 
 
-def _forwards(engine: Engine, batch: TrainBatch) -> int:
-    """Forwards of a row: both halves of guidance under every model, save the half that the rollout has left."""
-    models = 1 + (engine.old is not None) + (engine.reference is not None)
-    return models * halves(engine.recipe) - (batch.trajectory.unconditional is not None)
-
-
-def _spent(batch: TrainBatch, tally: _Tally) -> dict[str, float]:
-    """Rows times forwards through the network, of the rollout and the update; scouts are added by the loop."""
-    evaluations = batch.trajectory.evaluations + tally.evaluations
-    return {"network_evaluations": float(evaluations), "network_backwards": float(tally.backwards)}
-
-
-def _metrics(tally: _Tally, step_index: Tensor) -> dict[str, float]:
-    """Means over all trained samples and steps; the one place where the device is asked for numbers."""
-    if not tally.terms:
-        return {}
-    means = {
-        f.name: torch.cat([getattr(terms, f.name).detach() for terms in tally.terms]).mean()
-        for f in fields(tally.terms[0])
-        if f.name != "log_ratio"
-    }
-    values = {_SHOWN.get(name, name): mean for name, mean in means.items()}
-    values["grad_norm"] = torch.stack(tally.grad_norm).mean()
-    if tally.on_policy_ratio:
-        values["ratio_max"] = torch.stack(
-            [t.ratio.max() for t in tally.terms if isinstance(t, LossTerms)]
-        ).max()
-        values["first_ratio_error"] = (torch.cat(tally.on_policy_ratio) - 1).abs().max()
-    values |= tally.mismatch.values(step_index)
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-
-
-# Field of the terms -> name of the metric, where they differ.
-_SHOWN = {
-    "policy": "policy_loss",
-    "clipped": "clip_fraction",
-    "ratio": "ratio_mean",
-    "positive": "positive_loss",
-    "negative": "negative_loss",
-}
+def _at(values: Tensor, samples: Tensor, column: int | Tensor) -> Tensor:
+    """Credit of edges, by the samples `[E]` or `[E, m]` behind them, from `[B]`, `[B, K]` or `[B, K or 1, *region]`."""
+    if values.ndim == 1:
+        return values[samples]
+    return values[samples, column if values.shape[1] > 1 else 0]

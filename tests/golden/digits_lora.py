@@ -5,16 +5,11 @@ from __future__ import annotations
 import torch
 
 from flowgrpo_fast.models import digits
-from flowgrpo_fast.models.adapters import add_lora
-from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.models.network import ModelSetup
 
 
-def load(device: torch.device, recipe: Recipe) -> digits.DigitsModel:
-    model = digits.load(device)
+def load(device: torch.device, setup: ModelSetup) -> digits.DigitsModel:
+    model = digits.shipped(device)
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-    add_lora(model.transformer, recipe.network.train, targets, recipe.seed, "transformer")
+    setup.network.train.prepare(model.transformer, targets, setup.seed, "transformer")
     return model
-
-
-def prompts() -> list[str]:
-    return digits.prompts()

@@ -13,19 +13,43 @@ from flowgrpo_fast.recipes import RECIPES, digits
 NUM_STEPS = 6  # of training, of a named recipe
 NUM_STEPS_OF_VARIANTS = 3
 
-# Applied to all, in this order around what `FITTED` has: group sizes fall first, the schedule last.
-# The learning rate is five times that of the default job: clip ranges are then reached within the first steps.
-SMALL = ("num_prompts=2", "group_size=4", "optimizer.lr=0.0005", "task.judge=", "seed=0")
-SCHEDULE = ("sigmas.num_inference_steps=6",)
+# Applied to all, before what `FITTED` has. The learning rate is five times that of the default job: clip ranges are
+# then reached within the first steps.
+SMALL = (
+    *("num_prompts=2", "group_size=4", "optimizer.lr=0.0005", "task.judge=", "seed=0"),
+    "sigmas.num_inference_steps=6",
+)
 
 FITTED = {
-    "mix_grpo": ("window.size=2", "window.every=2"),  # moves on within the curve
-    "mix_grpo_flash": ("window.size=2", "window.every=2"),
-    "pro_grpo": ("prune.at=[2, 4]", "prune.sizes=[12, 8]"),
-    "pro_grpo_flash": ("prune.at=[2, 4]", "prune.sizes=[8, 6]"),
-    "sol_rl": ("explore.num_scouts=8", "explore.num_inference_steps=3", "optimizer.num_updates=1"),
-    "naive_scaling": ("explore.num_scouts=8", "explore.num_inference_steps=6", "optimizer.num_updates=1"),
-    "naive_quantized": ("explore.num_scouts=8", "explore.num_inference_steps=6", "optimizer.num_updates=1"),
+    "mix_grpo": ("topology.at.size=2", "topology.at.every=2"),  # moves on within the curve
+    "mix_grpo_flash": ("topology.at.size=2", "topology.at.every=2"),
+    "pro_grpo": ("topology.steps=[2, 4]", "topology.sizes=[12, 8]"),
+    "pro_grpo_flash": ("topology.steps=[2, 4]", "topology.sizes=[8, 6]"),
+    "tree_grpo": ("topology.at.size=2", "topology.at.every=2"),
+    "gcpo": ("objective.sizes=[2, 3]",),
+    "op_grpo": (
+        "topology.at.size=3",
+        "experience.num_early_steps=3",
+        "num_prompts=4",
+    ),  # prompts that come again
+    "awm": ("optimizer.num_updates=1", "objective.surrogate.times=3"),
+    "leap_align": ("group_size=1", "num_prompts=4"),
+    "flow_opd": (
+        "data=tests.golden.digits_teachers:Taught",
+        'objective.teachers={"even": {"is": "tests.golden.digits_teachers:Scaled", "by": 1.02},'
+        ' "odd": {"is": "tests.golden.digits_teachers:Scaled", "by": 0.98}}',
+    ),
+    "sol_rl": ("experience.num_scouts=8", "experience.num_inference_steps=3", "optimizer.num_updates=1"),
+    "naive_scaling": (
+        "experience.num_scouts=8",
+        "experience.num_inference_steps=6",
+        "optimizer.num_updates=1",
+    ),
+    "naive_quantized": (
+        "experience.num_scouts=8",
+        "experience.num_inference_steps=6",
+        "optimizer.num_updates=1",
+    ),
 }
 
 LORA = ("task.model=digits_lora:load", "network.train.rank=4", "network.train.alpha=8", "optimizer.lr=0.004")
@@ -36,7 +60,7 @@ THREADS = (
 
 
 def _low(form: str, mode: str) -> tuple[str, ...]:
-    name = "rollout_precision"
+    name = "machine.rollout_precision"
     return f"{name}=LowPrecision", f"{name}.format={form}", f"{name}.mode={mode}"
 
 
@@ -44,12 +68,12 @@ VARIANTS = {
     # guidance: reference and both halves; the rollout's unconditional half in the update, and computed again
     "flow_grpo+guidance": ("guidance_scale=2",),
     "flow_grpo_fast+guidance": ("guidance_scale=2",),
-    "flow_grpo_fast+guidance_again": ("guidance_scale=2", "reuse_unconditional=false"),
+    "flow_grpo_fast+guidance_again": ("guidance_scale=2", "machine.reuse_unconditional=false"),
     "mix_grpo+guidance": ("guidance_scale=2",),
     "pro_grpo+guidance": ("guidance_scale=2",),
     # precision
-    "flow_grpo+bf16": ("precision=bf16",),
-    "diffusion_nft+bf16": ("precision=bf16",),
+    "flow_grpo+bf16": ("machine.precision=bf16",),
+    "diffusion_nft+bf16": ("machine.precision=bf16",),
     "mix_grpo+fp8_merged": _low("fp8_rows", "merged"),
     "mix_grpo+fp8_tensor_merged": _low("fp8_tensor", "merged"),
     "mix_grpo+lora_fp8_merged": (*LORA, *_low("fp8_rows", "merged")),
@@ -61,21 +85,21 @@ VARIANTS = {
     "flow_grpo+lora": LORA,
     "diffusion_nft+lora": LORA,
     # how rows become forwards
-    "flow_grpo+rows": ("rows_per_forward=2",),
-    "mix_grpo+rows": ("rows_per_forward=2",),
-    "flow_grpo+replay_rows": ("replay_rows=2",),
-    "flow_grpo_fast+prefix_again": ("share_prefix=false",),
-    "dance_grpo+prefix_again": ("share_prefix=false",),
-    "flow_grpo_fast+chunks_in_a_thread": (THREADS, "prompts_per_chunk=1"),
-    "pro_grpo+chunks": ("rows_per_forward=2", "prompts_per_chunk=1"),
+    "flow_grpo+rows": ("machine.rows_per_forward=2",),
+    "mix_grpo+rows": ("machine.rows_per_forward=2",),
+    "flow_grpo+replay_rows": ("machine.replay_rows=2",),
+    "flow_grpo_fast+prefix_again": ("topology.share_prefix=false",),
+    "dance_grpo+prefix_again": ("topology.share_prefix=false",),
+    "flow_grpo_fast+chunks_in_a_thread": (THREADS, "machine.prompts_per_chunk=1"),
+    "pro_grpo+chunks": ("machine.rows_per_forward=2", "machine.prompts_per_chunk=1"),
     # windows and solvers
-    "flow_grpo+frozen_window": ("window=FrozenWindow", "window.size=2", "window.start=1"),
-    "mix_grpo+decay": ("window.every=3", "window.pace=decay", "window.roll_back=false"),
+    "flow_grpo+frozen_window": ("topology.at=FrozenWindow", "topology.at.size=2", "topology.at.start=1"),
+    "mix_grpo+decay": ("topology.at.every=3", "topology.at.pace=decay", "topology.at.roll_back=false"),
     "mix_grpo+exp_decay": (
-        "window.every=3",
-        "window.pace=exp_decay",
-        "window.decay_rate=2.0",
-        "window.decay_start=0",
+        "topology.at.every=3",
+        "topology.at.pace=exp_decay",
+        "topology.at.decay_rate=2.0",
+        "topology.at.decay_start=0",
     ),
     "mix_grpo_flash+heun": ("solver.variant=heun", "solver.keep=1.0"),
     "flow_grpo_fast+diffusers_sigmas": (
@@ -84,21 +108,26 @@ VARIANTS = {
         "sigmas.terminal=0.02",
     ),
     # who is trained
-    "pro_grpo+latents": ("prune.score=latents", "prune.pool=2"),
-    "pro_grpo+top_bottom": ("prune.select=top_bottom",),
-    "flow_grpo+scouts": ("explore=Scouts", "explore.num_scouts=8", "explore.num_inference_steps=3"),
-    "sol_rl+variance": ("explore.select=variance",),
-    "sol_rl+random": ("explore.select=random",),
+    "pro_grpo+latents": ("topology.score=latents", "topology.pool=2"),
+    "pro_grpo+top_bottom": ("topology.select=top_bottom",),
+    "flow_grpo+scouts": ("experience=Scouts", "experience.num_scouts=8", "experience.num_inference_steps=3"),
+    "sol_rl+variance": ("experience.select=variance",),
+    "sol_rl+random": ("experience.select=random",),
     # credit and losses
-    "flow_grpo_fast+batch_std_per_objective": ("credit.std=batch", "credit.per_objective=true"),
-    "dance_grpo+summed_rewards": ("credit.per_objective=false", "credit.drop_zero_variance=false"),
-    "flow_grpo_fast+narrow_clip": ("loss.clip_range=0.0001", "optimizer.max_grad_norm=0.1"),
-    "diffusion_nft+old_decay": (
-        "loss.old_decay_start=1",
-        "loss.old_decay_rate=0.2",
-        "loss.old_decay_max=0.7",
+    "flow_grpo_fast+batch_std_per_objective": ("credit.0.std=batch", "credit.0.aggregate=per_objective"),
+    "dance_grpo+summed_rewards": (
+        'credit=[{"is": "Normalise", "aggregate": "sum", "eps": 0.3}, {"is": "Bound"}]',
     ),
-    "diffusion_nft+fraction": ("loss.fraction=0.5", "loss.beta=0.5", "optimizer.num_updates=1"),
+    "flow_grpo_fast+narrow_clip": ("objective.trust.range=0.0001", "optimizer.max_grad_norm=0.1"),
+    "tree_grpo+by_samples": ("credit.2.edges=by_samples",),
+    "tree_grpo+paper": ("topology.at=GeometricWindow", "topology.at.size=2", "credit.2.shares=probability"),
+    "gcpo+drawn_chunks": ("objective.fraction=0.5",),
+    "diffusion_nft+old_decay": (
+        "objective.old.start=1",
+        "objective.old.rate=0.2",
+        "objective.old.most=0.7",
+    ),
+    "diffusion_nft+fraction": ("objective.fraction=0.5", "objective.beta=0.5", "optimizer.num_updates=1"),
 }
 
 NAMES = (*RECIPES, *VARIANTS)
@@ -107,12 +136,12 @@ NAMES = (*RECIPES, *VARIANTS)
 def overrides(name: str) -> tuple[str, ...]:
     """What a case changes in its named recipe, in order."""
     base = name.partition("+")[0]
-    return (*SMALL, *FITTED.get(base, ()), *SCHEDULE, *VARIANTS.get(name, ()))
+    return (*SMALL, *FITTED.get(base, ()), *VARIANTS.get(name, ()))
 
 
 def num_steps(name: str) -> int:
     """Of training. A window that slides at a pace of its own is followed as far as a named recipe's."""
-    slides = any(text.startswith("window.pace=") for text in VARIANTS.get(name, ()))
+    slides = any(text.startswith("topology.at.pace=") for text in VARIANTS.get(name, ()))
     return NUM_STEPS if name in RECIPES or slides else NUM_STEPS_OF_VARIANTS
 
 

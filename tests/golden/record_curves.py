@@ -54,6 +54,7 @@ def run(name: str) -> Curve:
     """Trains a case. The one place that knows the product's insides: a redesign changes this and nothing else."""
     import torch
 
+    from flowgrpo_fast.training.checkpoint import moving
     from flowgrpo_fast.training.engine import build_engine
     from flowgrpo_fast.training.loop import train_step
     from tests.golden.golden_cases import make, num_steps
@@ -65,10 +66,8 @@ def run(name: str) -> Curve:
         engine.close()
     trained = [p.detach() for p in engine.model.module.parameters() if p.requires_grad]
     weights = {"weights": trained}
-    if engine.averaged is not None:
-        weights["averaged"] = engine.averaged.values
-    if engine.old is not None:
-        weights["old"] = engine.old.values
+    saved = {"average": "averaged"}  # names of the first recordings
+    weights |= {saved.get(name, name): snapshot.values for name, snapshot in sorted(moving(engine).items())}
     kept = tuple({k: v for k, v in step.items() if "/step_" not in k} for step in steps)
     return Curve(kept, {key: checksum(tensors) for key, tensors in weights.items()})
 

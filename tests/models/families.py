@@ -12,19 +12,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowgrpo_fast.models.loading import load_model
+from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.recipe import (
-    ClippedRatio,
+    Clip,
     FlowSDE,
     FrozenWindow,
+    Independent,
     LoRA,
     Network,
     Optimizer,
+    PolicyGradient,
+    Prompts,
     Recipe,
     RewardTerm,
     Sigmas,
     Task,
 )
-from flowgrpo_fast.types import Conditioning
+from flowgrpo_fast.types import Conditioning, FlowModel
+from tests.conftest import with_changes
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ def red(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def recipe_for(family: Family, path: Path, prompts: Path, **changes: Any) -> Recipe:
-    """A small job on a tiny pipeline; keywords that are fields of Network go there, others to the recipe."""
+    """A small job on a tiny pipeline; keywords that are fields of Network or Machine go there, others to the recipe."""
     network = {"height": 32, "width": 32, "train": LoRA(rank=2, alpha=4.0), **family.network}
     network |= {key: changes.pop(key) for key in list(changes) if key in Network.__dataclass_fields__}
     images = prompts.with_name("images.txt")
@@ -156,22 +162,27 @@ def recipe_for(family: Family, path: Path, prompts: Path, **changes: Any) -> Rec
         name="tiny",
         sigmas=Sigmas(num_inference_steps=4, shift=3.0, spacing="diffusers"),
         dynamics=FlowSDE(noise_level=0.7),
-        window=FrozenWindow(size=2, start=0),
+        topology=Independent(at=FrozenWindow(size=2, start=0)),
         group_size=2,
         num_prompts=2,
-        loss=ClippedRatio(clip_range=0.05),
+        objective=PolicyGradient(trust=Clip(range=0.05)),
         optimizer=Optimizer(lr=1e-3),
         network=Network(path=str(path), **network),
+        data=Prompts(path=str(prompts), images=str(images) if family.edits else ""),
         task=Task(
             model=family.name,
-            prompts=str(prompts),
-            images=str(images) if family.edits else "",
             rewards=(RewardTerm(function="families_of_tests:red"),),
             judge="",
             num_eval_samples=3,
         ),
     )
-    return replace(recipe, **changes)
+    return with_changes(recipe, **changes)
+
+
+def loaded(recipe: Recipe) -> FlowModel:
+    """The model of a recipe's task, on the CPU."""
+    setup = ModelSetup(network=recipe.network, precision=recipe.machine.precision, seed=recipe.seed)
+    return load_model(recipe.task.model, torch.device("cpu"), setup)
 
 
 def captured(pipe: Any, run: Callable[[], Any]) -> tuple[Any, list[tuple[dict[str, Any], Tensor]]]:

@@ -12,8 +12,8 @@ import torch
 
 from flowgrpo_fast.models.adapters import save_adapter
 from flowgrpo_fast.models.loading import load_parts
-from flowgrpo_fast.recipe import LoRA
-from flowgrpo_fast.training.engine import build_engine, load_model
+from flowgrpo_fast.recipe import LoRA, Prompts
+from flowgrpo_fast.training.engine import build_engine
 from tests.models import tiny
 from tests.models.families import (
     FLUX,
@@ -24,6 +24,7 @@ from tests.models.families import (
     SD3,
     WAN,
     Z_IMAGE,
+    loaded,
     source_images,
 )
 
@@ -70,7 +71,7 @@ def test_missing_folders_and_broken_parts(tiny_recipe, broken) -> None:
     shutil.rmtree(broken / "vae")
     refused(recipe, r"lacks vae/, text_encoder_2/|lacks text_encoder_2/, vae/")
     with pytest.raises(ValueError, match=r"which its model_index.json names; download"):
-        load_model(recipe, CPU)
+        loaded(recipe)
 
 
 def test_weights_that_cannot_be_read(tiny_recipe, broken) -> None:
@@ -150,23 +151,23 @@ def test_adapters_that_do_not_fit(tiny_recipe, tmp_path, tiny_path) -> None:
 def test_prompts_and_images(tiny_recipe, tmp_path) -> None:
     recipe = tiny_recipe(SD3)
     refused(
-        replace(recipe, task=replace(recipe.task, prompts="")),
-        "sd3 brings no prompts of its own; set task.prompts",
+        replace(recipe, data=Prompts()),
+        "Prompts.path is empty and the model brings no prompts of its own; set it",
     )
     images = tmp_path / "images.txt"
     images.write_text("source_0.png\n")
-    refused(replace(recipe, task=replace(recipe.task, images=str(images))), "names 1 images for 3 prompts")
+    refused(replace(recipe, data=replace(recipe.data, images=str(images))), "names 1 images for 3 prompts")
     source_images(tmp_path, 3)
     images.write_text("source_0.png\nsource_1.png\nsource_2.png\n")
     refused(
-        replace(recipe, task=replace(recipe.task, images=str(images))), "sd3 makes images from text alone"
+        replace(recipe, data=replace(recipe.data, images=str(images))), "sd3 makes images from text alone"
     )
     editing = tiny_recipe(KONTEXT)
     refused(
-        replace(editing, task=replace(editing.task, images="")), "flux_kontext edits images; set task.images"
+        replace(editing, data=replace(editing.data, images="")), "flux_kontext edits images; set data.images"
     )
-    Path(editing.task.images).write_text("source_0.png\nnone.png\nsource_2.png\n")
-    refused(editing, "cannot read the image '.*none.png' of task.images")
+    Path(editing.data.images).write_text("source_0.png\nnone.png\nsource_2.png\n")
+    refused(editing, "cannot read the image '.*none.png' of data.images")
 
 
 def test_a_text_cache_that_cannot_be_written(tiny_recipe, tmp_path) -> None:
@@ -176,10 +177,10 @@ def test_a_text_cache_that_cannot_be_written(tiny_recipe, tmp_path) -> None:
 
 def test_a_damaged_embedding_is_made_again(tiny_recipe, tmp_path) -> None:
     recipe = tiny_recipe(SD3, text_cache=str(tmp_path / "text"))
-    first = load_model(recipe, CPU).encode(tiny.PROMPTS)
+    first = loaded(recipe).encode(tiny.PROMPTS)
     for file in (tmp_path / "text").rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
-    again = load_model(recipe, CPU).encode(tiny.PROMPTS)
+    again = loaded(recipe).encode(tiny.PROMPTS)
     assert torch.equal(first.prompt_embeds, again.prompt_embeds)
     assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 4
 
@@ -187,28 +188,28 @@ def test_a_damaged_embedding_is_made_again(tiny_recipe, tmp_path) -> None:
 def test_other_settings_are_other_embeddings(tiny_recipe, tmp_path, tiny_path) -> None:
     """The cache knows the encoders by their weights, not by their folder's name."""
     kept = {"text_cache": str(tmp_path / "text")}
-    first = load_model(tiny_recipe(SD3, **kept), CPU).encode(["sun"])
-    longer = load_model(tiny_recipe(SD3, max_sequence_length=24, **kept), CPU).encode(["sun"])
+    first = loaded(tiny_recipe(SD3, **kept)).encode(["sun"])
+    longer = loaded(tiny_recipe(SD3, max_sequence_length=24, **kept)).encode(["sun"])
     assert longer.prompt_embeds.shape[1] == first.prompt_embeds.shape[1] + 8
     folder = Path(shutil.copytree(tiny_path(SD3), tmp_path / "other"))
     pipe = load_parts(folder, tiny.diffusers.StableDiffusion3Pipeline, (), {"default": torch.float32})
     tiny.fill(pipe.text_encoder_3, seed=7)
     pipe.text_encoder_3.save_pretrained(folder / "text_encoder_3")
-    other = load_model(with_network(tiny_recipe(SD3, **kept), path=str(folder)), CPU).encode(["sun"])
+    other = loaded(with_network(tiny_recipe(SD3, **kept), path=str(folder))).encode(["sun"])
     assert not torch.equal(other.prompt_embeds, first.prompt_embeds)
 
 
 def test_sana_keeps_a_prompt_and_the_negative_prompt_apart(tiny_recipe, tmp_path) -> None:
     """The pipeline instructs its encoder for the one and not for the other: the same words, two embeddings."""
     kept = {"text_cache": str(tmp_path / "text")}
-    prompt = load_model(tiny_recipe(SANA, **kept), CPU).encode(["sun"]).prompt_embeds
-    other = load_model(tiny_recipe(SANA, negative_prompt="sun", **kept), CPU).encode(["moon"])
+    prompt = loaded(tiny_recipe(SANA, **kept)).encode(["sun"]).prompt_embeds
+    other = loaded(tiny_recipe(SANA, negative_prompt="sun", **kept)).encode(["moon"])
     negative = other.negative_prompt_embeds
     assert not torch.equal(prompt[:, : negative.shape[1]], negative)  # the prompt's is padded
 
 
 def test_shapes_that_disagree(tiny_recipe) -> None:
-    model = load_model(tiny_recipe(SD3), CPU)
+    model = loaded(tiny_recipe(SD3))
     conditioning = model.encode(["sun", "moon"])
     latents = torch.zeros(2, *model.latent_shape)
     with pytest.raises(ValueError, match=r"latents must be \[B, 4, 8, 8\], got \[2, 4, 8, 4\]"):

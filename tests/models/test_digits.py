@@ -21,7 +21,7 @@ SHIPPED = Path(digits.__file__).with_name("digits.safetensors")
 
 @pytest.fixture(scope="module")
 def model() -> digits.DigitsModel:
-    return digits.load()
+    return digits.shipped()
 
 
 def euler_samples(model: digits.DigitsModel, prompts: list[str], num_steps: int = 10, scale: float = 1.0):
@@ -175,6 +175,25 @@ def test_prompts_ask_for_the_ten_digits():
     assert digits_of(all_prompts()).tolist() == list(range(10)) * 3
     assert digits_of(["A Handwritten SEVEN", "the digit 7"]).tolist() == [7, 7]
     assert tokenize(all_prompts()).unique(dim=0).shape == (30, 4)
+
+
+def test_the_gradient_of_pixels_is_their_finite_difference(model):
+    latents = torch.linspace(-1.75, 1.75, 64).view(1, 1, 8, 8).requires_grad_()
+    cotangent = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(model.decode_with_grad(latents), latents, cotangent)
+    change = 2.0**-6  # the pixels are linear but for the clamp, from whose corners the latents keep away
+    pixels = [model.decode(latents.detach() + sign * change).double() for sign in (1, -1)]
+    expected = cotangent * (pixels[0] - pixels[1]) / (2 * change)
+    torch.testing.assert_close(gradient.double(), expected.double(), rtol=1e-5, atol=1e-6)
+    assert 0 < int((gradient == 0).sum()) < 64
+    assert not model.decode(latents).requires_grad
+    assert torch.equal(model.decode(latents), model.decode_with_grad(latents).detach())
+
+
+def test_it_makes_its_prompts_and_takes_no_images(model):
+    assert model.own_prompts() == digits.prompts()
+    with pytest.raises(ValueError, match=r"data.images is set; digits makes images from text alone"):
+        model.prompt_rows(["a handwritten one"], [SHIPPED])
 
 
 def test_shape_errors(model):

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo_fast.models.execution import compile_blocks
 from flowgrpo_fast.ops import philox_normal
-from flowgrpo_fast.recipe import FullFineTuning
-from flowgrpo_fast.training.engine import build_engine, load_model
+from flowgrpo_fast.recipe import FrozenWindow, FullFineTuning, SharedStart
+from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import train_step
 from flowgrpo_fast.training.snapshots import trained_parameters
 from tests.models import tiny
-from tests.models.families import FAMILIES, FLUX, ONE_EACH, QWEN_IMAGE, SD3, WAN, source_images
+from tests.models.families import FAMILIES, FLUX, ONE_EACH, QWEN_IMAGE, SD3, WAN, loaded, source_images
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ class NoSyncs(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each.syncs != "always"], ids=str)
 def test_velocity_asks_the_device_for_nothing(family, tiny_recipe, tmp_path) -> None:
-    model = load_model(tiny_recipe(family), CPU)
+    model = loaded(tiny_recipe(family))
     prompts = ["sun"] * 3 if family.syncs == "lengths" else tiny.PROMPTS
     conditioning = family.encode(model, prompts, source_images(tmp_path, 3))
     start = philox_normal(torch.arange(3), model.latent_shape)
@@ -50,7 +50,7 @@ def test_velocity_asks_the_device_for_nothing(family, tiny_recipe, tmp_path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpointing", "changes"),
-    [("selective", {}), ("none", {"share_start_noise": True, "graphs": True})],
+    [("selective", {}), ("none", {"topology": SharedStart(at=FrozenWindow(size=2)), "graphs": True})],
     ids=str,
 )
 def test_the_ratio_is_exactly_one_with_compiled_blocks(checkpointing, changes, tiny_recipe) -> None:
@@ -92,7 +92,7 @@ def test_a_compiled_block_is_the_block(family, tiny_recipe, tmp_path, monkeypatc
     results = []
     for compiles in (False, True):
         torch._dynamo.reset()
-        model = load_model(tiny_recipe(family, checkpointing="full" if compiles else "none"), CPU)
+        model = loaded(tiny_recipe(family, checkpointing="full" if compiles else "none"))
         if compiles:
             for transformer in model.transformers.values():
                 assert compile_blocks(transformer, model.blocks, model.streams) >= 2
@@ -112,8 +112,8 @@ def test_a_compiled_block_is_the_block(family, tiny_recipe, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("family", [SD3, FLUX], ids=str)
 def test_attention_backends(family, tiny_recipe) -> None:
-    plain = load_model(tiny_recipe(family), CPU)
-    other = load_model(tiny_recipe(family, attention="_native_math", checkpointing="full"), CPU)
+    plain = loaded(tiny_recipe(family))
+    other = loaded(tiny_recipe(family, attention="_native_math", checkpointing="full"))
     start = philox_normal(torch.arange(3), plain.latent_shape)
     conditioning = plain.encode(tiny.PROMPTS)
     velocities = [model.velocity(start, torch.tensor(0.5), conditioning) for model in (plain, other)]
@@ -121,14 +121,14 @@ def test_attention_backends(family, tiny_recipe) -> None:
     velocities[1].sum().backward()
     _reset_attention()
     with pytest.raises(ValueError, match=r"Network.attention is 'flush'") as caught:
-        load_model(tiny_recipe(family, attention="flush"), CPU)
+        loaded(tiny_recipe(family, attention="flush"))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ONE_EACH, ids=str)
 def test_a_copy_with_another_module_calls_that(family, tiny_recipe, tmp_path) -> None:
     """What low precision does: a shallow copy of the model, a deep one of its module, changed."""
-    model = load_model(tiny_recipe(family, attention="_native_math"), CPU)
+    model = loaded(tiny_recipe(family, attention="_native_math"))
     conditioning = family.encode(model, tiny.PROMPTS[:2], source_images(tmp_path, 2))
     inputs = philox_normal(torch.arange(2), model.latent_shape), torch.tensor([0.9, 0.4]), conditioning
     twin = copy.copy(model)
@@ -148,7 +148,7 @@ def test_a_copy_with_another_module_calls_that(family, tiny_recipe, tmp_path) ->
 @pytest.mark.parametrize("family", ONE_EACH, ids=str)
 def test_sensitive_layers(family, tiny_recipe) -> None:
     """Embedders, modulation and final layers; never what a block multiplies most of its tokens by."""
-    model = load_model(tiny_recipe(family, train=FullFineTuning()), CPU)
+    model = loaded(tiny_recipe(family, train=FullFineTuning()))
     linear = {n for n, m in model.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
     spared = {name for name in linear if any(re.search(part, name) for part in model.sensitive)}
     in_blocks = {

@@ -8,23 +8,39 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowgrpo_fast.recipe import NFT, ClippedRatio, Deterministic, FractionOfSteps, LowPrecision
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.draws import draw
+from flowgrpo_fast.recipe import (
+    NFT,
+    Clip,
+    Deterministic,
+    FractionOfSteps,
+    FrozenWindow,
+    Independent,
+    LowPrecision,
+    PolicyGradient,
+    SharedStart,
+    TransitionKL,
+)
+from flowgrpo_fast.sampling.walk import walk
 from flowgrpo_fast.training.engine import Engine, build_engine
 from flowgrpo_fast.training.loop import train_step
-from flowgrpo_fast.types import at_step
+from flowgrpo_fast.types import FlowModel
 from tests.models.families import WAN
+from tests.sampling.walks import drawn
 
 CPU = torch.device("cpu")
 EXPERTS = replace(WAN, variant={"experts": True})
 
 
+def models(engine: Engine) -> list[FlowModel]:
+    """The training model and, where there is one, its copy in low precision."""
+    outside = engine.stage.sampler.outside
+    return [engine.model] if outside is None else [engine.model, outside.model]
+
+
 def counted(engine: Engine) -> Counter[str]:
     """Forwards of each expert from here on, of the training model and of its copy in low precision."""
     calls: Counter[str] = Counter()
-    for module in {id(m.module): m.module for m in (engine.model, engine.outside)}.values():
+    for module in {id(m.module): m.module for m in models(engine)}.values():
         for name, transformer in module.items():
             transformer.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
     return calls
@@ -32,7 +48,7 @@ def counted(engine: Engine) -> Counter[str]:
 
 def both(engine: Engine) -> None:
     """As if nobody could know beforehand which one is asked for."""
-    for model in (engine.model, engine.outside):
+    for model in models(engine):
         model.expert = lambda sigma, model=model: model
 
 
@@ -40,8 +56,11 @@ def both(engine: Engine) -> None:
     "changes",
     [
         {},
-        {"loss": ClippedRatio(clip_range=0.05, kl_beta=0.1), "guidance_scale": 2.0},
-        {"share_start_noise": True, "graphs": True},
+        {
+            "objective": PolicyGradient(trust=Clip(range=0.05), regularizers=(TransitionKL(beta=0.1),)),
+            "guidance_scale": 2.0,
+        },
+        {"topology": SharedStart(at=FrozenWindow(size=2)), "graphs": True},
         {"rollout_precision": LowPrecision(mode="merged", emulate=True)},
     ],
     ids=["plain", "KL and guidance", "shared, static buffers", "FP8 outside"],
@@ -50,7 +69,7 @@ def both(engine: Engine) -> None:
 def test_one_expert_a_step(changes, tiny_recipe) -> None:
     """Half the forwards, the same numbers; the first ratio stays exactly 1."""
     engine = build_engine(tiny_recipe(EXPERTS, **changes), CPU)
-    sigmas = resolve_schedule(engine.recipe, 0, engine.seq_len).sigmas[:-1]
+    sigmas = engine.stage.plan(0).sigmas[:-1]
     boundary = engine.model.pipe.config.boundary_ratio
     assert 0 < int((sigmas >= boundary).sum()) < len(sigmas)
     calls = counted(engine)
@@ -68,20 +87,18 @@ def test_one_expert_a_step(changes, tiny_recipe) -> None:
 
 def test_samples_are_those_of_both_to_the_bit(tiny_recipe) -> None:
     engine = build_engine(tiny_recipe(EXPERTS), CPU)
-    recipe = engine.recipe
-    schedule = resolve_schedule(recipe, 0, engine.seq_len)
-    draws = draw(recipe, len(engine.prompts), 0, CPU)
-    given = (engine.conditioning.rows(draws.prompt_index[draws.group_id]), draws, schedule, recipe)
-    one = rollout(engine.model, *given)
+    sampler, draws = engine.stage.sampler, drawn(engine.recipe, len(engine.prompts))
+    given = engine.stage.plan(0), engine.stage.conditioning.rows(draws.prompt_index[draws.group_id]), draws
+    one = walk(sampler, *given)
     both(engine)
-    assert torch.equal(one.x0, rollout(engine.model, *given).x0)
+    assert torch.equal(one.x0, walk(sampler, *given).x0)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"window": FractionOfSteps(fraction=0.5)},
-        {"window": Deterministic(), "loss": NFT()},
+        {"topology": Independent(at=FractionOfSteps(fraction=0.5))},
+        {"topology": Independent(at=Deterministic()), "objective": NFT()},
     ],
     ids=["a fraction of the steps", "NFT"],
 )
@@ -93,13 +110,15 @@ def test_samples_at_steps_of_their_own_are_served_by_both(changes, tiny_recipe) 
 
 
 def test_a_view_is_made_once_and_only_where_there_are_two(tiny_recipe) -> None:
-    engine = build_engine(tiny_recipe(EXPERTS, loss=ClippedRatio(kl_beta=0.1)), CPU)
+    engine = build_engine(
+        tiny_recipe(EXPERTS, objective=PolicyGradient(regularizers=(TransitionKL(beta=0.1),))), CPU
+    )
     sigmas = torch.tensor([0.9, 0.85, 0.1])
-    for model in (engine.model, engine.reference):
-        high, still_high, low = (at_step(model, sigmas, step) for step in range(3))
+    for model in (engine.model, engine.learner.snapshots["start"]):
+        high, still_high, low = (model.expert(sigma) for sigma in sigmas)
         assert high is still_high
         assert high is not low
         assert low.module is engine.model.module
-        assert at_step(high, sigmas, 2) is high
+        assert high.expert(sigmas[2]) is high
     single = build_engine(tiny_recipe(WAN), CPU).model
-    assert at_step(single, sigmas, 0) is single
+    assert single.expert(sigmas[0]) is single

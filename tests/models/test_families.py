@@ -14,11 +14,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowgrpo_fast.models.adapters import ADAPTER_FILE
 from flowgrpo_fast.ops import philox_normal
-from flowgrpo_fast.recipe import ClippedRatio, FullFineTuning, LoRA, Optimizer, Prune
-from flowgrpo_fast.sampling.step import predict
+from flowgrpo_fast.recipe import (
+    Clip,
+    Cuts,
+    FrozenWindow,
+    FullFineTuning,
+    Independent,
+    LoRA,
+    Optimizer,
+    PolicyGradient,
+    TransitionKL,
+)
+from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowgrpo_fast.training.engine import build_engine, load_model
-from flowgrpo_fast.training.loop import evaluate, train_step
+from flowgrpo_fast.training.engine import build_engine
+from flowgrpo_fast.training.evaluate import evaluate
+from flowgrpo_fast.training.loop import train_step
 from flowgrpo_fast.training.snapshots import trained_parameters
 from tests.models import tiny
 from tests.models.families import (
@@ -29,10 +40,12 @@ from tests.models.families import (
     QWEN_IMAGE,
     SD3,
     captured,
+    loaded,
     source_images,
 )
 
 CPU = torch.device("cpu")
+KL = PolicyGradient(trust=Clip(range=0.05), regularizers=(TransitionKL(beta=0.1),))
 every_variant = pytest.mark.parametrize("family", FAMILIES, ids=str)
 every_family = pytest.mark.parametrize("family", ONE_EACH, ids=str)
 
@@ -43,9 +56,9 @@ def start_noise(model, batch):
 
 def euler(model, latents, sigmas, conditioning, recipe):
     """The ODE in plain PyTorch, guidance written out; also the velocities of both halves."""
-    seen = []
+    seen, policy = [], Policy(model, recipe.guidance_scale)
     for sigma, after in pairwise(sigmas):
-        velocity, guidance = predict(model, latents, sigma, conditioning, recipe)
+        velocity, guidance = policy.predict(latents, sigma, conditioning)
         halves = [conditioning] if recipe.guidance_scale == 1 else [conditioning, conditioning.negative()]
         seen += [model.velocity(latents, sigma, half) for half in halves]
         if guidance is not None:
@@ -73,7 +86,7 @@ def test_velocity_and_sample_equal_the_pipelines(family, scale, tiny_recipe, pip
     """Same start latents, same sigmas: every call of the transformer, and the finished pixels."""
     pipe = pipeline(family)
     recipe = tiny_recipe(family, guidance_scale=scale, negative_prompt=family.negative if scale > 1 else "")
-    model = load_model(recipe, CPU)
+    model = loaded(recipe)
     prompts, images = tiny.PROMPTS[:2], source_images(tmp_path, 2) if family.edits else []
     conditioning = family.encode(model, prompts, images)
     start = start_noise(model, len(prompts))
@@ -137,7 +150,7 @@ def test_bf16_holds_the_base_in_bf16_and_the_adapter_in_fp32(family, tiny_recipe
 def test_checkpointing_changes_no_gradient(family, mode, tiny_recipe, tmp_path) -> None:
     gradients, flops = [], []
     for checkpointing in ("none", mode):
-        model = load_model(tiny_recipe(family, checkpointing=checkpointing), CPU)
+        model = loaded(tiny_recipe(family, checkpointing=checkpointing))
         for index, parameter in enumerate(trained_parameters(model.module)):
             generator = torch.Generator().manual_seed(index)
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -160,9 +173,9 @@ def test_the_text_cache_gives_the_same_without_the_encoders(
 ) -> None:
     kept = tiny_recipe(family, text_cache=str(tmp_path / "text"))
     images = source_images(tmp_path, 3)
-    plain = family.encode(load_model(tiny_recipe(family), CPU), tiny.PROMPTS, images)
-    first = family.encode(load_model(kept, CPU), tiny.PROMPTS, images)
-    again = load_model(kept, CPU)
+    plain = family.encode(loaded(tiny_recipe(family)), tiny.PROMPTS, images)
+    first = family.encode(loaded(kept), tiny.PROMPTS, images)
+    again = loaded(kept)
 
     def refuse(*args, **kwargs):
         raise AssertionError("a text encoder was loaded")
@@ -182,18 +195,47 @@ def test_the_text_cache_gives_the_same_without_the_encoders(
 @pytest.mark.parametrize("family", [FLUX2_KLEIN, QWEN_IMAGE, SD3], ids=str)
 def test_candidates_are_pruned_on_pooled_latents(family, tiny_recipe) -> None:
     """Packed ones as well: the model says their grid. Cells that do not tile it are refused before a sample is made."""
-    prune = Prune(at=(3,), sizes=(4,), score="latents", pool=2)
-    metrics = train_step(build_engine(tiny_recipe(family, prune=prune), CPU)).metrics
+    inner = Independent(at=FrozenWindow(size=2, start=0))
+    cuts = Cuts(inner=inner, steps=(3,), sizes=(4,), score="latents", pool=2)
+    metrics = train_step(build_engine(tiny_recipe(family, topology=cuts), CPU)).metrics
     assert metrics["first_ratio_error"] == 0
-    with pytest.raises(ValueError, match=r"^Prune.pool is 3; it must divide the latents' height and width"):
-        build_engine(tiny_recipe(family, prune=replace(prune, pool=3)), CPU)
+    with pytest.raises(ValueError, match=r"^Cuts.pool is 3; it must divide the latents' height and width"):
+        build_engine(tiny_recipe(family, topology=replace(cuts, pool=3)), CPU)
+
+
+@every_family
+def test_the_gradient_of_pixels_is_that_of_the_autoencoder(family, tiny_recipe, monkeypatch) -> None:
+    """Against autograd through all samples at once, which keeps every activation."""
+    model = loaded(tiny_recipe(family))
+    latents = start_noise(model, 3)
+    reference, own = (latents.clone().requires_grad_() for _ in range(2))
+    pixels = (model.decode_latents(reference).float() / 2 + 0.5).clamp(0, 1)
+    cotangent = philox_normal(torch.arange(3) + 7, pixels.shape[1:])
+    (expected,) = torch.autograd.grad(pixels, reference, cotangent)
+    assert expected.abs().max() > 0
+    decode, calls = model.decode_latents, []
+    monkeypatch.setattr(model, "decode_latents", lambda part: calls.append(len(part)) or decode(part))
+    got = model.decode_with_grad(own)
+    num_parts = len(calls)
+    torch.testing.assert_close(got.detach(), pixels.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(model.decode(latents), got.detach()) or num_parts > 1
+    assert not model.decode(own).requires_grad
+    calls.clear()
+    (gradient,) = torch.autograd.grad(got, own, cotangent)
+    assert len(calls) == num_parts  # every part once more: nothing of it was kept
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    monkeypatch.setattr("flowgrpo_fast.models.pipeline._DIFFERENTIATED_PIXELS", 1)
+    calls.clear()
+    (one_by_one,) = torch.autograd.grad(model.decode_with_grad(own), own, cotangent)
+    assert calls == [1] * 6
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("family", FIRST, ids=str)
 def test_a_run_loads_its_text_encoders_once(family, tiny_recipe, tmp_path, monkeypatch) -> None:
     """Whatever of the cache is missing: prompts, the negative one, all of them."""
     loads = []
-    load = type(load_model(tiny_recipe(family), CPU))._load_encoder
+    load = type(loaded(tiny_recipe(family)))._load_encoder
     monkeypatch.setattr(
         "flowgrpo_fast.models.pipeline.PipelineModel._load_encoder", lambda m: loads.append(m) or load(m)
     )
@@ -206,9 +248,7 @@ def test_a_run_loads_its_text_encoders_once(family, tiny_recipe, tmp_path, monke
 def test_a_lora_run_resumes_to_the_bit_and_diffusers_loads_its_adapter(
     family, tiny_recipe, pipeline, tmp_path
 ) -> None:
-    recipe = tiny_recipe(
-        family, loss=ClippedRatio(clip_range=0.05, kl_beta=0.1), optimizer=Optimizer(lr=1e-2, ema_decay=0.5)
-    )
+    recipe = tiny_recipe(family, objective=KL, optimizer=Optimizer(lr=1e-2, ema_decay=0.5))
     whole = build_engine(recipe, CPU)
     train_step(whole)
     folder = save_checkpoint(whole, tmp_path)
@@ -218,7 +258,10 @@ def test_a_lora_run_resumes_to_the_bit_and_diffusers_loads_its_adapter(
     train_step(resumed)
     for one, other in zip(whole.model.module.parameters(), resumed.model.module.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert all(torch.equal(a, b) for a, b in zip(whole.averaged.values, resumed.averaged.values, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*(e.learner.snapshots["average"].values for e in (whole, resumed)), strict=True)
+    )
     assert evaluate(whole).metrics == evaluate(resumed).metrics
     restored = build_engine(recipe, CPU)
     load_checkpoint(restored, folder)
@@ -233,8 +276,9 @@ def test_a_lora_run_resumes_to_the_bit_and_diffusers_loads_its_adapter(
     conditioning = family.encode(restored.model, tiny.PROMPTS[:2], images)
     sigma = pipe.scheduler.sigmas[0]
     with torch.no_grad():
-        ours, _ = predict(restored.model, start, sigma, conditioning, recipe)
-        base, _ = predict(restored.reference, start, sigma, conditioning, recipe)
+        policy = restored.learner.policy
+        ours = policy.predict(start, sigma, conditioning).velocity
+        base = policy.of(restored.learner.snapshots["start"]).predict(start, sigma, conditioning).velocity
     torch.testing.assert_close(ours, calls[0][1][:, : ours.shape[1]], rtol=2e-5, atol=family.atol)
     assert (ours - base).abs().max() > 1e-4  # the adapter says something
 
@@ -245,18 +289,19 @@ def test_an_adapter_can_start_another_run(tiny_recipe, tmp_path) -> None:
     train_step(engine)
     folder = save_checkpoint(engine, tmp_path)
     started = build_engine(
-        tiny_recipe(SD3, train=LoRA(rank=2, alpha=4.0, path=str(folder)), loss=ClippedRatio(kl_beta=0.1)), CPU
+        tiny_recipe(SD3, train=LoRA(rank=2, alpha=4.0, path=str(folder)), objective=KL), CPU
     )
     pairs = list(zip(*(trained_parameters(e.model.module) for e in (engine, started)), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
     start, sigma = start_noise(started.model, 3), torch.full((3,), 0.7)
+    conditioning, reference = started.stage.conditioning, started.learner.snapshots["start"]
     with torch.no_grad():
-        now = started.model.velocity(start, sigma, started.conditioning)
-        assert torch.equal(now, started.reference.velocity(start, sigma, started.conditioning))
+        now = started.model.velocity(start, sigma, conditioning)
+        assert torch.equal(now, reference.velocity(start, sigma, conditioning))
         for parameter in trained_parameters(started.model.module):
             parameter += 0.1
-        assert torch.equal(now, started.reference.velocity(start, sigma, started.conditioning))
-        assert not torch.equal(now, started.model.velocity(start, sigma, started.conditioning))
+        assert torch.equal(now, reference.velocity(start, sigma, conditioning))
+        assert not torch.equal(now, started.model.velocity(start, sigma, conditioning))
 
 
 def test_prompts_too_many_for_memory_are_read_from_disk(tiny_recipe, tmp_path, monkeypatch) -> None:
@@ -268,13 +313,13 @@ def test_prompts_too_many_for_memory_are_read_from_disk(tiny_recipe, tmp_path, m
         whole = build_engine(recipe, CPU)
         monkeypatch.setattr("flowgrpo_fast.models.pipeline._MEMORY_BYTES", 1)
         stored = build_engine(recipe, CPU)
-        assert type(stored.conditioning) is not type(whole.conditioning)
+        assert type(stored.stage.conditioning) is not type(whole.stage.conditioning)
         index = torch.tensor([2, 0, 2, 1])
         for half in (lambda c: c, lambda c: c.negative()):
-            one, other = (half(engine.conditioning.rows(index)) for engine in (whole, stored))
+            one, other = (half(engine.stage.conditioning.rows(index)) for engine in (whole, stored))
             assert torch.equal(one.prompt_embeds, other.prompt_embeds)
             assert all(torch.equal(one.extra[name], other.extra[name]) for name in one.extra)
-        assert ("mask" in stored.conditioning.rows(index).extra) == (family is QWEN_IMAGE)
+        assert ("mask" in stored.stage.conditioning.rows(index).extra) == (family is QWEN_IMAGE)
         for engine in (whole, stored):
             train_step(engine)
         pairs = zip(*(trained_parameters(engine.model.module) for engine in (whole, stored)), strict=True)

@@ -34,13 +34,14 @@ def test_every_mode_on_every_family(family, mode, tiny_recipe) -> None:
     reports = [train_step(engine) for _ in range(2)]
     assert [report.metrics["first_ratio_error"] for report in reports] == [0.0, 0.0]
     start = philox_normal(torch.arange(2), engine.model.latent_shape)
-    inputs = start, torch.tensor([0.9, 0.4]), engine.conditioning.rows(torch.tensor([0, 1]))
+    inputs = start, torch.tensor([0.9, 0.4]), engine.stage.conditioning.rows(torch.tensor([0, 1]))
     with torch.no_grad():
-        exact, low = (model.velocity(*inputs) for model in (engine.model, engine.outside))
+        outside = engine.stage.sampler.outside.model
+        exact, low = (model.velocity(*inputs) for model in (engine.model, outside))
     error = float((exact - low).norm() / exact.norm())
     assert error < 0.1
     assert (error == 0) == (mode == "shared_base")
-    modules = engine.outside.transformer.named_modules()
+    modules = outside.transformer.named_modules()
     quantised = [name for name, module in modules if isinstance(module, QuantizedLinear)]
     assert quantised
     assert not any(re.search(part, name) for part in engine.model.sensitive for name in quantised)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from flowgrpo_fast.cli import main
-from flowgrpo_fast.recipe import ClippedRatio, Optimizer
+from flowgrpo_fast.recipe import Clip, Optimizer, PolicyGradient, TransitionKL
 from flowgrpo_fast.recipe_io import save_recipe
 from flowgrpo_fast.types import Conditioning
 from tests.models.families import SD3, WAN
@@ -23,7 +23,7 @@ def test_train_from_a_run_file_resume_and_sample(family, tiny_recipe, tmp_path, 
         family,
         num_steps=2,
         text_cache=str(tmp_path / "text"),
-        loss=ClippedRatio(clip_range=0.05, kl_beta=0.01),
+        objective=PolicyGradient(trust=Clip(range=0.05), regularizers=(TransitionKL(beta=0.01),)),
         optimizer=Optimizer(lr=1e-2, ema_decay=0.9),
     )
     reward = replace(recipe.task.rewards[0], function="flowgrpo_fast.rewards.rules:ink_contrast")

@@ -20,13 +20,10 @@ from benchmarks.counters import count
 from benchmarks.rows import machine, machine_afterwards, measured_row
 from benchmarks.timing import Roof, interleaved, rounds_within
 from flowgrpo_fast.ops import Guidance, flow_log_prob, philox_normal
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import make_batch
-from flowgrpo_fast.training.score import score
-from flowgrpo_fast.training.update import _Tally, accumulate_share
+from flowgrpo_fast.training.update import Tally, accumulate
+from flowgrpo_fast.types import spread
 
 CPU = torch.device("cpu")
 HANGS = 1800  # seconds: no program takes as long, however busy the machine
@@ -52,21 +49,21 @@ def engine(toy_recipe):
     )  # each prompt once: trainers group by the prompt's text
 
 
-def schedule_of(engine):
-    return resolve_schedule(engine.recipe, 0)
+def plan_of(engine):
+    return engine.recipe.plan(0)
 
 
 @pytest.mark.parametrize(
     "make_step", [trainer_loop.eager_step, pytest.param(trainer_loop.compiled_step, marks=pytest.mark.slow)]
 )
 def test_the_steps_of_the_trainers_loop_agree_with_the_op(engine, make_step):
-    schedule = schedule_of(engine)
-    step = make_step(schedule, engine.recipe, CPU)
+    plan = plan_of(engine)
+    step = make_step(plan, engine.recipe, CPU)
     latents, velocity = torch.randn(2, 5, 6)
-    index = schedule.kept[0]
-    timestep = (1000 * schedule.sigmas[index]).expand(5)
+    index = trainer_loop.kept_steps(plan)[0]
+    timestep = (1000 * plan.sigmas[index]).expand(5)
     following, log_prob, *_ = step(latents, velocity, timestep, None)
-    ours = flow_log_prob(latents, velocity, following, schedule.coeffs, index)
+    ours = flow_log_prob(latents, velocity, following, plan.coeffs, index)
     torch.testing.assert_close(log_prob, ours, rtol=1e-5, atol=2e-6)
     _, replayed, *_ = step(latents, velocity, timestep, following)
     torch.testing.assert_close(replayed, ours, rtol=1e-5, atol=2e-6)
@@ -74,30 +71,29 @@ def test_the_steps_of_the_trainers_loop_agree_with_the_op(engine, make_step):
 
 def test_the_trainers_update_has_our_gradient(engine):
     """Same transitions, same credit: the loss written the long way gives the gradient of ours."""
-    recipe, schedule = engine.recipe, schedule_of(engine)
-    draws = draw(recipe, len(engine.prompts), 0, CPU)
-    conditioning = engine.conditioning.rows(draws.prompt_index[draws.group_id])
-    trajectory = rollout(engine.model, conditioning, draws, schedule, recipe)
-    rewards = score(engine, trajectory)
-    batch = make_batch(engine, trajectory, rewards, schedule)
-    whole = slice(0, len(batch.advantages))
-    accumulate_share(engine, batch, whole, _Tally())
+    recipe, plan = engine.recipe, plan_of(engine)
+    draws = trainer_loop.drawn(recipe, len(engine.prompts), 0, CPU)
+    conditioning = engine.stage.conditioning.rows(draws.prompt_index[draws.group_id])
+    scored = recipe.experience.collect(engine.stage, draws, 0).scored()
+    batch, transitions = make_batch(engine, scored), scored.samples.transitions
+    whole = slice(0, len(batch))
+    accumulate(engine.learner, batch.of_samples(whole), Tally())
     ours = [p.grad.clone() for p in engine.model.module.parameters()]
     engine.model.module.zero_grad()
 
-    prompts = [engine.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
-    advantages = trainer_loop.advantages_of(rewards.total, prompts, recipe)
-    torch.testing.assert_close(advantages, batch.advantages, rtol=1e-5, atol=1e-6)
-    kept = trajectory.step_index
+    prompts = [engine.prompts.prompts[i] for i in draws.prompt_index[draws.group_id].tolist()]
+    advantages = trainer_loop.advantages_of(scored.scores.total, prompts, recipe)
+    torch.testing.assert_close(advantages, batch.credit.advantages, rtol=1e-5, atol=1e-6)
+    kept = trainer_loop.kept_steps(plan)
     samples = trainer_loop.Samples(
-        trajectory.latents,
-        trajectory.next_latents,
-        trajectory.log_prob,
-        (1000 * schedule.sigmas[kept]).expand(len(advantages), -1),
-        trajectory.x0,
+        torch.stack([spread(t.latents, t.fan) for t in transitions], 1),
+        torch.stack([t.next_latents for t in transitions], 1),
+        torch.stack([t.log_prob for t in transitions], 1),
+        (1000 * plan.sigmas[kept]).expand(len(advantages), -1),
+        scored.samples.x0,
     )
     trainer = trainer_loop.Trainer(engine)
-    step = trainer_loop.eager_step(schedule, recipe, CPU)
+    step = trainer_loop.eager_step(plan, recipe, CPU)
     for j in range(len(kept)):
         (trainer.loss(samples, conditioning, advantages, (whole, j), step) / len(kept)).backward()
     for want, parameter in zip(ours, engine.model.module.parameters(), strict=True):

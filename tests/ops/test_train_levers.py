@@ -7,33 +7,44 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import lever_report, lever_rows, trainer_loop
+from benchmarks import lever_report, lever_rows, rows, trainer_loop
 from benchmarks.agreement import agreement
 from benchmarks.lever_report import (
     COMPILED,
     EQUAL,
     FAST,
     FLASH,
+    JOINED,
     LOW,
     NO_KL,
     PRUNED,
+    SHARED,
     TRAINER,
     TRAINER_FAST,
     WINDOW,
 )
-from benchmarks.lever_rows import GPU_JOBS, TINY_JOBS, compare, measure_levers, one_by_one, rollouts
-from benchmarks.levers import SHARING, levers
+from benchmarks.lever_rows import (
+    CPU_SIZES,
+    GPU_JOBS,
+    TINY_JOBS,
+    compare,
+    measure_levers,
+    one_by_one,
+    rollouts,
+)
 from benchmarks.networks import SCALES
 from flowgrpo_fast.planner.live import floor_of
 from flowgrpo_fast.planner.published import PUBLISHED
+from flowgrpo_fast.recipe import TransitionKL
 from flowgrpo_fast.training.engine import build_engine
+from flowgrpo_fast.training.loop import train_step
 
 CPU = torch.device("cpu")
 SD3, FLUX = TINY_JOBS
 
 
 def rows_of(job):
-    return {lever.name: lever for lever in levers(job.recipe)}
+    return {lever.name: lever for lever in job.levers}
 
 
 @pytest.fixture
@@ -62,7 +73,8 @@ def test_the_kl_is_part_of_what_agrees():
     """With a weight so large that the policy's own gradient vanishes beside it."""
     recipe = rows_of(SD3)[TRAINER].recipe
     plain = agreement(recipe, CPU)["gradient_norm"]
-    heavy = agreement(replace(recipe, loss=replace(recipe.loss, kl_beta=1e3)), CPU)
+    objective = replace(recipe.objective, regularizers=(TransitionKL(beta=1e3),))
+    heavy = agreement(replace(recipe, objective=objective), CPU)
     assert heavy["gradient_norm"] > 100 * plain
     assert heavy["gradient"] < 1e-4
 
@@ -88,20 +100,54 @@ def test_the_trainers_loop_wastes_what_it_is_said_to_waste():
 def test_a_bf16_network_has_a_floor():
     """Its weights take no fp32 latents: it is counted under autocast, as it runs, to the same FLOPs."""
     recipe = rows_of(SD3)[EQUAL].recipe
-    half, full = (floor_of(build_engine(replace(recipe, precision=p), CPU)) for p in ("bf16", "fp32"))
+    machines = [replace(recipe.machine, precision=precision) for precision in ("bf16", "fp32")]
+    half, full = (floor_of(build_engine(replace(recipe, machine=m), CPU)) for m in machines)
     assert half.flops == full.flops > 0
 
 
 def test_levers_change_one_thing_each():
-    names = [TRAINER, EQUAL, COMPILED, WINDOW, NO_KL, FAST, PRUNED, LOW, FLASH, TRAINER_FAST]
-    with_sharing = names[:6] + ["+ work of a group shared"] * bool(SHARING) + names[6:]
-    assert list(rows_of(SD3)) == with_sharing
+    chain = [TRAINER, EQUAL, COMPILED, WINDOW, NO_KL, FAST, SHARED, PRUNED, LOW]
     rows = rows_of(SD3)
+    assert list(rows) == [*chain, JOINED, FLASH, TRAINER_FAST]
     assert rows[TRAINER].recipe == rows[EQUAL].recipe
     assert rows[TRAINER_FAST].recipe == rows[FAST].recipe
     assert rows[FAST].recipe.guidance_scale == 1
     assert rows[PRUNED].images == rows[FAST].images == 8
     assert NO_KL not in rows_of(FLUX)
+    assert [name for name, row in rows.items() if not row.recipe.network.compile] == [TRAINER, EQUAL]
+    alone = rows_of(replace(SD3, compiles=False))
+    assert list(alone) == list(rows)
+    assert [name for name, row in alone.items() if row.recipe.network.compile] == [COMPILED]
+
+
+def test_joined_steps_are_fewer_larger_forwards_of_the_update():
+    """Both trained steps of half of the samples in one forward of as many rows as the rollout's."""
+    rows = rows_of(replace(SD3, compiles=False))
+    fast, joined = rows[FAST].recipe, rows[JOINED].recipe
+    assert replace(joined, machine=fast.machine) == fast
+    assert (fast.machine.rows_per_forward, joined.machine.rows_per_forward) == (4, 8)
+    sizes = {}
+    for recipe in (fast, joined):
+        engine, calls = build_engine(recipe, CPU), []
+        engine.model.module.register_forward_pre_hook(
+            lambda module, args, kwargs, calls=calls: calls.append(
+                (len(kwargs["hidden_states"]), torch.is_grad_enabled())
+            ),
+            with_kwargs=True,
+        )
+        assert train_step(engine).metrics["ratio_self_test"] == 0
+        calls.clear()
+        report = train_step(engine)
+        assert report.metrics["first_ratio_error"] == 0
+        sizes[recipe.machine.steps_per_forward] = [rows for rows, with_gradient in calls if with_gradient]
+    assert sizes == {1: [4] * 4, 2: [8] * 2}
+
+
+def test_a_job_whose_forwards_take_all_has_nothing_to_join():
+    assert JOINED not in rows_of(replace(SD3, num_prompts=1))
+    assert all(JOINED in rows_of(job) for job in (*GPU_JOBS, *TINY_JOBS))
+    for size in CPU_SIZES:
+        assert JOINED in rows_of(lever_rows.Job(*size, precision="fp32"))
 
 
 @pytest.mark.slow
@@ -118,6 +164,7 @@ def test_every_row_runs(one_round):
         assert row["over_floor"] == pytest.approx(row["seconds"] / row["floor_s"], rel=1e-3)
         assert row["ratio_error"] in (None, 0.0)
         assert (row["counts"] is None) == row["compiled"]
+        assert row["precision"] == "fp32"
     header, lines = lever_report.table(found)
     assert all(len(line) == len(header) for line in lines)
     page = [part for part in lever_report.sections(result | {"command": "x"}) if isinstance(part, str)]
@@ -171,6 +218,110 @@ def test_a_row_that_fails_is_named_and_the_rest_go_on(monkeypatch):
     assert len(result["jobs"][0]["rows"]) == len(rows_of(SD3)) - 1
 
 
+# ------------------------------------------------------------------------------------- on the CPU, in its time
+
+
+class Clock:
+    """A clock that only runners move."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def runners(monkeypatch):
+    """Runners that take a second for every ten rows of the network, ten times that for what is compiled."""
+    clock, made = Clock(), []
+
+    class Fake:
+        engine, floor, counts = None, None, None
+
+        def __init__(self, lever, device):
+            self.lever, self.seconds = lever, []
+            made.append(lever.name)
+            self.first_seconds = self.pass_time()
+
+        def pass_time(self):
+            seconds = lever_rows.work(self.lever) / 10 * (10 if self.lever.recipe.network.compile else 1)
+            clock.now += seconds
+            return seconds
+
+        def count(self):
+            self.pass_time()
+
+        def time(self):
+            self.seconds.append(self.pass_time())
+
+        def row(self, rate):
+            more = {"rounds": len(self.seconds), "ratio_error": None, "counts": None}
+            return row(self.lever.name, self.seconds[0], **more)
+
+    monkeypatch.setattr(lever_rows, "Runner", Fake)
+    monkeypatch.setattr(lever_rows, "time", clock)
+    found = {"log_prob": 0.0, "finished": 0.0, "gradient": 0.0}
+    monkeypatch.setattr(lever_rows, "agreement", lambda recipe, device: found)
+    monkeypatch.setattr(lever_rows, "_peak_elsewhere", lambda job, name: 10**9)
+    monkeypatch.setattr(lever_rows, "cpu_multiplies_bf16", lambda: False)
+    return made
+
+
+def test_a_cpus_rows_come_cheapest_first_and_are_kept_one_by_one(runners):
+    kept = []
+    job = replace(SD3, compiles=False)
+    result = measure_levers(
+        CPU, (job,), rounds=2, limit=1e6, keep=lambda found: kept.append(len(found["jobs"][0]["rows"]))
+    )
+    (found,) = result["jobs"]
+    costs = [lever_rows.work(rows_of(job)[name]) for name in runners]
+    assert costs[:-1] == sorted(costs[:-1])
+    assert (runners[0], runners[-1]) == (PRUNED, COMPILED)
+    assert kept[: len(runners)] == list(range(1, len(runners) + 1))
+    assert [each["name"] for each in found["rows"]] == list(rows_of(job))
+    assert all(each["rounds"] == 2 and each["peak_bytes"] == 10**9 for each in found["rows"])
+    assert result["left"] == []
+    assert found["precision_because"] == "this CPU has no bf16 instructions"
+    assert "measured in fp32: this CPU has no bf16 instructions" in lever_report.notes(found)
+
+
+def test_a_cpu_begins_no_row_that_would_not_end(runners):
+    result = measure_levers(CPU, (replace(SD3, compiles=False),), rounds=3, limit=150.0)
+    (found,) = result["jobs"]
+    assert 1 <= len(found["rows"]) < len(rows_of(SD3))
+    assert len(found["rows"]) + len(result["left"]) == len(rows_of(SD3))
+    assert f"{SD3}: {COMPILED}" in result["left"]
+    assert lever_rows.time.now < 150.0
+
+
+@pytest.mark.parametrize(("limit", "size"), [(1e7, CPU_SIZES[0]), (1.0, CPU_SIZES[-1])])
+def test_a_cpu_takes_the_largest_size_that_it_has_time_for(runners, limit, size):
+    (job, why) = lever_rows.fitting_job(limit)
+    assert (job.network, job.group_size, job.num_prompts, job.precision) == (*size, "fp32")
+    assert str(job) in why
+
+
+def test_work_is_what_goes_through_the_network():
+    """Of two prompts of four: ten steps and two halves; nine or two steps trained, a backward counted as two."""
+    found = rows_of(replace(SD3, compiles=False))
+    expected = {
+        TRAINER: 8 * 20 + 8 * 9 * (6 + 2),
+        EQUAL: 8 * 20 + 8 * 9 * (3 + 2),
+        NO_KL: 8 * 20 + 8 * 2 * 3,
+        FAST: 8 * 10 + 8 * 2 * 3,
+        SHARED: 2 * 2 + 8 * 8 + (2 + 8) * 3,
+    }
+    assert {name: lever_rows.work(found[name]) for name in expected} == expected
+
+
+def test_bf16_is_for_cpus_with_its_instructions(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    for flags, found in (("avx avx2 fma", False), ("avx512f avx512_bf16", True), ("amx_bf16 amx_tile", True)):
+        cpuinfo.write_text(f"model name : a CPU\nflags : fpu {flags}\n")
+        assert rows.cpu_multiplies_bf16(cpuinfo) is found
+    assert not rows.cpu_multiplies_bf16(tmp_path / "none")
+
+
 def several(jobs):
     return {"jobs": [{"job": str(job), "rows": [], "failed": {}} for job in jobs], "left": []}
 
@@ -180,14 +331,14 @@ def test_the_gpu_jobs_are_the_published_networks():
     assert all(job.group_size * job.num_prompts == 24 for job in GPU_JOBS)
     for job, name in zip(GPU_JOBS, ("sd3.5-medium", "flux.1-dev"), strict=True):
         assert SCALES[job.network].transformer == PUBLISHED[name]["transformer"]
-        assert all(lever.recipe.precision == "bf16" for lever in levers(job.recipe))
+        assert all(lever.recipe.machine.precision == "bf16" for lever in job.levers)
 
 
 def test_both_precisions_walk_the_whole_schedule():
     engine = build_engine(replace(rows_of(SD3)[LOW].recipe, network=SD3.recipe.network), CPU)
     calls = []
     engine.model.module.register_forward_pre_hook(lambda *_: calls.append("training"))
-    engine.outside.module.register_forward_pre_hook(lambda *_: calls.append("low"))
+    engine.stage.sampler.outside.model.module.register_forward_pre_hook(lambda *_: calls.append("low"))
     found = rollouts(engine, rounds=1)
     assert set(found) == {"training", "low", "speedup"}
     assert calls.count("training") == calls.count("low") >= 2 * 10

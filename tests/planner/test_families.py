@@ -8,12 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowgrpo_fast.planner.architectures import architecture, count
-from flowgrpo_fast.planner.live import count_model
+from flowgrpo_fast.planner.architectures import architecture, count, count_model
 from flowgrpo_fast.recipe import FullFineTuning, LoRA, Network
-from flowgrpo_fast.training.engine import build_engine, load_model
+from flowgrpo_fast.training.engine import build_engine
 from tests.models.conftest import tiny_path, tiny_recipe
-from tests.models.families import FAMILIES, HUNYUAN_VIDEO15, KONTEXT, WAN
+from tests.models.families import FAMILIES, HUNYUAN_VIDEO15, KONTEXT, WAN, loaded
 
 __all__ = ["tiny_path", "tiny_recipe"]
 CPU = torch.device("cpu")
@@ -29,7 +28,7 @@ def test_what_is_planned_is_what_the_model_runs(family, tiny_recipe) -> None:
     """Without adapters, whose own products a plan leaves out; at the number of text tokens that the prompts have."""
     recipe = tiny_recipe(family, train=FullFineTuning())
     engine = build_engine(recipe, CPU)
-    model, conditioning = engine.model, engine.conditioning
+    model, conditioning = engine.model, engine.stage.conditioning
     live = count_model(model, conditioning, CPU)
     tokens = conditioning.prompt_embeds.shape[1]
     if family.name == "z_image":  # it takes each caption at its own length
@@ -58,15 +57,13 @@ def test_what_is_planned_is_what_the_model_runs(family, tiny_recipe) -> None:
 @pytest.mark.parametrize("family", KNOWN, ids=str)
 def test_the_layers_with_an_adapter_are_those_of_the_model(family, tiny_recipe) -> None:
     recipe = tiny_recipe(family, train=LoRA(rank=2))
-    model = load_model(recipe, CPU)
+    model = loaded(recipe)
     planned = count(architecture(recipe.network.path), replace(recipe.network, max_sequence_length=0))
     assert planned.trained == sum(p.numel() for p in model.module.parameters() if p.requires_grad)
 
 
 def test_a_family_without_shapes_is_one_line(tiny_path) -> None:
-    with pytest.raises(
-        ValueError, match="holds a HunyuanVideo15Transformer3DModel; the planner knows"
-    ) as caught:
+    with pytest.raises(ValueError, match="holds a HunyuanVideo15Pipeline; the planner knows") as caught:
         architecture(str(tiny_path(HUNYUAN_VIDEO15)))
     assert "\n" not in str(caught.value)
 
@@ -75,8 +72,8 @@ def test_a_source_image_is_as_long_as_the_one_that_is_made(tiny_recipe) -> None:
     """FLUX and Kontext have the same transformer: the pipeline's class tells them apart."""
     network = tiny_recipe(KONTEXT).network
     editing = architecture(network.path)
-    plain, edited = count(replace(editing, sources=0), network), count(editing, network)
-    assert editing.sources == 1
+    plain, edited = count(replace(editing, pipeline="FluxPipeline"), network), count(editing, network)
+    assert editing.pipeline == "FluxKontextPipeline"
     assert edited.forward.linear > 1.4 * plain.forward.linear
     assert edited.activations.all > 1.4 * plain.activations.all
     assert edited.latent_elements == plain.latent_elements
@@ -86,7 +83,9 @@ def test_a_source_image_is_as_long_as_the_one_that_is_made(tiny_recipe) -> None:
 def test_experts_are_held_both_and_run_one_by_one(tiny_recipe) -> None:
     network = tiny_recipe(replace(WAN, variant={"experts": True})).network
     two = architecture(network.path)
-    one = replace(two, experts=())
+    one = replace(
+        two, networks={name: part for name, part in two.networks.items() if name != "transformer_2"}
+    )
     for train in (LoRA(rank=2), FullFineTuning()):
         single, double = (count(part, replace(network, train=train)) for part in (one, two))
         assert double.parameters == 2 * single.parameters
@@ -105,7 +104,7 @@ def test_the_published_wan_2_2() -> None:
     assert small.latent_elements == 48 * 2 * 44 * 80
     assert small.sequence == 2 * 22 * 40
     once = count(
-        replace(architecture("wan2.2-5b"), token_times=False), Network(height=704, width=1280, num_frames=5)
+        replace(architecture("wan2.2-5b"), options={}), Network(height=704, width=1280, num_frames=5)
     )
     each = 2 * (256 * 3072 + 3072**2 + 6 * 3072**2)  # what a timestep goes through before the blocks
     assert small.forward.linear - once.forward.linear == (small.sequence - 1) * each

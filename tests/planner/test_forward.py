@@ -199,7 +199,7 @@ def test_a_folder_is_read_like_a_published_name(tmp_path) -> None:
         "vae": entry["vae"],
         "text_encoder": entry["text_encoders"][0],
     }
-    index = {
+    index: dict[str, object] = {
         "_class_name": "StableDiffusion3Pipeline",
         "scheduler": ["diffusers", "X"],
         "feature": [None, None],
@@ -216,16 +216,18 @@ def test_a_folder_is_read_like_a_published_name(tmp_path) -> None:
     (tmp_path / "vae" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"cannot read .*vae/config.json"):
         architecture(str(tmp_path))
-    (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "UNet"]}))
-    with pytest.raises(ValueError, match="holds a UNet; the planner knows SD3Transformer2DModel"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "UNetPipeline"}))
+    with pytest.raises(ValueError, match="holds a UNetPipeline; the planner knows StableDiffusion3Pipeline"):
         architecture(str(tmp_path))
 
 
 def test_a_configuration_that_nothing_can_be_built_from_is_one_line() -> None:
     pipeline = architecture("sd3-medium")
-    kind, config = pipeline.transformer
+    kind, config = pipeline.networks["transformer"]
     for changes in ({"num_layers": "many"}, {"qk_norm": "unheard of"}, {"dual_attention_layers": None}):
-        broken = replace(pipeline, transformer=(kind, {**config, **changes}))
+        broken = replace(
+            pipeline, networks={**pipeline.networks, "transformer": (kind, {**config, **changes})}
+        )
         with pytest.raises(ValueError, match=r".") as caught:
             count(broken, Network(height=64, width=64))
         assert "\n" not in str(caught.value)
@@ -238,8 +240,9 @@ def test_an_autoencoder_that_shrinks_less_leaves_more_tokens() -> None:
     shallow = dict(PUBLISHED["sd3-medium"]["vae"][1], block_out_channels=[128, 256, 512])
     for key in ("down_block_types", "up_block_types"):
         shallow[key] = shallow[key][:3]
-    pipeline = replace(architecture("sd3-medium"), vae=("AutoencoderKL", shallow))
-    assert pipeline.size(Network(height=248, width=248)).packed == (31, 31)
+    medium = architecture("sd3-medium")
+    pipeline = replace(medium, networks={**medium.networks, "vae": ("AutoencoderKL", shallow)})
+    assert pipeline.on_meta(Network(height=248, width=248)).image_seq_len == 31 * 31
     ours, usual = count(pipeline, Network(height=256, width=256)), counts("sd3-medium")
     assert ours.forward == usual.forward  # 256 pixels at a stride of 4 are 512 at 8
     assert ours.latent_elements == usual.latent_elements
@@ -252,11 +255,11 @@ def test_an_autoencoder_that_shrinks_less_leaves_more_tokens() -> None:
         (lambda: architecture("/nowhere"), "unknown model '/nowhere'"),
         (
             lambda: counts("sd3.5-medium", 500),
-            "Network.height is 500; sd3.5-medium needs a multiple of 16, such as 496",
+            "Network.height is 500; sd3 needs a multiple of 16, such as 496",
         ),
         (lambda: counts("sana-1.6b", 512, 528), "Network.width is 528; .* multiple of 32"),
-        (lambda: counts("wan2.1-1.3b", num_frames=32), "num_frames is 32; .* 1 more than a multiple of 4"),
-        (lambda: counts("flux.1-dev", num_frames=5), "num_frames is 5; flux.1-dev needs 1"),
+        (lambda: counts("wan2.1-1.3b", num_frames=32), "num_frames is 32; .* a multiple of 4 plus 1"),
+        (lambda: counts("flux.1-dev", num_frames=5), "num_frames is 5; flux makes images: set 1"),
         (
             lambda: counts("sd3-medium", train=LoRA(targets=("query",))),
             "match no linear layer of SD3Transformer2D",

@@ -17,12 +17,13 @@ from flowgrpo_fast import launch
 from flowgrpo_fast.cli import main
 from flowgrpo_fast.launch import Run
 from flowgrpo_fast.planner import live
-from flowgrpo_fast.planner.architectures import architecture, count
+from flowgrpo_fast.planner.architectures import architecture, count, count_model
 from flowgrpo_fast.planner.counting import count_work
-from flowgrpo_fast.planner.live import Floor, check_memory, count_model, floor_of, measured_rate
+from flowgrpo_fast.planner.live import Floor, check_memory, floor_of, measured_rate
 from flowgrpo_fast.precision import FORMATS, QuantizedLinear
 from flowgrpo_fast.recipe import LowPrecision, Network
-from flowgrpo_fast.recipes import digits, mix_grpo
+from flowgrpo_fast.recipes import digits
+from flowgrpo_fast.recipes.trajectory import mix_grpo
 from flowgrpo_fast.training.engine import build_engine
 
 CPU = torch.device("cpu")
@@ -30,8 +31,8 @@ CPU = torch.device("cpu")
 
 def test_the_digits_are_counted_like_their_architecture() -> None:
     engine = build_engine(digits(mix_grpo()), CPU)
-    counts = count_model(engine.model, engine.conditioning, CPU)
-    d, image, text = 64, 16, engine.conditioning.prompt_embeds.shape[1]
+    counts = count_model(engine.model, engine.stage.conditioning, CPU)
+    d, image, text = 64, 16, engine.stage.conditioning.prompt_embeds.shape[1]
     blocks = 2 * (2 * (image + text) * 12 * d**2 + 2 * 12 * d**2)
     last = 2 * image * 12 * d**2 + 2 * text * 3 * d**2 + 2 * 8 * d**2
     ends = 2 * image * 4 * d + 2 * text * 32 * d + 2 * (256 * d + d * d) + 2 * (32 * d + d * d)
@@ -43,11 +44,11 @@ def test_the_digits_are_counted_like_their_architecture() -> None:
 
 def test_adapters_are_told_from_full_fine_tuning(toy_recipe) -> None:
     engine = build_engine(toy_recipe(), CPU)
-    counts = count_model(engine.model, engine.conditioning, CPU)
+    counts = count_model(engine.model, engine.stage.conditioning, CPU)
     assert counts.forward.linear == 2 * (8 * 32 + 32 * 6)
     assert (counts.forward.attention, counts.decode, counts.trained_share) == (0.0, 0.0, 1.0)
     engine.model.module[2].requires_grad_(False)
-    counts = count_model(engine.model, engine.conditioning, CPU)
+    counts = count_model(engine.model, engine.stage.conditioning, CPU)
     assert counts.trained_share == 8 * 32 / (8 * 32 + 32 * 6)
 
 
@@ -67,7 +68,7 @@ def test_products_in_low_precision_are_counted(name, toy_recipe, monkeypatch) ->
     assert count_work(lambda: quantized(x)).linear == 2 * 3 * 256 * 128
     engine.model.module.append(quantized)
     engine.model.velocity = lambda latents, sigma, conditioning: latents
-    counts = count_model(engine.model, engine.conditioning, CPU)
+    counts = count_model(engine.model, engine.stage.conditioning, CPU)
     trained = 8 * 32 + 32 * 6
     assert counts.trained_share == trained / (trained + 256 * 128)
 
@@ -75,7 +76,8 @@ def test_products_in_low_precision_are_counted(name, toy_recipe, monkeypatch) ->
 def test_the_floor_is_work_over_rate(toy_recipe, monkeypatch) -> None:
     monkeypatch.setattr(live, "measured_rate", lambda device, dtype: 1e6)
     engine = build_engine(toy_recipe(), CPU)
-    engine.recipe = replace(engine.recipe, rollout_precision=LowPrecision())  # emulated on a CPU: no faster
+    low = replace(engine.recipe.machine, rollout_precision=LowPrecision())  # emulated on a CPU: no faster
+    engine.recipe = replace(engine.recipe, machine=low)
     floor = floor_of(engine)
     assert floor is not None
     forward = 2 * (8 * 32 + 32 * 6)
@@ -91,7 +93,7 @@ def test_the_floor_is_work_over_rate(toy_recipe, monkeypatch) -> None:
 
 def test_a_known_gpu_is_read_from_its_table(toy_recipe, monkeypatch) -> None:
     engine = build_engine(toy_recipe(precision="bf16"), CPU)
-    counts = count_model(engine.model, engine.conditioning, CPU)
+    counts = count_model(engine.model, engine.stage.conditioning, CPU)
     monkeypatch.setattr(live, "count_model", lambda *args: counts)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     engine.device = torch.device("cuda:0")
@@ -185,7 +187,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(
     line = str(caught.value)
     assert "\n" not in line
     assert "the largest part is activations" in line
-    assert "network.checkpointing=selective, or lower rows_per_forward" in line
+    assert "network.checkpointing=selective, or lower machine.rows_per_forward" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -208,7 +210,7 @@ def test_a_pipeline_that_cannot_be_counted_is_not_refused(toy_recipe, monkeypatc
     recipe = toy_recipe(network=Network(path="sd3.5-medium"))
     check_memory(recipe, CPU, 1e9)
     with (
-        pytest.raises(ValueError, match="lower rows_per_forward"),
+        pytest.raises(ValueError, match=r"lower machine\.rows_per_forward"),
         live.out_of_memory_in_one_line(recipe, CPU),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -217,7 +219,8 @@ def test_a_pipeline_that_cannot_be_counted_is_not_refused(toy_recipe, monkeypatc
 def test_a_cpu_out_of_memory_is_one_line_too(toy_recipe) -> None:
     with (
         pytest.raises(
-            ValueError, match=r"^out of memory on cpu: .*DefaultCPUAllocator: .*; lower rows_per_forward"
+            ValueError,
+            match=r"^out of memory on cpu: .*DefaultCPUAllocator: .*; lower machine.rows_per_forward",
         ),
         live.out_of_memory_in_one_line(toy_recipe(), CPU),
     ):
@@ -237,14 +240,15 @@ def test_a_plan_is_compared_with_what_others_left_free(monkeypatch) -> None:
 
 def test_enough_memory_or_a_cpu_is_no_obstacle(toy_recipe) -> None:
     recipe = toy_recipe(network=Network(path="sd3.5-medium", height=256, width=256), precision="bf16")
-    check_memory(replace(recipe, rows_per_forward=1), CPU, 24e9)
+    one = replace(recipe, machine=replace(recipe.machine, rows_per_forward=1))
+    check_memory(one, CPU, 24e9)
     check_memory(recipe, CPU, live.memory_of(CPU))
 
 
 @pytest.mark.parametrize(
     ("network", "advice"),
     [
-        (Network(), "lower rows_per_forward (now 32)"),
+        (Network(), "lower machine.rows_per_forward (now 32)"),
         (
             Network(path="sd3.5-medium"),
             "the largest part is activations, about 66.0 GB: set network.checkpointing=selective",
@@ -297,7 +301,7 @@ def test_plan_as_json_with_overrides(capsys) -> None:
             "mix_grpo",
             "network.height=720",
             "network.width=720",
-            "share_prefix=false",
+            "topology.share_prefix=false",
             "--gpu",
             "b200",
             "--json",

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,18 +11,24 @@ from torch import Tensor, nn
 
 from flowgrpo_fast.models import digits
 from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork
+from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.recipe import (
-    ClippedRatio,
-    Credit,
+    Bound,
+    Clip,
+    DropIdle,
     FlowSDE,
     FrozenWindow,
+    Independent,
+    Normalise,
     Optimizer,
+    PolicyGradient,
     Recipe,
     RewardTerm,
     Sigmas,
     Task,
 )
-from flowgrpo_fast.types import Conditioning
+from flowgrpo_fast.types import Conditioning, FlowModel
+from tests.conftest import with_changes
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -53,14 +59,15 @@ def sd3(lora: bool = True, seed: int = 0, **changes) -> DigitsModel:
     return DigitsModel(network)
 
 
-@dataclass
-class FluxModel:
+class FluxModel(FlowModel):
     """A tiny FLUX transformer as a FlowModel whose `transformer` is an attribute, and the module itself."""
 
-    module: nn.Module
-    transformer: nn.Module
-    latent_shape: tuple[int, ...] = (16, 16)
-    sensitive: tuple[str, ...] = ("embed", "norm", "proj_mlp")
+    latent_shape = (16, 16)
+    sensitive = ("embed", "norm", "proj_mlp")
+    transformer = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = self.transformer = module
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         positions = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], dim=1)
@@ -92,7 +99,7 @@ def flux(**changes) -> FluxModel:
     )
     with_lora(transformer, **changes)
     randomized(transformer)
-    return FluxModel(transformer, transformer)
+    return FluxModel(transformer)
 
 
 def flux_inputs() -> tuple[Tensor, Tensor, Conditioning]:
@@ -109,21 +116,18 @@ def sd3_inputs(model: DigitsModel) -> tuple[Tensor, Tensor, Conditioning]:
     return latents, torch.tensor([0.9, 0.5, 0.1]), model.encode(digits.prompts()[:3])
 
 
-def load(device: torch.device) -> DigitsModel:
+def load(device: torch.device, setup: ModelSetup) -> DigitsModel:
     return sd3()
 
 
-def load_whole(device: torch.device) -> DigitsModel:
+def load_whole(device: torch.device, setup: ModelSetup) -> DigitsModel:
     return sd3(lora=False)
 
 
-def load_half(device: torch.device) -> DigitsModel:
+def load_half(device: torch.device, setup: ModelSetup) -> DigitsModel:
     model = sd3(lora=False)
     model.module.to(torch.bfloat16)
     return model
-
-
-prompts = digits.prompts
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -132,17 +136,17 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch):
-    """Makes small recipes for the model above; keywords replace fields."""
+    """Makes small recipes for the model above; keywords replace fields, those of `Machine` in the machine."""
     monkeypatch.setitem(sys.modules, "precision_job", sys.modules[__name__])
     recipe = Recipe(
         name="precise",
         sigmas=Sigmas(num_inference_steps=5, shift=1.0),
         dynamics=FlowSDE(noise_level=0.7),
-        window=FrozenWindow(size=2, start=1),
+        topology=Independent(at=FrozenWindow(size=2, start=1)),
         group_size=4,
         num_prompts=2,
-        credit=Credit(eps=1e-4),
-        loss=ClippedRatio(clip_range=0.05),
+        credit=(Normalise(eps=1e-4), Bound(), DropIdle()),
+        objective=PolicyGradient(trust=Clip(range=0.05)),
         optimizer=Optimizer(lr=3e-3),
         num_steps=2,
         task=Task(
@@ -154,7 +158,7 @@ def job(monkeypatch: pytest.MonkeyPatch):
     )
 
     def make(model: str = "load", **changes) -> Recipe:
-        made = replace(recipe, **changes)
+        made = with_changes(recipe, **changes)
         return replace(made, task=replace(made.task, model=f"precision_job:{model}"))
 
     return make

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import (
 )
 
 from flowgrpo_fast.models.digits import DigitsModel
-from flowgrpo_fast.precision import FORMATS, QuantizedLinear, build_low_precision
+from flowgrpo_fast.precision import FORMATS, QuantizedLinear
 from flowgrpo_fast.precision.adapters import linear_layers
 from flowgrpo_fast.recipe import LowPrecision
+from flowgrpo_fast.types import FlowModel
 
 from .conftest import TARGETS, flux, flux_inputs, sd3, sd3_inputs
 
@@ -32,7 +33,7 @@ NAMES = sorted(FORMATS)
 
 
 def low(model, mode: str = "merged", form: str = "fp8_rows", **changes):
-    return build_low_precision(model, LowPrecision(mode=mode, format=form, **changes))
+    return LowPrecision(mode=mode, format=form, **changes).build(model)
 
 
 def quantized_names(model) -> set[str]:
@@ -266,7 +267,7 @@ def test_checkpointing_a_shared_base_changes_no_gradient(form, selective) -> Non
 
 def test_a_model_of_slots_is_copied() -> None:
     @dataclass(frozen=True, slots=True)
-    class Slotted:
+    class Slotted(FlowModel):
         module: nn.Module
         latent_shape: tuple[int, ...] = (8,)
 

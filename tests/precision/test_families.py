@@ -25,7 +25,9 @@ def two_steps(recipe):
     assert reports[0].metrics["ratio_self_test"] == 0
     assert [report.metrics["delta_log_prob_max"] for report in reports] == [0, 0]
     assert all(report.metrics["grad_norm"] > 0 for report in reports)
-    assert any(isinstance(module, QuantizedLinear) for module in engine.outside.module.modules())
+    assert any(
+        isinstance(module, QuantizedLinear) for module in engine.stage.sampler.outside.model.module.modules()
+    )
 
 
 @pytest.mark.parametrize("family", [families.SD3, families.FLUX, families.WAN], ids=str)
@@ -71,7 +73,9 @@ def test_selective_checkpointing_runs_no_product_in_fp8_twice(tiny_recipe) -> No
         engine = build_engine(recipe, torch.device("cpu"))
         inputs = torch.randn(2, *engine.model.latent_shape), torch.tensor(0.5)
         with Products() as counted, torch.autocast("cpu", dtype=torch.bfloat16):
-            engine.model.velocity(*inputs, engine.conditioning.rows(torch.tensor([0, 1]))).sum().backward()
+            engine.model.velocity(
+                *inputs, engine.stage.conditioning.rows(torch.tensor([0, 1]))
+            ).sum().backward()
         counts[mode] = counted.count
     assert counts["none"] == counts["selective"] < counts["full"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flowgrpo_fast.ops import build_info
-from flowgrpo_fast.precision import FORMATS, Lora, QuantizedLinear, build_low_precision
+from flowgrpo_fast.precision import FORMATS, Lora, QuantizedLinear
 from flowgrpo_fast.precision.formats import capability
 from flowgrpo_fast.recipe import LowPrecision
 from flowgrpo_fast.types import Conditioning
@@ -97,7 +97,7 @@ def test_velocity_with_and_without_gradient_is_the_same_and_near_the_cpu_s(make,
     names = ("prompt_embeds", "pooled_prompt_embeds")
     moved = Conditioning(*(getattr(conditioning, name).to(CUDA) for name in names))
     with torch.device(CUDA), torch.autocast("cuda", dtype=torch.bfloat16):
-        model = build_low_precision(device, part).model
+        model = part.build(device).model
         with_grad = model.velocity(latents.to(CUDA), sigma.to(CUDA), moved).detach()
         with torch.no_grad():
             without = model.velocity(latents.to(CUDA), sigma.to(CUDA), moved)

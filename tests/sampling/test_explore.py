@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from flowgrpo_fast.sampling.explore import ranks, spearman, top_overlap
+from flowgrpo_fast.experience.scouts import ranks, spearman, top_overlap
 
 
 def test_spearman_is_scipys_ties_included() -> None:

@@ -13,44 +13,67 @@ from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork
 from flowgrpo_fast.recipe import (
     NFT,
     AllSteps,
-    Credit,
+    Bound,
+    Comb,
+    Cuts,
     Deterministic,
     DPMSolver2M,
     FrozenWindow,
+    Independent,
     LowPrecision,
+    Normalise,
+    OneStepEach,
     Optimizer,
-    Prune,
     Scouts,
+    SharedStart,
     SlidingWindow,
+    Tree,
 )
-from flowgrpo_fast.recipes import digits, mix_grpo
+from flowgrpo_fast.recipes import digits
+from flowgrpo_fast.recipes.trajectory import mix_grpo
 from flowgrpo_fast.sampling import graphs as module
 from flowgrpo_fast.sampling.graphs import StepGraph
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training.draws import draw
-from flowgrpo_fast.training.engine import build_engine, sync_weights
+from flowgrpo_fast.sampling.walk import walk
+from flowgrpo_fast.training.engine import build_engine
 from flowgrpo_fast.training.loop import train_step
-from flowgrpo_fast.training.sample import sample
+from tests.conftest import with_changes
+from tests.sampling.walks import drawn
 
 CPU = torch.device("cpu")
-FORWARD = {"loss": NFT(), "window": Deterministic(), "credit": Credit(std="batch", drop_zero_variance=False)}
-FUNNEL = Prune(at=(3, 4), sizes=(24, 16), score="latents", pool=2)
+TWO = FrozenWindow(size=2, start=1)
+FORWARD = {
+    "objective": NFT(),
+    "topology": Independent(at=Deterministic()),
+    "credit": (Normalise(std="batch"), Bound()),
+}
+FUNNEL = Cuts(inner=Independent(at=AllSteps()), steps=(3, 4), sizes=(24, 16), score="latents", pool=2)
 CASES = {
     "plain": {},
     "guided": {"guidance_scale": 3.0},
-    "shared": {"share_start_noise": True},
-    "shared, micro-batches": {"share_start_noise": True, "rows_per_forward": 8},
-    "second order": {"solver": DPMSolver2M(keep=0.6), "window": SlidingWindow(size=2, every=1)},
+    "shared": {"topology": SharedStart(at=TWO)},
+    "shared, micro-batches": {"topology": SharedStart(at=TWO), "rows_per_forward": 8},
+    "second order": {
+        "solver": DPMSolver2M(keep=0.6),
+        "topology": Independent(at=SlidingWindow(size=2, every=1)),
+    },
     "bf16": {"precision": "bf16", "guidance_scale": 2.0},
-    "funnel": {"prune": FUNNEL, "window": AllSteps()},
-    "shared funnel, rewards": {"prune": replace(FUNNEL, score="reward"), "share_start_noise": True},
+    "funnel": {"topology": FUNNEL},
+    "shared funnel, rewards": {"topology": replace(FUNNEL, score="reward", inner=SharedStart(at=TWO))},
     "low precision": {"rollout_precision": LowPrecision(mode="merged")},
     "forward process": {**FORWARD, "solver": DPMSolver2M()},
-    "scouts": {**FORWARD, "explore": Scouts(num_scouts=16, num_inference_steps=4)},
+    "scouts": {**FORWARD, "experience": Scouts(num_scouts=16, num_inference_steps=4)},
     "scouts in low precision": {
         **FORWARD,
-        "explore": Scouts(num_scouts=16, num_inference_steps=4, precision=LowPrecision(mode="merged")),
+        "experience": Scouts(num_scouts=16, num_inference_steps=4, precision=LowPrecision(mode="merged")),
+    },
+    "tree": {"topology": Tree(at=FrozenWindow(size=3)), "solver": DPMSolver2M(), "guidance_scale": 2.0},
+    "comb": {"topology": Comb(at=FrozenWindow(size=2, start=1), fan=4)},
+    "merged comb": {"topology": Comb(at=FrozenWindow(size=2, start=1), fan=4, merge=2), "precision": "bf16"},
+    "one step each": {"topology": OneStepEach(share_start=True)},
+    # The step before the window branches, all children alike: one is computed.
+    "members of their own": {
+        "topology": SharedStart(at=FrozenWindow(size=2, start=2)),
+        "optimizer": Optimizer(lr=1e-3, num_updates=16),
     },
 }
 
@@ -59,7 +82,7 @@ CASES = {
 def small(monkeypatch):
     """Engines on a small SD3 transformer for handwritten digits; keywords replace fields of the recipe."""
 
-    def load(device) -> DigitsModel:
+    def load(device, setup) -> DigitsModel:
         torch.manual_seed(0)
         network = DigitsNetwork(DigitsConfig(num_layers=1)).eval()
         network.words.requires_grad_(False)
@@ -72,8 +95,7 @@ def small(monkeypatch):
     base = replace(
         base,
         sigmas=replace(base.sigmas, num_inference_steps=6),
-        window=FrozenWindow(size=2, start=1),
-        share_start_noise=False,
+        topology=Independent(at=TWO),
         optimizer=Optimizer(lr=1e-3),
         num_prompts=4,
         group_size=8,
@@ -83,14 +105,29 @@ def small(monkeypatch):
     def build(device=CPU, **changes):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fp8_rows is emulated")
-            return build_engine(replace(base, **changes), device)
+            return build_engine(with_changes(base, **changes), device)
 
     return build
 
 
+def sample(engine, step: int = 0, recipe=None):
+    """The walk of a step, by the engine's sampler; by another recipe on the same model."""
+    recipe, stage = recipe or engine.recipe, engine.stage
+    draws = drawn(recipe, len(engine.prompts), step, engine.device)
+    return walk(
+        replace(stage.sampler, forwards=recipe.forwards),
+        recipe.plan(step),
+        stage.conditioning.rows(draws.prompt_index[draws.group_id]),
+        draws,
+        score=lambda x0_pred: x0_pred.flatten(1).mean(1),
+    )
+
+
 def equal(one, other) -> None:
-    for name in ("latents", "next_latents", "log_prob", "x0"):
-        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    for mine, theirs in zip(one.transitions, other.transitions, strict=True):
+        for name in ("latents", "next_latents", "log_prob", "row", "sigma", "samples"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+    assert torch.equal(one.x0, other.x0)
     assert one.evaluations == other.evaluations
 
 
@@ -108,28 +145,27 @@ def test_training_on_static_buffers_is_the_plain_one_to_the_bit(small, name) -> 
     graphed, plain = both(small, CASES[name])
     for mine, theirs in zip(graphed.model.module.parameters(), plain.model.module.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    draws, schedule = draw(plain.recipe, 10, 3, CPU), resolve_schedule(plain.recipe, 3)
     if name not in ("scouts", "scouts in low precision"):
-        equal(sample(graphed, draws, schedule), sample(plain, draws, schedule))
+        equal(sample(graphed, 3), sample(plain, 3))
 
 
 def shapes(engine) -> list[tuple[int, int]]:
     """(rows, samples of a row) in the order of capture."""
-    return [(key[1], key[2]) for key in engine.graphs.captured]
+    return [(key.rows, key.fan) for key in engine.stage.sampler.graphs.captured]
 
 
 def test_one_graph_a_shape_the_largest_first(small) -> None:
-    engine = small(graphs=True, prune=FUNNEL, window=AllSteps(), optimizer=Optimizer(num_updates=1))
+    engine = small(graphs=True, topology=FUNNEL, optimizer=Optimizer(num_updates=1))
     for _ in range(2):
         train_step(engine)
     assert shapes(engine) == [
         (32, 1),
         (32, 1),
     ]  # full micro-batches all along: only what a cut reads is another
-    engine = small(graphs=True, prune=FUNNEL, window=AllSteps(), rows_per_forward=0, num_prompts=1)
+    engine = small(graphs=True, topology=FUNNEL, rows_per_forward=0, num_prompts=1)
     train_step(engine)
     assert shapes(engine) == [(8, 1), (8, 1)]
-    engine = small(graphs=True, share_start_noise=True)
+    engine = small(graphs=True, topology=SharedStart(at=TWO))
     train_step(engine)
     assert shapes(engine) == [(4, 8), (32, 1), (4, 1)]
 
@@ -144,10 +180,11 @@ def test_a_shrinking_batch_replays_smaller_graphs(small, monkeypatch) -> None:
 
     monkeypatch.setattr(StepGraph, "replay", spy)
     engine = small(graphs=True)
-    funnel = replace(engine.recipe, prune=FUNNEL, window=AllSteps(), rows_per_forward=0, num_prompts=1)
-    object.__setattr__(funnel, "rows_per_forward", 24)  # more than an update's samples: one forward for all
-    engine.recipe = funnel
-    sample(engine, draw(funnel, 10, 0, CPU), resolve_schedule(funnel, 0))
+    funnel = with_changes(engine.recipe, topology=FUNNEL, rows_per_forward=0, num_prompts=1)
+    object.__setattr__(
+        funnel.machine, "rows_per_forward", 24
+    )  # more than an update's samples: one forward for all
+    sample(engine, recipe=funnel)
     assert seen == [24, 24, 24, 16, 8, 8]
 
 
@@ -155,51 +192,49 @@ def test_buffers_keep_their_addresses_and_models_their_graphs(small) -> None:
     engine = small(graphs=True, **FORWARD, rollout_precision=LowPrecision(mode="merged"))
 
     def addresses():
-        graphs = engine.graphs
+        graphs = engine.stage.sampler.graphs
         held = [t for buffers in graphs._buffers.values() for t in (buffers.given.latents, buffers.coeffs)]
         held += list(engine.model.module.parameters())
-        held += engine.old.values
-        held += [layer.weight for layer, _ in engine.low_precision.merged if hasattr(layer, "weight")]
-        held += [b for layer, _ in engine.low_precision.merged for b in layer.buffers()]
+        held += engine.learner.snapshots["old"].values
+        held += [layer.weight for layer, _ in engine.copies[0].merged if hasattr(layer, "weight")]
+        held += [b for layer, _ in engine.copies[0].merged for b in layer.buffers()]
         return [t.data_ptr() for t in held], list(graphs.captured)
 
     train_step(engine)
     first = addresses()
     for _ in range(2):
         train_step(engine)
-    sync_weights(engine)
+    engine.refresh()
     assert addresses() == first
-    assert engine.outside is engine.outside  # a view is one object: its graphs are found again
-    assert engine.outside is not engine.sampled
+    outside = engine.stage.sampler.outside.model
+    assert {key.model for key in first[1]} == {outside}  # a view is one object: its graphs are found again
+    assert outside is not engine.sampled
 
 
 def test_a_larger_rollout_starts_over(small) -> None:
     engine = small(graphs=True)
-    schedule = resolve_schedule(engine.recipe, 0)
     few = replace(engine.recipe, num_prompts=2)
-    engine.recipe = few
-    small_one = sample(engine, draw(few, 10, 0, CPU), schedule)
-    engine.recipe = replace(few, num_prompts=4)
-    sample(engine, draw(engine.recipe, 10, 0, CPU), schedule)
-    engine.recipe = few
-    equal(sample(engine, draw(few, 10, 0, CPU), schedule), small_one)
-    assert len(engine.graphs._buffers) == 1
+    small_one = sample(engine, recipe=few)
+    sample(engine, recipe=replace(few, num_prompts=4))
+    equal(sample(engine, recipe=few), small_one)
+    assert len(engine.stage.sampler.graphs._buffers) == 1
 
 
 def test_the_oldest_layout_makes_room(small, monkeypatch) -> None:
     """Prompts of ever new lengths, as a cache on disk pads them."""
     monkeypatch.setattr(module, "_MOST_LAYOUTS", 2)
     engine, plain = small(graphs=True), small()
-    schedule, draws = resolve_schedule(engine.recipe, 0), draw(engine.recipe, 10, 0, CPU)
+    plan, draws = engine.recipe.plan(0), drawn(engine.recipe, 10)
+    graphs = engine.stage.sampler.graphs
     for length in (3, 4, 3, 2, 4):
         trajectories = []
         for one in (engine, plain):
-            rows = one.conditioning.rows(draws.prompt_index[draws.group_id])
+            rows = one.stage.conditioning.rows(draws.prompt_index[draws.group_id])
             rows = replace(rows, prompt_embeds=rows.prompt_embeds[:, :length].contiguous())
-            trajectories.append(rollout(one.model, rows, draws, schedule, one.recipe, graphs=one.graphs))
+            trajectories.append(walk(one.stage.sampler, plan, rows, draws))
         equal(*trajectories)
-        assert len(engine.graphs._buffers) <= 2
-        assert len(engine.graphs.captured) == len(engine.graphs._buffers)
+        assert len(graphs._buffers) <= 2
+        assert len(graphs.captured) == len(graphs._buffers)
 
 
 def test_a_capture_that_fails_says_so_once(small, monkeypatch) -> None:
@@ -215,7 +250,7 @@ def test_a_capture_that_fails_says_so_once(small, monkeypatch) -> None:
     monkeypatch.setattr(module, "_on_cuda", lambda given: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    engine, plain = small(graphs=True, share_start_noise=True), small(share_start_noise=True)
+    engine, plain = small(graphs=True, topology=SharedStart(at=TWO)), small(topology=SharedStart(at=TWO))
     with pytest.warns(RuntimeWarning) as caught:
         metrics = [train_step(engine).metrics for _ in range(2)]
     assert [str(w.message) for w in caught] == [
@@ -281,7 +316,7 @@ class Stream:
 
 def tensors(result) -> list[torch.Tensor]:
     negative = [result.guidance.negative_velocity] if result.guidance else []
-    return [t for t in (*result.out, result.velocity, *negative) if t is not None]
+    return [t for t in (*result.out, result.velocity, result.unconditional, *negative) if t is not None]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -289,15 +324,17 @@ def test_outputs_are_read_before_another_graph_replays(small, name, monkeypatch)
     """One memory pool: the outputs of a graph are gone when any other has run."""
     Driver(monkeypatch)
     graphed, _ = both(small, CASES[name])
-    assert graphed.graphs.captured
-    assert all(graph.graph is not None for graph in graphed.graphs.captured.values())
+    assert graphed.stage.sampler.graphs.captured
+    assert all(graph.graph is not None for graph in graphed.stage.sampler.graphs.captured.values())
 
 
 def test_a_capture_warms_up_aside_and_lets_other_threads_be(small, monkeypatch) -> None:
     driver = Driver(monkeypatch)
-    engine = small(graphs=True, share_start_noise=True)
-    sample(engine, draw(engine.recipe, 10, 0, CPU), resolve_schedule(engine.recipe, 0))
-    side = engine.graphs._side  # the one of all, on the latents' device, whichever device is the current one
+    engine = small(graphs=True, topology=SharedStart(at=TWO))
+    sample(engine)
+    side = (
+        engine.stage.sampler.graphs._side
+    )  # the one of all, on the latents' device, whichever device is the current one
     how = {"pool": "pool", "stream": side, "capture_error_mode": "thread_local"}
     one = ["Stream of cpu", "run", "run", "run", how, "run", "back to current_stream of cpu"]
     assert driver.log[: 3 * len(one)] == 3 * one
@@ -310,7 +347,7 @@ def test_replayed_steps_are_the_launched_ones_to_the_bit(small, name) -> None:
     """Weights move between the steps: replays see them."""
     cuda = torch.device("cuda")
     graphed, _ = both(small, CASES[name], cuda)
-    assert all(graph.graph is not None for graph in graphed.graphs.captured.values())
+    assert all(graph.graph is not None for graph in graphed.stage.sampler.graphs.captured.values())
 
 
 @pytest.mark.gpu
@@ -331,7 +368,7 @@ def test_rewards_may_use_the_device_while_a_step_is_captured(small) -> None:
     finally:
         stop.set()
         thread.join()
-    assert all(graph.graph is not None for graph in engine.graphs.captured.values())
+    assert all(graph.graph is not None for graph in engine.stage.sampler.graphs.captured.values())
 
 
 @pytest.mark.gpu
@@ -348,4 +385,4 @@ def test_a_step_that_waits_for_the_device_is_launched(small, monkeypatch) -> Non
         engines = both(small, {}, cuda)
     assert len(caught) == 1
     assert torch.cuda.current_stream() == stream
-    assert all(graph.graph is None for graph in engines[0].graphs.captured.values())
+    assert all(graph.graph is None for graph in engines[0].stage.sampler.graphs.captured.values())

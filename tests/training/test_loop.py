@@ -6,41 +6,49 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork, prompts
+from flowgrpo_fast.names import resolve
 from flowgrpo_fast.recipe import (
     CPS,
-    ClippedRatio,
-    Credit,
+    Bound,
+    Clip,
+    Cuts,
     DPMSolver2M,
     FractionOfSteps,
+    Independent,
+    Loaded,
+    Normalise,
     Optimizer,
-    Prune,
+    PolicyGradient,
+    Prompts,
     RewardTerm,
     Scouts,
+    SharedStart,
     SlidingWindow,
+    TransitionKL,
 )
 from flowgrpo_fast.recipes import RECIPES, digits
-from flowgrpo_fast.sampling.sampler import rollout
-from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.training import loop
 from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowgrpo_fast.training.draws import draw
-from flowgrpo_fast.training.engine import build_engine, resolve
-from flowgrpo_fast.training.loop import diversity, evaluate, train, train_step
-from flowgrpo_fast.training.update import replay_terms
-from flowgrpo_fast.types import TrainBatch
+from flowgrpo_fast.training.engine import build_engine
+from flowgrpo_fast.training.evaluate import diversity, evaluate
+from flowgrpo_fast.training.learner import Learner
+from flowgrpo_fast.training.loop import train, train_step
+from tests.golden.digits_teachers import Taught
+from tests.rewards.own_reward import OwnReward
+from tests.training.steps import CPU, gathered, measured, snapshot_weights, weights
 
-CPU = torch.device("cpu")
+
+def with_kl(beta: float) -> PolicyGradient:
+    return PolicyGradient(trust=Clip(range=0.05), regularizers=(TransitionKL(beta=beta),))
 
 
 def run(recipe, steps: int | None = None):
     engine, reports = build_engine(recipe, CPU), []
     train(engine, reports.append, lambda: steps is not None and engine.step >= steps)
     return engine, reports
-
-
-def weights(engine) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in engine.model.module.parameters()])
 
 
 def test_training_raises_reward_and_judge(toy_recipe) -> None:
@@ -61,10 +69,10 @@ def test_training_raises_reward_and_judge(toy_recipe) -> None:
         {"guidance_scale": 3.0},
         {"optimizer": Optimizer(lr=3e-3, num_updates=2)},
         {"rows_per_forward": 8},
-        {"window": FractionOfSteps(fraction=0.5)},
+        {"topology": Independent(at=FractionOfSteps(fraction=0.5))},
         {"dynamics": CPS(), "solver": DPMSolver2M(keep=0.5)},
-        {"window": SlidingWindow(size=2, every=1), "share_start_noise": True},
-        {"loss": ClippedRatio(clip_range=0.05, kl_beta=0.1)},
+        {"topology": SharedStart(at=SlidingWindow(size=2, every=1))},
+        {"objective": with_kl(0.1)},
     ],
     ids=str,
 )
@@ -76,31 +84,47 @@ def test_the_first_ratio_is_exactly_one_at_every_step(toy_recipe, changes) -> No
 
 def shrunk(recipe):
     """A sixth of every group, or less."""
-    prune, explore = recipe.prune, recipe.explore
-    if isinstance(prune, Prune):
-        prune = dataclasses.replace(prune, sizes=tuple(size // 4 for size in prune.sizes))
-        return dataclasses.replace(recipe, group_size=recipe.group_size // 4, prune=prune)
-    if isinstance(explore, Scouts):
-        explore = dataclasses.replace(explore, num_scouts=explore.num_scouts // 6)
-    return dataclasses.replace(recipe, group_size=4, explore=explore)
+    topology, experience = recipe.topology, recipe.experience
+    if isinstance(topology, Cuts):
+        topology = dataclasses.replace(topology, sizes=tuple(size // 4 for size in topology.sizes))
+        return dataclasses.replace(recipe, group_size=recipe.group_size // 4, topology=topology)
+    if isinstance(experience, Scouts):
+        experience = dataclasses.replace(experience, num_scouts=experience.num_scouts // 6)
+    size = topology.only_group_size(recipe.sigmas.num_inference_steps) or min(recipe.group_size, 4)
+    return dataclasses.replace(recipe, group_size=size, experience=experience)
+
+
+def taught(recipe, network, folder):
+    """Teachers for who learns from them: the network itself, its weights scaled."""
+    if recipe.name != "flow_opd":
+        return recipe
+    teachers = {}
+    for name, scale in (("even", 1.02), ("odd", 0.98)):
+        weights = {key: (scale * value).contiguous() for key, value in network.state_dict().items()}
+        save_file(weights, folder / f"{name}.safetensors")
+        teachers[name] = Loaded(path=str(folder / f"{name}.safetensors"))
+    return dataclasses.replace(
+        recipe, data=Taught(), objective=dataclasses.replace(recipe.objective, teachers=teachers)
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_recipe_is_exact_on_the_real_transformer(name, precision, monkeypatch) -> None:
+def test_every_recipe_is_exact_on_the_real_transformer(name, precision, monkeypatch, tmp_path) -> None:
     """diffusers' SD3 transformer, default geometry: the self-test reads exactly 0 in fp32 and bf16."""
     torch.manual_seed(0)
     network = DigitsNetwork(DigitsConfig(num_layers=2)).eval()
     network.words.requires_grad_(False)
     for parameter in network.parameters():  # diffusers starts the output layer at 0; make it say something
         parameter.data += 0.05 * torch.randn_like(parameter)
-    monkeypatch.setattr("flowgrpo_fast.models.digits.load", lambda device: DigitsModel(network))
+    monkeypatch.setattr("flowgrpo_fast.models.digits.load", lambda device, setup: DigitsModel(network))
     recipe = dataclasses.replace(
-        shrunk(digits(RECIPES[name].make())), num_prompts=4, num_steps=2, precision=precision
+        shrunk(digits(taught(RECIPES[name].make(), network, tmp_path))), num_prompts=4, num_steps=2
     )
+    recipe = dataclasses.replace(recipe, machine=dataclasses.replace(recipe.machine, precision=precision))
     recipe = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, judge=""))
     _, reports = run(recipe)
-    if isinstance(recipe.loss, ClippedRatio):
+    if recipe.objective.requires.log_probs:
         assert reports[0].metrics["ratio_self_test"] == 0.0
         assert [report.metrics["first_ratio_error"] for report in reports] == [0.0, 0.0]
     assert all(report.metrics["grad_norm"] > 0 for report in reports)
@@ -124,29 +148,28 @@ def test_gradient_is_that_of_the_loss_written_out(toy_recipe, monkeypatch) -> No
     recipe = toy_recipe(rows_per_forward=8, optimizer=Optimizer(lr=1e-9, max_grad_norm=1e9, weight_decay=0.0))
     engine = build_engine(recipe, CPU)
     seen = {}
-    import flowgrpo_fast.training.loop as loop
+    update = loop.update
 
-    def update(engine, batch):
-        from flowgrpo_fast.training.update import _Tally, accumulate_share
-
-        accumulate_share(engine, batch, slice(0, 32), _Tally())
+    def spy(learner, batch):
         seen["batch"] = batch
-        return {"network_evaluations": 0.0}
+        return update(learner, batch)
 
-    monkeypatch.setattr(loop, "update", update)
+    monkeypatch.setattr(loop, "update", spy)
+    monkeypatch.setattr(Learner, "step", lambda learner: torch.tensor(0.0))  # leaves the gradient where it is
     train_step(engine)
     ours = [p.grad.clone() for p in engine.model.module.parameters()]
-    engine.optimizer.zero_grad()
+    engine.learner.optimizer.zero_grad()
     batch = seen["batch"]
-    trajectory = batch.trajectory
+    trajectory = batch.samples
     total = 0.0
-    for k, step in enumerate(trajectory.step_index.tolist()):
+    for kept in trajectory.transitions:
+        step = trajectory.plan.steps[kept.place].step
         sigma, a, b, _, _, inv_var, log_norm, _ = trajectory.coeffs[step]
-        velocity = engine.model.velocity(trajectory.latents[:, k], sigma.expand(32), batch.conditioning)
-        mean = a * trajectory.latents[:, k] + b * velocity
-        residual = trajectory.next_latents[:, k] - mean
+        velocity = engine.model.velocity(kept.latents, sigma.expand(32), batch.conditioning)
+        mean = a * kept.latents + b * velocity
+        residual = kept.next_latents - mean
         log_prob = -0.5 * inv_var * residual.square().mean(1) + log_norm
-        total = total - (torch.exp(log_prob - trajectory.log_prob[:, k]) * batch.advantages).sum()
+        total = total - (torch.exp(log_prob - kept.log_prob) * batch.credit.advantages).sum()
     (total / (32 * 3)).backward()
     for mine, parameter in zip(ours, engine.model.module.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-7)
@@ -179,15 +202,12 @@ def test_the_average_is_the_average(toy_recipe) -> None:
     for _ in range(3):
         train_step(engine)
         expected = 0.5 * expected + 0.5 * weights(engine)
-    averaged = torch.cat([p.flatten() for p in engine.averaged.values])
-    torch.testing.assert_close(averaged, expected)
-    assert engine.evaluated is engine.averaged
+    torch.testing.assert_close(snapshot_weights(engine, "average"), expected)
+    assert engine.evaluated.model is engine.learner.snapshots["average"]
 
 
 def test_kl_holds_the_policy_back(toy_recipe) -> None:
-    free, held = (
-        run(toy_recipe(num_steps=15, loss=ClippedRatio(clip_range=0.05, kl_beta=beta)))[0] for beta in (0, 50)
-    )
+    free, held = (run(toy_recipe(num_steps=15, objective=with_kl(beta)))[0] for beta in (0, 50))
     start = weights(build_engine(toy_recipe(), CPU))
     assert (weights(held) - start).norm() < 0.7 * (weights(free) - start).norm()
 
@@ -197,7 +217,7 @@ def test_equal_rewards_everywhere_stop_the_run_at_once(toy_recipe, toy_module) -
     task = dataclasses.replace(recipe.task, rewards=(RewardTerm(function=f"{toy_module}:constant"),))
     with pytest.raises(ValueError, match=r"zero variance for 1 step.*mean reward is 0.25"):
         run(dataclasses.replace(recipe, task=task))
-    kept = dataclasses.replace(recipe, task=task, credit=Credit(drop_zero_variance=False))
+    kept = dataclasses.replace(recipe, task=task, credit=(Normalise(), Bound()))
     engine, _ = run(kept)  # asked for: nothing is dropped, nothing is learned
     torch.testing.assert_close(weights(engine), weights(build_engine(kept, CPU)), rtol=0, atol=1e-4)
 
@@ -210,12 +230,13 @@ def test_equal_rewards_everywhere_stop_the_run_at_once(toy_recipe, toy_module) -
             r"returned shape \(3,\) for 32 images; it must return \(32,\)",
         ),
         (lambda images, prompts: torch.full((len(images),), float("nan")), "of sample 0 is nan"),
-        (lambda images, prompts: [0.0] * 32, r"returned a list for 32 images; it must return a tensor"),
+        (lambda images, prompts: ["good"] * 32, r"returned a list for 32 images; it must return 32 numbers"),
+        (lambda images, prompts: None, r"returned a NoneType for 32 images; it must return 32 numbers"),
     ],
 )
 def test_bad_rewards_are_named(toy_recipe, function, message) -> None:
     engine = build_engine(toy_recipe(), CPU)
-    engine.rewards = (function,)
+    engine.stage.scorer.terms = (OwnReward(function=function),)
     with pytest.raises(ValueError, match=message):
         train_step(engine)
 
@@ -233,14 +254,18 @@ def test_prompts_from_a_file(toy_recipe, tmp_path) -> None:
     recipe = toy_recipe()
     file = tmp_path / "prompts.txt"
     file.write_text("high\n\n  low \nhigh\n")
-    task = dataclasses.replace(recipe.task, prompts=str(file))
-    assert build_engine(dataclasses.replace(recipe, task=task), CPU).prompts == ("high", "low", "high")
+    named = dataclasses.replace(recipe, data=Prompts(path=str(file)))
+    assert build_engine(named, CPU).prompts.prompts == (
+        "high",
+        "low",
+        "high",
+    )
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
-        build_engine(dataclasses.replace(recipe, task=task), CPU)
-    task = dataclasses.replace(task, prompts=str(tmp_path / "none.txt"))
+        build_engine(named, CPU)
+    named = dataclasses.replace(recipe, data=Prompts(path=str(tmp_path / "none.txt")))
     with pytest.raises(ValueError, match=r"cannot read prompts from .*No such file"):
-        build_engine(dataclasses.replace(recipe, task=task), CPU)
+        build_engine(named, CPU)
 
 
 def test_digits_prompts_cover_the_ten_digits() -> None:
@@ -255,33 +280,26 @@ def test_diversity_is_the_spread_within_a_prompt() -> None:
 
 def test_kl_compares_guided_transitions(toy_recipe) -> None:
     """Both halves of the policy move away from the reference's; the KL is that of the mixed velocities."""
-    recipe = toy_recipe(guidance_scale=3.0, loss=ClippedRatio(clip_range=0.05, kl_beta=0.1))
+    recipe = toy_recipe(guidance_scale=3.0, objective=with_kl(0.1))
     engine = build_engine(recipe, CPU)
     for _ in range(3):
         train_step(engine)
-    draws = draw(recipe, 2, 3, CPU)
-    schedule = resolve_schedule(recipe, 3)
-    rows = engine.conditioning.rows(draws.prompt_index[draws.group_id])
-    trajectory = rollout(engine.model, rows, draws, schedule, recipe)
-    batch = TrainBatch(
-        trajectory=trajectory,
-        conditioning=rows,
-        advantages=torch.zeros(32),
-        weight=torch.ones(32),
-        step_position=torch.arange(3).expand(32, -1),
-    )
-    kl = replay_terms(engine, batch, slice(0, 32), 1).kl
-    step = schedule.kept[1]
+    batch = gathered(engine)
+    trajectory, rows = batch.samples, batch.conditioning
+    assert batch.live.all()
+    stats = measured(engine, batch)[1]
+    kl = recipe.objective.regularizers[0].penalty(stats)
+    second = trajectory.transitions[1]
+    step = trajectory.plan.steps[second.place].step
     sigma, b, c = trajectory.coeffs[step, [0, 2, 3]]
     means = []
-    for model in (engine.model, engine.reference):
+    for model in (engine.model, engine.learner.snapshots["start"]):
         with torch.no_grad():
             positive, negative = (
-                model.velocity(trajectory.latents[:, 1], sigma.expand(32), half)
-                for half in (rows, rows.negative())
+                model.velocity(second.latents, sigma.expand(32), half) for half in (rows, rows.negative())
             )
         means.append(b * (negative + 3.0 * (positive - negative)))
-    minus_dt = trajectory.sigmas[step] - trajectory.sigmas[step + 1]
+    minus_dt = trajectory.plan.sigmas[step] - trajectory.plan.sigmas[step + 1]
     expected = (means[0] - means[1]).square().mean(1) / (2 * c**2 / minus_dt)
     assert expected.min() > 0
     torch.testing.assert_close(kl, expected, rtol=1e-4, atol=0)

@@ -13,19 +13,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo_fast.models.digits import DigitsConfig, DigitsModel, DigitsNetwork
-from flowgrpo_fast.recipe import LowPrecision, Prune, Scouts, TrainingPrecision
+from flowgrpo_fast.recipe import Cuts, LowPrecision, Scouts, TrainingPrecision
 from flowgrpo_fast.recipes import RECIPES, digits
-from flowgrpo_fast.sampling.schedule import resolve_schedule
+from flowgrpo_fast.sampling.walk import walk
 from flowgrpo_fast.training import loop
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
-from flowgrpo_fast.training.explore import explore
 from flowgrpo_fast.training.loop import train_step
-from flowgrpo_fast.training.sample import sample
-from flowgrpo_fast.training.score import score
 from flowgrpo_fast.training.update import update
+from flowgrpo_fast.types import Scored
+from tests.training.steps import CPU, drawn
 
-CPU = torch.device("cpu")
 PACKAGE = str(Path(loop.__file__).parents[1])
 # Ops that give the host a number, or a result whose size the host must learn.
 NUMBERS = {"_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "masked_select", "unique"}
@@ -111,19 +108,25 @@ def network(monkeypatch) -> None:
     network.words.requires_grad_(False)
     for parameter in network.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    monkeypatch.setattr("flowgrpo_fast.models.digits.load", lambda device: DigitsModel(network))
+    monkeypatch.setattr("flowgrpo_fast.models.digits.load", lambda device, setup: DigitsModel(network))
 
 
 def small(name: str, **changes):
     recipe = digits(RECIPES[name].make())
-    if isinstance(recipe.prune, Prune):
-        prune = Prune(at=(3, 6), sizes=(12, 8), score="latents", pool=2)
-        recipe = replace(recipe, group_size=4, prune=prune)
-    if isinstance(recipe.explore, Scouts):
-        scouts = replace(recipe.explore, num_scouts=8, precision=TrainingPrecision())
-        recipe = replace(recipe, group_size=4, explore=scouts)
+    if isinstance(recipe.topology, Cuts):
+        topology = replace(recipe.topology, steps=(3, 6), sizes=(12, 8), score="latents", pool=2)
+        recipe = replace(recipe, group_size=4, topology=topology)
+    if isinstance(recipe.experience, Scouts):
+        scouts = replace(recipe.experience, num_scouts=8, precision=TrainingPrecision())
+        recipe = replace(recipe, group_size=4, experience=scouts)
+    size = recipe.topology.only_group_size(10) or 4
+    recipe = replace(recipe, num_prompts=4, group_size=size, num_steps=3)
+    machine = {name: changes.pop(name) for name in list(changes) if hasattr(recipe.machine, name)}
     return replace(
-        recipe, num_prompts=4, group_size=4, num_steps=3, task=replace(recipe.task, judge=""), **changes
+        recipe,
+        task=replace(recipe.task, judge=""),
+        machine=replace(recipe.machine, **machine),
+        **changes,
     )
 
 
@@ -135,17 +138,22 @@ def check(recipe, spared: tuple[str, ...] = ()) -> None:
 
     engine = build_engine(recipe, CPU)
     train_step(engine)  # what is made once: states of the optimiser
-    schedule = resolve_schedule(recipe, engine.step, engine.seq_len)
-    draws = explore(engine, draw(recipe, len(engine.prompts), engine.step, CPU)).draws
-    trajectory, log = waited(lambda: sample(engine, draws, schedule))
+    stage, plan = engine.stage, recipe.plan(engine.step, engine.seq_len)
+    draws = drawn(recipe, engine.step, len(engine.prompts))
+    if recipe.num_drawn > recipe.num_candidates:  # whom scouts chose; they read rewards, which wait
+        draws = recipe.experience.collect(stage, draws, engine.step).samples.draws
+    conditioning = stage.conditioning.rows(draws.prompt_index[draws.group_id])
+    trajectory, log = waited(lambda: walk(stage.sampler, plan, conditioning, draws))
     assert counted(log) == [
         "__bool__ check_finite",
         "_local_scalar_dense check_finite",
     ]  # once, when the walk is over
-    batch = loop.make_batch(engine, trajectory, score(engine, trajectory), schedule)
-    metrics, log = waited(lambda: update(engine, batch))
-    # The steps' names are on the host; then all metrics at once.
-    assert counted(log) == ["tolist values"] * (trajectory.log_prob.numel() > 0) + ["tolist _metrics"]
+    scores = stage.score(trajectory).result()
+    owners = stage.scorer.owners(scores)
+    credited = {name: term.weight for name, term in zip(scores.objectives, owners, strict=True)}
+    batch = loop.make_batch(engine, Scored(trajectory, scores, credited))
+    metrics, log = waited(lambda: update(engine.learner, batch))
+    assert counted(log) == ["tolist metrics"]  # all at once, when the update is over
     assert metrics["network_backwards"] > 0
 
 
@@ -163,6 +171,10 @@ def check(recipe, spared: tuple[str, ...] = ()) -> None:
         ("diffusion_nft", {}),
         ("diffusion_nft", {"rollout_precision": LowPrecision(mode="merged")}),
         ("sol_rl", {}),
+        ("tree_grpo", {}),
+        ("gcpo", {}),
+        ("op_grpo", {}),
+        ("awm", {}),
     ],
     ids=str,
 )

@@ -13,20 +13,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowgrpo_fast.recipe import NFT, Deterministic, Prune, RewardTerm, Scouts, Task
+from flowgrpo_fast.experience.experience import Stage
+from flowgrpo_fast.recipe import (
+    NFT,
+    Cuts,
+    Deterministic,
+    FrozenWindow,
+    Independent,
+    RewardTerm,
+    Scouts,
+    SharedStart,
+    Task,
+)
 from flowgrpo_fast.rewards.workers import RewardWorkers
-from flowgrpo_fast.sampling.schedule import resolve_schedule
-from flowgrpo_fast.training import score as score_module
-from flowgrpo_fast.training.draws import draw
 from flowgrpo_fast.training.engine import build_engine
-from flowgrpo_fast.training.explore import explore
-from flowgrpo_fast.training.loop import evaluate, train, train_step
-from flowgrpo_fast.training.sample import sample_and_score
+from flowgrpo_fast.training.evaluate import evaluate
+from flowgrpo_fast.training.loop import train, train_step
 from tests.conftest import ToyModel
 from tests.training import rewards_elsewhere
-from tests.training.rewards_elsewhere import HANGS, SIGNS, count_signs, put_sign, wait_for_signs
+from tests.training.rewards_elsewhere import HANGS, SIGNS, count_signs, put_sign, shown, wait_for_signs
+from tests.training.steps import drawn, sampled, weights
 
 CPU = torch.device("cpu")
+WINDOW = FrozenWindow(size=3, start=1)
+CUT = Cuts(inner=Independent(at=WINDOW), steps=(3,), sizes=(16,))
 HERE = "tests.training.rewards_elsewhere"
 
 
@@ -46,17 +56,13 @@ def job(toy_recipe):
         engine.close()
 
 
-def weights(engine) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in engine.model.module.parameters()])
-
-
 @pytest.mark.parametrize("where", ["thread", "process"])
 @pytest.mark.parametrize(
     "changes",
     [
         {"prompts_per_chunk": 1},
-        {"prompts_per_chunk": 2, "share_start_noise": True},
-        {"prune": Prune(at=(3,), sizes=(16,)), "prompts_per_chunk": 2},
+        {"prompts_per_chunk": 2, "topology": SharedStart(at=WINDOW)},
+        {"topology": CUT, "prompts_per_chunk": 2},
         {},
     ],
     ids=str,
@@ -75,7 +81,7 @@ def test_the_run_is_the_sequential_one_to_the_bit(job, where, changes) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"share_start_noise": True, "rows_per_forward": 2}, {"prune": Prune(at=(3,), sizes=(16,))}],
+    [{}, {"topology": SharedStart(at=WINDOW), "rows_per_forward": 2}, {"topology": CUT}],
 )
 def test_chunks_are_the_whole_to_the_bit(toy_recipe, changes) -> None:
     """Of samples; decoders and rewards round by the batch they are given, like any network."""
@@ -83,9 +89,23 @@ def test_chunks_are_the_whole_to_the_bit(toy_recipe, changes) -> None:
         build_engine(toy_recipe(**{"rows_per_forward": 8, "prompts_per_chunk": n, **changes}), CPU)
         for n in (0, 2)
     )
-    schedule, draws = resolve_schedule(whole.recipe, 0), draw(whole.recipe, 2, 0, CPU)
-    one, two = (sample_and_score(engine, draws, schedule)[0] for engine in (whole, parts))
-    for name in ("latents", "next_latents", "log_prob", "x0", "evaluations", "shares_first"):
+    draws = drawn(whole.recipe)
+    one, two = (sampled(engine, draws) for engine in (whole, parts))
+    assert len(one.transitions) == len(two.transitions) > 0
+    for mine, theirs in zip(one.transitions, two.transitions, strict=True):
+        for name in (
+            "latents",
+            "next_latents",
+            "log_prob",
+            "row",
+            "samples",
+            "sigma",
+            "samples_host",
+            "offsets",
+            "fan",
+        ):
+            assert torch.equal(*(torch.as_tensor(getattr(t, name)) for t in (mine, theirs))), name
+    for name in ("x0", "evaluations"):
         assert torch.equal(*(torch.as_tensor(getattr(t, name)) for t in (one, two))), name
     for name in ("prompt_index", "group_id", "seed", "start_seed"):
         assert torch.equal(getattr(one.draws, name), getattr(two.draws, name)), name
@@ -96,15 +116,16 @@ def test_chunks_are_the_whole_to_the_bit(toy_recipe, changes) -> None:
 
 def test_scouts_come_in_chunks_too(job) -> None:
     changes = {
-        "loss": NFT(),
-        "window": Deterministic(),
-        "explore": Scouts(num_scouts=16, num_inference_steps=4),
+        "objective": NFT(),
+        "topology": Independent(at=Deterministic()),
+        "experience": Scouts(num_scouts=16, num_inference_steps=4),
     }
     engines = [job(*at, **changes) for at in (("here", "bright"), ("thread", "bright"))]
-    engines[1].recipe = replace(engines[1].recipe, prompts_per_chunk=2)
+    engines[1].stage.prompts_per_chunk = 2
     seeds, metrics = [], []
     for engine in engines:
-        seeds.append(explore(engine, draw(engine.recipe, 2, 0, CPU)).draws.seed)
+        collected = engine.recipe.experience.collect(engine.stage, drawn(engine.recipe), 0)
+        seeds.append(collected.samples.draws.seed)
         metrics.append(train_step(engine).metrics)
     assert torch.equal(*seeds)
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-6)
@@ -147,7 +168,7 @@ def test_rewards_run_while_the_next_prompts_roll_out(job, where, monkeypatch) ->
 def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
     order = []
     decode, submit = ToyModel.decode, RewardWorkers.submit
-    rollout = score_module.start_scoring
+    rolled_out = Stage.score
 
     def spy(name, function):
         def call(*arguments):
@@ -158,7 +179,7 @@ def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
 
     monkeypatch.setattr(ToyModel, "decode", spy("decode", decode))
     monkeypatch.setattr(RewardWorkers, "submit", spy("submit", submit))
-    monkeypatch.setattr("flowgrpo_fast.training.sample.start_scoring", spy("rolled out", rollout))
+    monkeypatch.setattr(Stage, "score", spy("rolled out", rolled_out))
     train_step(job("thread", "bright", "edge", prompts_per_chunk=2))
     assert order == ["rolled out", "decode", "submit", "submit"] * 2
 
@@ -172,7 +193,7 @@ def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
         ("too_few", r"^reward '.*:too_few' returned shape \(3,\) for 8 images; it must return \(8,\)$"),
         (
             "listed",
-            r"^reward '.*:listed' returned a list for 8 images; it must return a tensor of shape \(8,\)$",
+            r"^reward '.*:listed' returned a list for 8 images; it must return 8 numbers, as a tensor, an array",
         ),
     ],
 )
@@ -200,11 +221,11 @@ def test_processes_ignore_interrupts_and_end_with_the_engine(job) -> None:
     images = torch.rand(4, 1, 2, 3)
     workers = RewardWorkers(1)
     term = RewardTerm(function=f"{HERE}:where", where="process")
-    pid, ignored = workers.submit(term, rewards_elsewhere.where, images, [""] * 4).result()[:2].int().tolist()
+    pid, ignored = workers.submit(term, shown(images)).result().total[:2].int().tolist()
     assert ignored
     assert pid != os.getpid()
     stuck = RewardTerm(function=f"{HERE}:stuck", where="process")
-    future = workers.submit(stuck, rewards_elsewhere.stuck, images, [""] * 4)
+    future = workers.submit(stuck, shown(images))
     wait_for_signs("stuck", 1)
     workers.close()
     with pytest.raises(ValueError, match=r"stuck' died"):
@@ -223,10 +244,10 @@ def test_images_leave_the_device_without_anyone_waiting(where) -> None:
         images = [torch.rand(4, 3, 256, 256) for _ in range(4)]
         futures = []
         for part in images:
-            futures.append(workers.submit(term, rewards_elsewhere.edge, part.cuda(), [""] * 4))
+            futures.append(workers.submit(term, shown(part.cuda())))
         for part, future in zip(images, futures, strict=True):
             expected = rewards_elsewhere.edge(part, [""] * 4)
-            torch.testing.assert_close(future.result().cpu().double(), expected, rtol=1e-6, atol=0)
+            torch.testing.assert_close(future.result().total.cpu().double(), expected, rtol=1e-6, atol=0)
     finally:
         workers.close()
 
@@ -248,15 +269,15 @@ SCRIPT = """
 import signal, torch
 from flowgrpo_fast.recipe import RewardTerm
 from flowgrpo_fast.rewards.workers import RewardWorkers
-from tests.training import rewards_elsewhere
+from tests.training.rewards_elsewhere import shown
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background begins without
     workers, images = RewardWorkers(1), torch.rand(2, 1, 2, 3)
     def start(name, place):
         term = RewardTerm(function=f"tests.training.rewards_elsewhere:{name}", where=place)
-        return workers.submit(term, getattr(rewards_elsewhere, name), images, [""] * 2)
-    print(int(start("where", "process").result()[0]), flush=True)
+        return workers.submit(term, shown(images))
+    print(int(start("where", "process").result().total[0]), flush=True)
     start("stuck", "thread")
     start("stuck", "process").result()
 """
@@ -300,7 +321,7 @@ def test_nothing_outlives_the_program(number, tmp_path) -> None:
         ),
         (lambda r: Task(reward_processes=0), "Task.reward_processes is 0; it must be above 0"),
         (lambda r: r(prompts_per_chunk=3), "prompts_per_chunk is 3; it must divide num_prompts = 4"),
-        (lambda r: r(prompts_per_chunk=-1), "prompts_per_chunk is -1; it must divide"),
+        (lambda r: r(prompts_per_chunk=-1), "prompts_per_chunk is -1; it must be at least 0"),
         (
             lambda r: r(prompts_per_chunk=1),
             r"prompts_per_chunk is 1: 8 samples, which must be whole forwards of 32; set rows_per_forward to 8",

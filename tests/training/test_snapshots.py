@@ -9,12 +9,13 @@ from torch import nn
 
 from flowgrpo_fast.models.adapters import adapters_off, has_adapter
 from flowgrpo_fast.training.snapshots import Snapshot, WithoutAdapter, trained_parameters
+from flowgrpo_fast.types import FlowModel
 
 
-class Linear:
+class Linear(FlowModel):
     """A model of one frozen and one trained layer."""
 
-    latent_shape: tuple[int, ...] = (3,)
+    latent_shape = (3,)
 
     def __init__(self, adapted: bool = False) -> None:
         torch.manual_seed(0)
@@ -26,7 +27,7 @@ class Linear:
                 parameter.data = torch.randn_like(parameter)
         self.fails = False
 
-    def encode(self, prompts):
+    def encode(self, prompts, images=()):
         return list(prompts)
 
     def velocity(self, latents, sigma, conditioning):

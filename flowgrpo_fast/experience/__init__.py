@@ -1,0 +1,1 @@
+"""Experience: where the samples of a training step come from. Parts nest: `Scouts(inner=Replayed())`."""

@@ -1,0 +1,104 @@
+"""The common case: a ratio of surrogates within a trust region, and penalties.
+
+loss = trust(log_prob - old_log_prob, A) + sum beta * penalty
+
+Where the surrogate couples a sample's points, log-ratio and penalty are means over them before they go in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowgrpo_fast.checks import require
+from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats, Terms
+from flowgrpo_fast.objectives.regularizers import Regularizer
+from flowgrpo_fast.objectives.surrogates import PathLogProb, Surrogate
+from flowgrpo_fast.objectives.trust import Clip, Trust
+from flowgrpo_fast.schedule.plan import Plan
+from flowgrpo_fast.types import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyGradient:
+    """Flow-GRPO, DanceGRPO, MixGRPO and most of the field."""
+
+    surrogate: Surrogate = field(default_factory=PathLogProb)
+    trust: Trust = field(default_factory=Clip)
+    regularizers: tuple[Regularizer, ...] = ()
+
+    @property
+    def requires(self) -> Requires:
+        """What its parts do; a penalty of weight 0 needs nothing."""
+        needs = self.surrogate.requires
+        for part in self.penalties:
+            needs = needs.joined(part.requires)
+        return needs
+
+    @property
+    def couples(self) -> bool:
+        """As the surrogate."""
+        return self.surrogate.couples
+
+    @property
+    def penalties(self) -> tuple[Regularizer, ...]:
+        """Those that weigh anything."""
+        return tuple(part for part in self.regularizers if part.beta > 0)
+
+    def check(self, plan: Plan) -> None:
+        """Any plan that keeps what it requires."""
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The snapshots that its penalties measure from."""
+        return tuple(dict.fromkeys(part.to for part in self.penalties if part.to))
+
+    def costs(self, plan: Plan, num_prompts: int) -> Costs:
+        """The surrogate's, and a velocity of each reference."""
+        own = self.surrogate.costs(plan, num_prompts)
+        return own._replace(frozen=own.frozen + len(self.references))
+
+    def points(self, batch: Batch) -> Points:
+        """The surrogate's."""
+        return self.surrogate.points(batch)
+
+    def measure(self, point: Any, evaluator: Evaluator) -> Stats:
+        """The surrogate's."""
+        return self.surrogate.measure(point, evaluator, self.references)
+
+    def loss(self, stats: Stats, advantages: Tensor) -> Terms:
+        """As of the module's text."""
+        log_ratio = self.log_ratio(stats)
+        if self.couples:
+            require(
+                advantages.ndim == 1,
+                "the surrogate has one ratio for all points of a sample, and the credit an advantage for each; leave "
+                "out the credit step that makes them",
+            )
+            log_ratio = log_ratio.mean(1)
+        policy, ratio, clipped = self.trust(log_ratio, advantages)
+        loss, kl = policy, torch.zeros_like(ratio).detach()
+        for part in self.penalties:
+            penalty = part.penalty(stats).mean(1) if self.couples else part.penalty(stats)
+            loss = loss + part.beta * penalty
+            kl = kl + penalty.detach()
+        shown = {
+            "loss": loss.detach(),
+            "policy_loss": policy.detach(),
+            "kl": kl,
+            "ratio_mean": ratio,
+            "clip_fraction": clipped,
+        }
+        return Terms(loss, shown, {"ratio_max": ratio})
+
+    @property
+    def ratio_range(self) -> float:
+        """The trust region's."""
+        return self.trust.range
+
+    def log_ratio(self, stats: Stats) -> Tensor:
+        """`[E]`."""
+        return stats["log_prob"] - stats["old_log_prob"]

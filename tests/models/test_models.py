@@ -1,0 +1,162 @@
+"""What a model is: the defaults of the base class, and what a loader may return."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from flowgrpo_fast.models.loading import load_model
+from flowgrpo_fast.models.network import FullFineTuning, LoRA, ModelSetup, Network
+from flowgrpo_fast.sampling.policy import Policy
+from flowgrpo_fast.training.engine import build_engine
+from flowgrpo_fast.types import Conditioning, FlowModel
+
+CPU = torch.device("cpu")
+SETUP = ModelSetup(network=Network(), precision="fp32", seed=3)
+
+
+class Least(FlowModel):
+    """A module and a shape, and nothing that a model does."""
+
+    latent_shape = (2,)
+
+    def __init__(self) -> None:
+        self.module = nn.Linear(2, 2)
+
+
+class Words(Least):
+    """A model that encodes."""
+
+    def encode(self, prompts, images=()):
+        return Conditioning(torch.tensor([[[float(len(prompt))]] for prompt in prompts]))
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """What `load_model` makes of a loader's result."""
+
+    def load(result, name: str = "loaders:load"):
+        seen = []
+        monkeypatch.setitem(
+            sys.modules, "loaders", SimpleNamespace(load=lambda *given: seen.append(given) or result)
+        )
+        model = load_model(name, CPU, SETUP)
+        assert seen == [(CPU, SETUP)]
+        return model
+
+    return load
+
+
+def test_a_loader_is_given_the_device_and_the_setup(load) -> None:
+    model = Least()
+    assert load(model) is model
+
+
+def test_a_family_goes_by_the_name_of_its_file() -> None:
+    assert type(load_model("digits", CPU, SETUP)).__name__ == "DigitsModel"
+    with pytest.raises(ValueError, match=r"there is no module 'flowgrpo_fast.models.digitz'"):
+        load_model("digitz", CPU, SETUP)
+
+
+class Stranger:
+    latent_shape = (2,)
+
+    def velocity(self, latents, sigma, conditioning):
+        return latents
+
+
+class Near(Stranger):
+    module = nn.Linear(2, 2)
+    encode = decode = Stranger.velocity
+
+
+@dataclass
+class Compared(Least):
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (None, "'loaders:load' made a NoneType; .* subclass of flowgrpo_fast.types.FlowModel; it lacks "),
+        (Stranger(), "made a Stranger; .* it lacks 'module', 'encode', 'decode'$"),
+        (Near(), "made a Near; .* a subclass of .*FlowModel$"),
+        (FlowModel(), "made a FlowModel; .* it lacks 'latent_shape', 'module'$"),
+        (Compared(), r"a Compared that compares by its values; .* @dataclass\(eq=False\)"),
+    ],
+    ids=["nothing", "parts", "all but the class", "no module", "by value"],
+)
+def test_what_is_no_model_is_refused_in_one_line(load, result, message) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load(result)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_model_does_not_define_it_refuses_by_name() -> None:
+    model, x = Least(), torch.zeros(1, 2)
+    for name, call in {
+        "encode": lambda: model.encode(["a"]),
+        "velocity": lambda: model.velocity(x, torch.ones(1), None),
+        "decode": lambda: model.decode(x),
+    }.items():
+        with pytest.raises(ValueError, match=f"^Least has no {name}; a FlowModel defines encode, velocity"):
+            call()
+    with pytest.raises(ValueError, match=r"^Least decodes without gradient, which a differentiable reward"):
+        model.decode_with_grad(x)
+
+
+def test_the_defaults_of_a_model() -> None:
+    model = Words()
+    assert model.transformer is model.module
+    assert model.own_prompts() == []
+    assert model.expert(torch.tensor(0.5)) is model
+    policy = Policy(model)
+    assert policy.at(torch.tensor(0.5)) is policy
+    assert torch.equal(
+        model.prompt_rows(["a", "bcd"]).rows(torch.tensor([1])).prompt_embeds, torch.tensor([[[3.0]]])
+    )
+    with pytest.raises(ValueError, match=r"^data.images is set; Words makes images from text alone$"):
+        model.prompt_rows(["a"], ["a.png"])
+    velocity, negative = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 4.0]])
+    assert torch.equal(model.guided(velocity, negative, 3.0), torch.tensor([[2.0, -2.0]]))
+
+
+def test_a_model_without_prompts_needs_a_file(toy_recipe, monkeypatch) -> None:
+    monkeypatch.setattr("tests.conftest.ToyModel.own_prompts", FlowModel.own_prompts)
+    message = r"^Prompts.path is empty and the model brings no prompts of its own; set it to a text file"
+    with pytest.raises(ValueError, match=message):
+        build_engine(toy_recipe(), CPU)
+
+
+def test_a_model_that_takes_no_images_refuses_a_file_of_them(toy_recipe, tmp_path) -> None:
+    recipe = toy_recipe()
+    (tmp_path / "images.txt").write_text("a.png\nb.png\n")
+    data = replace(recipe.data, images=str(tmp_path / "images.txt"))
+    with pytest.raises(ValueError, match=r"^data.images is set; ToyModel makes images from text alone$"):
+        build_engine(replace(recipe, data=data), CPU)
+
+
+def test_what_is_trained_says_what_it_asks_of_a_transformer() -> None:
+    family = ("to_q", "to_k")
+    fresh, resumed, named = LoRA(rank=4), LoRA(path="adapter"), LoRA(targets=("to_v",))
+    assert (fresh.adapter_rank, fresh.adapted(family), named.adapted(family)) == (4, family, ("to_v",))
+    assert (fresh.starts_from_base, resumed.starts_from_base) == (True, False)
+    assert fresh.held_dtype(torch.bfloat16) is torch.bfloat16
+    whole = FullFineTuning()
+    assert (whole.adapter_rank, whole.adapted(family), whole.starts_from_base) == (0, (), False)
+    assert whole.held_dtype(torch.bfloat16) is torch.float32
+    assert whole.trains_every_weight
+    assert not fresh.trains_every_weight
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    whole.prepare(frozen, family, 0, "transformer")
+    assert all(parameter.requires_grad for parameter in frozen.parameters())
+    assert replace(SETUP, precision="bf16").dtype is torch.bfloat16
+    assert SETUP.dtype is torch.float32
