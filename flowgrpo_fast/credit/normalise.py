@@ -30,6 +30,7 @@ class Normalise:
     eps: float = 1e-4
     # 0: the population's standard deviation (Flow-GRPO); 1: the sample's, with Bessel's correction (MixGRPO).
     ddof: int = 0
+    requires = Requires()  # nothing but scores
 
     def __post_init__(self) -> None:
         """Known words, a positive eps."""
@@ -45,11 +46,6 @@ class Normalise:
             not (self.std == "batch" and self.aggregate == "gdpo"),
             "Normalise.std is 'batch', which 'gdpo' does not know; its first pass is by groups: set std='group'",
         )
-
-    @property
-    def requires(self) -> Requires:
-        """Nothing but scores."""
-        return Requires()
 
     def __call__(self, credit: Credit, scored: Scored) -> Credit:
         """Advantages `[B]` fp32, or `[B, Q]` of "separate".

@@ -24,6 +24,7 @@ class Bound:
     limit: float = 5.0
     soft: float = 0.0
     to: float = 0.0  # 0 = as they are
+    requires = Requires()  # nothing but scores
 
     def __post_init__(self) -> None:
         """A positive limit."""
@@ -31,11 +32,6 @@ class Bound:
         for name in ("soft", "to"):
             value = getattr(self, name)
             require(value >= 0, f"Bound.{name} is {value}; it must be at least 0")
-
-    @property
-    def requires(self) -> Requires:
-        """Nothing but scores."""
-        return Requires()
 
     def __call__(self, credit: Credit, scored: Scored) -> Credit:
         """As of `CreditStep`."""
@@ -51,10 +47,7 @@ class Bound:
 class DropIdle:
     """Leaves out groups whose rewards are all equal: they teach nothing, and would only dilute the mean."""
 
-    @property
-    def requires(self) -> Requires:
-        """Nothing but scores."""
-        return Requires()
+    requires = Requires()  # nothing but scores
 
     def __call__(self, credit: Credit, scored: Scored) -> Credit:
         """As of `CreditStep`; of advantages with further axes, the largest counts."""

@@ -12,10 +12,8 @@ from flowgrpo_fast.types import Credit, Scored
 class AtLastStep:
     """The whole advantage at the last kept step, none at the others: a sparse reward beside a dense signal."""
 
-    @property
-    def requires(self) -> Requires:
-        """Every kept step of a sample: where each trains on some, the last may not be among them."""
-        return Requires(log_probs=True, all_steps=True)
+    # Where each sample trains on some of its steps, the last may not be among them.
+    requires = Requires(log_probs=True, all_steps=True)
 
     def __call__(self, credit: Credit, scored: Scored) -> Credit:
         """As of `CreditStep`; advantages `[B]` become `[B, K]`."""

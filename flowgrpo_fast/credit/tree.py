@@ -36,16 +36,12 @@ class TreeBackup:
 
     shares: Literal["uniform", "probability"] = "uniform"
     edges: Literal["mean", "summed", "by_samples"] = "mean"
+    requires = Requires(log_probs=True, all_steps=True)  # every step of a path
 
     def __post_init__(self) -> None:
         """Known words."""
         one_of(self, ("uniform", "probability"), shares=self.shares)
         one_of(self, ("mean", "summed", "by_samples"), edges=self.edges)
-
-    @property
-    def requires(self) -> Requires:
-        """Every step of a path."""
-        return Requires(log_probs=True, all_steps=True)
 
     def __call__(self, credit: Credit, scored: Scored) -> Credit:
         """Advantages `[B, K]`: at each kept step that of the edge on the sample's way.

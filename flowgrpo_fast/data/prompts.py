@@ -43,11 +43,7 @@ class Prompts:
 
     path: str = ""  # empty = the model's own prompts
     images: str = ""  # for editing: a text file, the source image of each prompt, one path a line
-
-    @property
-    def gives_pairs(self) -> bool:
-        """Prompts alone."""
-        return False
+    gives_pairs = False  # prompts alone
 
     def load(self, own: Sequence[str] = ()) -> PromptSet:
         """All prompts with what comes with each.

@@ -25,7 +25,6 @@ from torch import Tensor
 from flowgrpo_fast.checks import fraction, positive, require
 from flowgrpo_fast.experience.experience import Gathered, Stage, Walks, in_chunks
 from flowgrpo_fast.objectives.objective import Requires
-from flowgrpo_fast.precision.parts import RolloutPrecision
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Draws, Imposed, Scored
 
@@ -43,6 +42,10 @@ class Replayed:
     num_early_steps: int = 6  # that are stored, repeated and weighed; 0 replays nothing
     cap: float = 2.0  # of the sequence weight
     decay: float = 0.9  # of what a stored trajectory is worth, a training step
+    requires = Requires(log_probs=True)  # stored transitions
+    gives_transitions = True  # repeated steps are scored by the present policy
+    scout_precision = None  # it ranks no seeds
+    walks = Walks()  # the recipe's plan: repeated steps are asked again
 
     def __post_init__(self) -> None:
         """A count, a positive cap, a share."""
@@ -52,26 +55,6 @@ class Replayed:
         )
         positive(self, cap=self.cap)
         fraction(self, decay=self.decay)
-
-    @property
-    def requires(self) -> Requires:
-        """Stored transitions."""
-        return Requires(log_probs=True)
-
-    @property
-    def gives_transitions(self) -> bool:
-        """Repeated steps are scored by the present policy."""
-        return True
-
-    @property
-    def scout_precision(self) -> RolloutPrecision | None:
-        """It ranks no seeds."""
-        return None
-
-    @property
-    def walks(self) -> Walks:
-        """The recipe's plan: repeated steps are asked again."""
-        return Walks()
 
     def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
         """As of `Experience`."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from flowgrpo_fast.experience.experience import Gathered, Stage, Walks, in_chunks
 from flowgrpo_fast.objectives.objective import Requires
-from flowgrpo_fast.precision.parts import RolloutPrecision
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Draws, Scored
 
@@ -15,25 +14,10 @@ from flowgrpo_fast.types import Draws, Scored
 class Rollout:
     """Fresh samples of the policy that samples, by the recipe's topology."""
 
-    @property
-    def requires(self) -> Requires:
-        """Nothing."""
-        return Requires()
-
-    @property
-    def gives_transitions(self) -> bool:
-        """All that the plan keeps."""
-        return True
-
-    @property
-    def scout_precision(self) -> RolloutPrecision | None:
-        """It ranks nothing."""
-        return None
-
-    @property
-    def walks(self) -> Walks:
-        """The recipe's plan."""
-        return Walks()
+    requires = Requires()  # nothing
+    gives_transitions = True  # all that the plan keeps
+    scout_precision = None  # it ranks nothing
+    walks = Walks()  # the recipe's plan
 
     def check(self, num_steps: int, group_size: int, stages: tuple[int, ...], shares_start: bool) -> None:
         """Any walk will do."""

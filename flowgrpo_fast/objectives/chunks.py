@@ -37,6 +37,7 @@ class ChunkRatio(PolicyGradient):
     # Of the chunks, how many an optimiser step trains on, drawn anew for each training step; steps of others ask no
     # network. The paper's weighted sampling takes 0.5.
     fraction: float = 1.0
+    couples = True  # the steps of a chunk
 
     def __post_init__(self) -> None:
         """A chunk has a step."""
@@ -50,11 +51,6 @@ class ChunkRatio(PolicyGradient):
     def requires(self) -> Requires:
         """All stochastic steps of a sample: a chunk with a hole has no ratio."""
         return replace(PolicyGradient.requires.fget(self), all_steps=True)  # type: ignore[attr-defined]
-
-    @property
-    def couples(self) -> bool:
-        """The steps of a chunk."""
-        return True
 
     @property
     def num_taken(self) -> int:

@@ -37,6 +37,8 @@ class NFT:
     fraction: float = 0.99
     most: float = 5.0  # the bound of advantages, at which a sample is certainly good
     old: SnapshotRule = field(default_factory=Ramp)
+    couples = False  # every noised sample by itself
+    ratio_range = 0.0  # there is no ratio
 
     def __post_init__(self) -> None:
         """Weights are not negative."""
@@ -51,11 +53,6 @@ class NFT:
         if self.kl_beta > 0:
             snapshots["start"] = Frozen()
         return Requires(snapshots=snapshots, sampled_by="old", no_guidance=True)
-
-    @property
-    def couples(self) -> bool:
-        """Every noised sample by itself."""
-        return False
 
     def check(self, plan: Plan) -> None:
         """Any plan that keeps what it requires."""
@@ -98,11 +95,6 @@ class NFT:
             loss = loss + self.kl_beta * kl
         shown = {"loss": loss, "positive_loss": positive, "negative_loss": negative, "kl": kl}
         return Terms(loss, {name: value.detach() for name, value in shown.items()}, {})
-
-    @property
-    def ratio_range(self) -> float:
-        """There is no ratio."""
-        return 0.0
 
     def log_ratio(self, stats: Stats) -> None:
         """There are no likelihoods."""

@@ -32,6 +32,9 @@ class Leaps:
     earlier: Transitions
     later: Transitions
     x0: Tensor  # [R, *S]
+    fan = 1  # one loss a sample
+    row = None  # no ratio is taken
+    level = None  # the two states are at different sigmas
 
     @property
     def num_heads(self) -> int:
@@ -39,19 +42,9 @@ class Leaps:
         return len(self.x0)
 
     @property
-    def fan(self) -> int:
-        """One loss a sample."""
-        return 1
-
-    @property
     def rows(self) -> int:
         """As the walk."""
         return self.earlier.rows
-
-    @property
-    def row(self) -> None:
-        """No ratio is taken."""
-        return None
 
     @property
     def samples(self) -> Tensor:
@@ -62,11 +55,6 @@ class Leaps:
     def samples_host(self) -> NDArray[np.int64]:
         """`[R, 1]`."""
         return self.earlier.samples_host
-
-    @property
-    def level(self) -> Tensor | None:
-        """The two states are at different sigmas."""
-        return None
 
     def heads(self, rows: slice) -> Leaps:
         """Some samples."""
@@ -86,21 +74,14 @@ class LeapAlign:
     alpha: float = 0.3
     threshold: float = 0.55
     tau: float = 0.1
+    requires = Requires(states=True, reward_gradient=True)  # two states of each walk
+    couples = False  # every sample by itself
+    ratio_range = 0.0  # there is no ratio
 
     def __post_init__(self) -> None:
         """A nested gradient is scaled by 0 to 1."""
         require(0 <= self.alpha <= 1, f"LeapAlign.alpha is {self.alpha}; it must be in [0, 1]")
         positive(self, tau=self.tau)
-
-    @property
-    def requires(self) -> Requires:
-        """Two states of each walk, and rewards with gradient."""
-        return Requires(states=True, reward_gradient=True)
-
-    @property
-    def couples(self) -> bool:
-        """Every sample by itself."""
-        return False
 
     def check(self, plan: Plan) -> None:
         """Two states of every sample's own walk."""
@@ -141,11 +122,6 @@ class LeapAlign:
         loss = torch.relu(self.threshold - stats["reward"]) / stats["gap"]
         shown = {"loss": loss.detach(), "reward_with_gradient": stats["reward"].detach(), "gap": stats["gap"]}
         return Terms(loss, shown, {})
-
-    @property
-    def ratio_range(self) -> float:
-        """There is no ratio."""
-        return 0.0
 
     def log_ratio(self, stats: Stats) -> None:
         """There are no likelihoods."""

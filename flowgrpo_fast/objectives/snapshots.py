@@ -40,15 +40,8 @@ class SnapshotRule(Protocol):
 class Frozen:
     """The weights at the start of the run."""
 
-    @property
-    def path(self) -> str:
-        """The model's own."""
-        return ""
-
-    @property
-    def moves(self) -> bool:
-        """It stays what it was."""
-        return False
+    path = ""  # the model's own
+    moves = False  # it stays what it was
 
     def keep(self, moment: Moment) -> float | None:
         """Never moves."""
@@ -61,21 +54,13 @@ class EMA:
 
     decay: float = 0.9
     every: int = 1  # optimiser steps between two averages
+    path = ""  # the model's own
+    moves = True  # it follows
 
     def __post_init__(self) -> None:
         """A decay below 1."""
         require(0 <= self.decay < 1, f"EMA.decay is {self.decay}; it must be in [0, 1)")
         positive(self, every=self.every)
-
-    @property
-    def path(self) -> str:
-        """The model's own."""
-        return ""
-
-    @property
-    def moves(self) -> bool:
-        """It follows."""
-        return True
 
     def keep(self, moment: Moment) -> float | None:
         """After every `every`-th optimiser step."""
@@ -92,22 +77,14 @@ class Ramp:
     start: int = 0
     rate: float = 0.001
     most: float = 0.5
+    path = ""  # the model's own
+    moves = True  # it follows
 
     def __post_init__(self) -> None:
         """Not negative; a decay below 1."""
         require(self.start >= 0, f"Ramp.start is {self.start}; it must be at least 0")
         require(self.rate >= 0, f"Ramp.rate is {self.rate}; it must be at least 0")
         require(0 <= self.most < 1, f"Ramp.most is {self.most}; it must be in [0, 1)")
-
-    @property
-    def path(self) -> str:
-        """The model's own."""
-        return ""
-
-    @property
-    def moves(self) -> bool:
-        """It follows."""
-        return True
 
     def keep(self, moment: Moment) -> float | None:
         """At the end of a training step."""
@@ -121,21 +98,13 @@ class ResetWhen:
     metric: str = "kl"
     above: float = 3e-4
     every: int = 0  # training steps; 0 = only by the metric
+    path = ""  # the model's own
+    moves = True  # it follows
 
     def __post_init__(self) -> None:
         """A metric to look at, a count that is not negative."""
         require(bool(self.metric), "ResetWhen.metric is empty; name a metric of the update, such as 'kl'")
         require(self.every >= 0, f"ResetWhen.every is {self.every}; it must be at least 0")
-
-    @property
-    def path(self) -> str:
-        """The model's own."""
-        return ""
-
-    @property
-    def moves(self) -> bool:
-        """It follows."""
-        return True
 
     def keep(self, moment: Moment) -> float | None:
         """At the end of a training step."""
@@ -150,6 +119,7 @@ class Loaded:
     """Other weights of the same kind, from a file or a checkpoint folder: a teacher."""
 
     path: str = ""
+    moves = False  # it stays what it was
 
     def __post_init__(self) -> None:
         """There is something to load."""
@@ -157,11 +127,6 @@ class Loaded:
             bool(self.path),
             "Loaded.path is empty; name a checkpoint folder, an adapter or a safetensors file",
         )
-
-    @property
-    def moves(self) -> bool:
-        """It stays what it was."""
-        return False
 
     def keep(self, moment: Moment) -> float | None:
         """Never moves."""

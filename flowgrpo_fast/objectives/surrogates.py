@@ -46,15 +46,8 @@ class Surrogate(Protocol):
 class PathLogProb:
     """The log-probability of the stored transitions, a mean over latent elements. arXiv 2505.05470 eq. 9."""
 
-    @property
-    def requires(self) -> Requires:
-        """Stored transitions."""
-        return Requires(log_probs=True)
-
-    @property
-    def couples(self) -> bool:
-        """Every transition has its own ratio."""
-        return False
+    requires = Requires(log_probs=True)  # stored transitions
+    couples = False  # every transition has its own ratio
 
     def costs(self, plan: Plan, num_prompts: int) -> Costs:
         """A row for each row before a kept step, or for each step that a sample trains on."""

@@ -122,16 +122,8 @@ class Independent:
     """Every sample is a row of its own from the start."""
 
     at: Window = field(default_factory=AllSteps)
-
-    @property
-    def shares_start(self) -> bool:
-        """Start noise is a sample's own."""
-        return False
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """No cuts."""
-        return ()
+    shares_start = False  # start noise is a sample's own
+    stages = ()  # no cuts
 
     def only_group_size(self, num_steps: int) -> int | None:
         """Any."""
@@ -160,16 +152,8 @@ class SharedStart:
 
     at: Window = field(default_factory=AllSteps)
     share_prefix: bool = True  # False computes every member's start by itself: a witness, and a baseline
-
-    @property
-    def shares_start(self) -> bool:
-        """One noise a group."""
-        return True
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """No cuts."""
-        return ()
+    shares_start = True  # one noise a group
+    stages = ()  # no cuts
 
     def only_group_size(self, num_steps: int) -> int | None:
         """Any."""
@@ -207,20 +191,12 @@ class Tree:
 
     at: Window = field(default_factory=lambda: FrozenWindow(size=3))
     fan: int = 2
+    shares_start = True  # a tree has one root
+    stages = ()  # no cuts
 
     def __post_init__(self) -> None:
         """A tree branches."""
         require(self.fan >= 2, f"Tree.fan is {self.fan}; it must be at least 2")
-
-    @property
-    def shares_start(self) -> bool:
-        """A tree has one root."""
-        return True
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """No cuts."""
-        return ()
 
     def only_group_size(self, num_steps: int) -> int | None:
         """The tree's leaves."""
@@ -269,20 +245,12 @@ class Comb:
     at: Window = field(default_factory=lambda: FrozenWindow(size=2))
     fan: int = 2
     merge: int = 1
+    shares_start = True  # there is one trunk
+    stages = ()  # no cuts
 
     def __post_init__(self) -> None:
         """Counts are positive."""
         positive(self, fan=self.fan, merge=self.merge)
-
-    @property
-    def shares_start(self) -> bool:
-        """There is one trunk."""
-        return True
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """No cuts."""
-        return ()
 
     def only_group_size(self, num_steps: int) -> int | None:
         """The branches of all steps."""
@@ -346,16 +314,12 @@ class OneStepEach:
 
     at: Window = field(default_factory=AllSteps)
     share_start: bool = False  # one start noise a group
+    stages = ()  # no cuts
 
     @property
     def shares_start(self) -> bool:
         """As its field says."""
         return self.share_start
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """No cuts."""
-        return ()
 
     def only_group_size(self, num_steps: int) -> int | None:
         """Any."""
