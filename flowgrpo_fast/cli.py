@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import replace
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flowgrpo_fast.launch import Run
+from flowgrpo_fast.launch import Run, new_folder
 from flowgrpo_fast.monitor.cost import cpu_name
 from flowgrpo_fast.monitor.metrics import TrackerName
 from flowgrpo_fast.monitor.report import write_figures, write_report
@@ -67,7 +66,7 @@ def train(
     earlier = resume or from_
     base = load_recipe(Path(earlier)) if earlier else fitted_recipe(recipe or "mix_grpo", overrides)
     resolved = override(base, overrides)
-    folder = Path(resume or out or f"runs/{resolved.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = Path(resume or out) if resume or out else new_folder(resolved.name)
     report = Run(
         recipe=resolved,
         folder=folder,
@@ -218,7 +217,7 @@ def sample(
         num_samples: how many.
     """
     from flowgrpo_fast.monitor.figures import sample_grid
-    from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint
+    from flowgrpo_fast.training.checkpoint import load_checkpoint, newest_whole
     from flowgrpo_fast.training.engine import build_engine
     from flowgrpo_fast.training.evaluate import evaluate
 
@@ -226,7 +225,7 @@ def sample(
     recipe = replace(recipe, task=replace(recipe.task, num_eval_samples=num_samples))
     engine = build_engine(recipe, pick_device("auto"))
     if run:
-        checkpoint = latest_checkpoint(Path(run))
+        checkpoint, _ = newest_whole(Path(run))
         if checkpoint is None:
             raise ValueError(f"{run!r} holds no checkpoint; give a folder that `train` made")
         load_checkpoint(engine, checkpoint)

@@ -1,9 +1,17 @@
-"""A whole run: folder, evaluation, checkpoints, signals, report. The mathematics is in `training.loop`."""
+"""A whole run: folder, evaluation, checkpoints, signals, report. The mathematics is in `training.loop`.
+
+However a run ends, its last whole step is saved: at its end, at Ctrl-C, SIGTERM and SIGHUP after the step under way, at
+any failure outside of an update at once. An update that fails in its middle leaves weights of no step; the checkpoint
+before it then stands.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
+import traceback
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -13,22 +21,51 @@ from types import FrameType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 
+from flowgrpo_fast.json_files import parse_json, write_whole
 from flowgrpo_fast.monitor.cost import CostMeter, device_name
 from flowgrpo_fast.monitor.figures import sample_grid
 from flowgrpo_fast.monitor.metrics import MetricsLog, TrackerName, make_tracker, read_metrics
-from flowgrpo_fast.monitor.progress import TrainingProgress
+from flowgrpo_fast.monitor.progress import TrainingProgress, run_console
 from flowgrpo_fast.monitor.report import write_report
 from flowgrpo_fast.planner.live import Floor, check_memory, floor_of, memory_of, out_of_memory_in_one_line
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.recipe_io import save_recipe, to_dict
-from flowgrpo_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowgrpo_fast.training.checkpoint import (
+    check_resumable,
+    latest_checkpoint,
+    load_checkpoint,
+    newest_whole,
+    read_state,
+    save_checkpoint,
+)
 from flowgrpo_fast.training.engine import Engine, build_engine
 from flowgrpo_fast.training.evaluate import evaluate
 from flowgrpo_fast.training.loop import StepReport, train
 
 _ANY_LENGTH = 1024  # image tokens, for a look at a plan whose shift is known only with the model
+TRACEBACK = "traceback.txt"  # of the failure that ended a run, for who wants more than its line
+CHANGES = "resumed.json"  # which fields of the recipe a resume has changed, and at which step
+
+
+def new_folder(name: str, root: Path = Path("runs")) -> Path:
+    """Makes `root/name-<date>-<time>`, with a number behind it where another run began in the same second."""
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for turn in range(1, 1000):
+        folder = root / (stem if turn == 1 else f"{stem}-{turn}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {str(root)!r}: {error.strerror}; choose another --out"
+            ) from None
+        return folder
+    raise ValueError(f"{str(root / stem)!r} and a thousand like it exist; choose another --out")
 
 
 @dataclass(slots=True)
@@ -41,77 +78,173 @@ class Run:
     resume: bool = False
     checkpoint_every: int = 50
     tracker: TrackerName = "none"
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=run_console)
 
     def start(self) -> Path:
-        """Trains to the end, or to Ctrl-C; returns the report's path.
+        """Trains to the end, or to Ctrl-C; returns the report's path. Any thread may call it.
 
         Raises:
             ValueError: a user's mistake or a failed run, in one line. What was finished is saved.
         """
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every is {self.checkpoint_every}; it must be at least 1")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a run has one process and one device, and each of these "
+                "would train by itself; start flowgrpo-fast without torchrun"
+            )
         self.recipe.plan(0, _ANY_LENGTH)  # a topology that does not fit is refused before anything is loaded
         check_memory(self.recipe, self.device, memory_of(self.device))
-        one_line = out_of_memory_in_one_line(self.recipe, self.device)
-        with one_line, closing(build_engine(self.recipe, self.device)) as engine:
-            return self._train(engine)
-
-    def _train(self, engine: Engine) -> Path:
-        self._prepare_folder(engine)
-        earlier = sum(r.get("seconds_step", 0.0) for r in read_metrics(self.folder))
-        tracker = make_tracker(self.tracker, self.folder, to_dict(self.recipe))
-        log = MetricsLog(self.folder, engine.step, tracker)
-        cost = CostMeter(self.device, earlier)
-        floor = floor_of(engine)
-        self._announce(engine, floor)
-        stop = StopSignal(self.console)
+        self._check_folder()
         try:
-            with stop, TrainingProgress(self.console, self.recipe.num_steps, engine.step) as progress:
-                if engine.step == 0:
-                    log.write({"step": 0, **self._evaluate(engine)})
-
-                def on_step(report: StepReport) -> None:
-                    record = self._record(engine, report, floor, last=stop.requested)
-                    log.write(record)
-                    progress.show(record)
-                    if engine.step % self.checkpoint_every == 0 and engine.step < self.recipe.num_steps:
-                        save_checkpoint(engine, self.folder)
-
-                train(engine, on_step, lambda: stop.requested)
-            save_checkpoint(engine, self.folder)
+            with FileLock(self.folder / ".lock", timeout=0):
+                with out_of_memory_in_one_line(self.recipe, self.device):
+                    engine = build_engine(self.recipe, self.device)
+                with closing(engine):
+                    return self._train(engine)
+        except Timeout:
+            raise ValueError(
+                f"{str(self.folder)!r} is in use by another run; wait for it, or choose another --out"
+            ) from None
         except BaseException:
-            with suppress(OSError):  # a full disk, say; the error that is on its way tells more
-                self._conclude(cost)
+            self._leave_nothing_empty()
             raise
-        finally:
-            log.close()
-        report = self._conclude(cost)
-        if stop.requested:
-            self._say(
-                f"stopped after step {engine.step}; continue with: flowgrpo-fast train --resume {self.folder}"
-            )
-        return report
 
-    def _say(self, text: str) -> None:
-        """Prints lines that are not broken at a terminal's width, and no numbers coloured."""
-        self.console.print(text, highlight=False, soft_wrap=True)
-
-    def _prepare_folder(self, engine: Engine) -> None:
-        if self.resume:
-            checkpoint = latest_checkpoint(self.folder)
-            if checkpoint is None:
-                raise ValueError(f"{str(self.folder)!r} holds no checkpoint to resume from")
-            load_checkpoint(engine, checkpoint)
-        elif (self.folder / "metrics.jsonl").exists():
+    def _check_folder(self) -> None:
+        """Makes the folder, and refuses another run's before anything is loaded."""
+        begun = (self.folder / "metrics.jsonl").exists()
+        if self.resume and not (begun or (self.folder / "recipe.json").exists()):
+            raise ValueError(f"{str(self.folder)!r} holds no run to resume; give a folder that `train` made")
+        if begun and not self.resume:
             raise ValueError(
                 f"{str(self.folder)!r} already holds a run; choose another --out, or --resume it"
             )
         try:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write to {str(self.folder)!r}: {error.strerror}") from None
+
+    def _leave_nothing_empty(self) -> None:
+        """Removes the folder of a run that failed before it had anything to keep."""
+        if not any((self.folder / name).exists() for name in ("recipe.json", "metrics.jsonl", "checkpoints")):
+            with suppress(OSError):  # what else may be there is the user's
+                (self.folder / ".lock").unlink(missing_ok=True)
+                (self.folder / "samples").rmdir()
+                self.folder.rmdir()
+
+    def _train(self, engine: Engine) -> Path:
+        self._begin(engine)
+        earlier = sum(r.get("seconds_step", 0.0) for r in read_metrics(self.folder))
+        tracker = make_tracker(self.tracker, self.folder, to_dict(self.recipe))
+        # A run that begins writes its own line for step 0.
+        log = MetricsLog(self.folder, engine.step or -1, tracker)
+        cost = CostMeter(self.device, earlier)
+        floor = floor_of(engine)
+        self._announce(engine, floor)
+        signals = Signals(self.console)
+        try:
+            with (
+                out_of_memory_in_one_line(self.recipe, self.device),
+                signals,
+                TrainingProgress(self.console, self.recipe.num_steps, engine.step) as progress,
+            ):
+                if engine.step == 0:
+                    log.write({"step": 0, **self._evaluate(engine)})
+
+                def on_step(report: StepReport) -> None:
+                    record = self._record(engine, report, floor, last=signals.stop)
+                    log.write(record)
+                    progress.show(record)
+                    due = engine.step % self.checkpoint_every == 0 and engine.step < self.recipe.num_steps
+                    if due or signals.take_save():
+                        self._save(engine)
+
+                train(engine, on_step, lambda: signals.stop)
+            self._save(engine)
+        except BaseException as error:
+            kept = self._save_whole(engine)
+            with suppress(OSError, ValueError):  # a full disk, say; the error that is on its way tells more
+                self._conclude(cost)
+            if not isinstance(error, Exception):  # a second Ctrl-C, say
+                self._say(kept)
+                raise
+            raise ValueError(f"{self._in_one_line(error, engine)}; {kept}") from error
+        finally:
+            log.close()
+        report = self._conclude(cost)
+        if signals.stop:
+            self._say(f"stopped after step {engine.step}; continue with: {self._resume_command}")
+        return report
+
+    @property
+    def _resume_command(self) -> str:
+        return f"flowgrpo-fast train --resume {self.folder}"
+
+    def _save(self, engine: Engine) -> Path:
+        return save_checkpoint(engine, self.folder, to_dict(self.recipe))
+
+    def _save_whole(self, engine: Engine) -> str:
+        """Saves the last whole step after a failure; says from where the run can go on, and how."""
+        reason = f"step {engine.step + 1} failed in the middle of its update"
+        if engine.is_whole:
+            try:
+                self._save(engine)
+            except (OSError, ValueError) as error:
+                reason = f"step {engine.step} could not be saved, {str(error).split('. ')[0]}"
+            else:
+                return f"step {engine.step} is saved; continue with: {self._resume_command}"
+        last = latest_checkpoint(self.folder)
+        step = read_state(last)["step"] if last else 0
+        return f"{reason}, step {step} is the last that stands; continue with: {self._resume_command}"
+
+    def _in_one_line(self, error: Exception, engine: Engine) -> str:
+        """A failure for the user; of one that is no `ValueError` the traceback goes to a file."""
+        text = " ".join(str(error).split())
+        if isinstance(error, ValueError):
+            return text
+        where = self.folder / TRACEBACK
+        try:
+            where.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        except OSError:
+            return f"step {engine.step + 1}: {type(error).__name__}: {text}"
+        return f"step {engine.step + 1}: {type(error).__name__}: {text} (traceback in {str(where)!r})"
+
+    def _say(self, text: str) -> None:
+        """Prints lines that are not broken at a terminal's width, and no numbers coloured."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _begin(self, engine: Engine) -> None:
+        """Goes on from the newest whole checkpoint, if this is a resume; the folder then holds this recipe."""
+        recipe = to_dict(self.recipe)
+        if self.resume:
+            checkpoint, passed_over = newest_whole(self.folder)
+            for line in passed_over:
+                self._say(escape(line))
+            if checkpoint is None:
+                self._say("no checkpoint yet: the run begins again at its start")
+            else:
+                changed = check_resumable(engine, checkpoint, recipe)
+                load_checkpoint(engine, checkpoint)
+                self._record_changes(engine.step, read_state(checkpoint)["recipe"], changed)
+        try:
             save_recipe(self.recipe, self.folder / "recipe.json")
         except OSError as error:
             raise ValueError(f"cannot write to {str(self.folder)!r}: {error.strerror}") from None
+
+    def _record_changes(self, step: int, before: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> None:
+        """Keeps the recipe up to `step` beside the one from there on, and what differs, for the report."""
+        file = self.folder / CHANGES
+        earlier = parse_json(file.read_text(encoding="utf-8")) if file.exists() else []
+        kept = [entry for entry in earlier if entry["step"] < step]
+        if changed:
+            kept.append({"step": step, "changed": {name: list(pair) for name, pair in changed.items()}})
+            write_whole(self.folder / f"recipe_to_step_{step:06d}.json", json.dumps(before, indent=2) + "\n")
+            for name, (old, new) in changed.items():
+                self._say(
+                    escape(f"from step {step + 1} on, {name} is {json.dumps(new)}; it was {json.dumps(old)}")
+                )
+        if kept or file.exists():
+            write_whole(file, json.dumps(kept, indent=2) + "\n")
 
     def _announce(self, engine: Engine, floor: Floor | None) -> None:
         recipe = self.recipe
@@ -174,21 +307,33 @@ class Run:
             "ratio_self_test": next((r["ratio_self_test"] for r in steps if "ratio_self_test" in r), None),
             "cost": cost.read(),
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return write_report(self.folder)
 
 
-class StopSignal:
-    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second one interrupts at once."""
+class Signals:
+    """SIGINT (Ctrl-C), SIGTERM and SIGHUP ask the loop to stop after its step, SIGUSR1 to save and go on.
+
+    A second one that stops interrupts at once. In another thread than the main one there are no signals to listen for.
+    """
 
     def __init__(self, console: Console) -> None:
-        self.requested = False
+        self.stop = False
+        self._save = False
         self._console = console
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+    def take_save(self) -> bool:
+        """Whether a save was asked for since the last call."""
+        asked, self._save = self._save, False
+        return asked
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+                if name in signal.Signals.__members__:  # Windows knows the first two alone
+                    number = signal.Signals[name]
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -196,7 +341,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if signal.Signals(number).name == "SIGUSR1":
+            self._save = True
+            return
+        if self.stop:
             raise KeyboardInterrupt
-        self.requested = True
+        self.stop = True
         self._console.print("stopping after this step; once more to interrupt it")

@@ -49,7 +49,8 @@ def test_a_run_folder_is_complete(finished: Path) -> None:
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     checkpoint = {f"checkpoints/step_000003/{n}" for n in ("model.safetensors", "optimizer.pt", "state.json")}
     samples = {f"samples/step_00000{step}.png" for step in (0, 2, 3)}
-    assert names == {"recipe.json", "metrics.jsonl", "summary.json", "report.html"} | checkpoint | samples
+    files = {"recipe.json", "metrics.jsonl", "summary.json", "report.html", ".lock"}
+    assert names == files | checkpoint | samples
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [("eval/judge" in line) for line in lines] == [True, False, True, True]

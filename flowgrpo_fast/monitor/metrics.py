@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
+
+from flowgrpo_fast.json_files import write_whole
 
 Record: TypeAlias = dict[str, Any]
 TrackerName: TypeAlias = Literal["none", "tensorboard", "wandb"]
@@ -31,19 +33,22 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         self._tracker = tracker
         kept = [record for record in read_metrics(run_dir) if record["step"] <= last_step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(partial, self._path)
+        write_whole(self._path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: Record) -> None:
         """Adds one line. The scalars also go to the tracker.
 
+        A number that is NaN or infinite has no place in JSON: it is left out, and named in the line's `not_finite`.
+
         Raises:
             ValueError: the disk is full or not writable.
         """
+        lost = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+        if lost:
+            record = {k: v for k, v in record.items() if k not in lost} | {"not_finite": lost}
         try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise ValueError(
                 f"cannot write {str(self._path)!r}: {error.strerror}; finished checkpoints are intact, "
@@ -60,14 +65,16 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
-    """All records of a run, in order; a torn last line is left out."""
+    """All records of a run, in order; lines that a crash has torn are left out."""
     path = run_dir / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
     return records
 
 

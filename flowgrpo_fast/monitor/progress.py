@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -15,6 +18,36 @@ from rich.progress import (
 )
 
 from flowgrpo_fast.monitor.metrics import Record
+
+
+class _Outliving:
+    """A text stream whose reader may go away: a closed pipe or terminal must not end the run that writes to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """The stream's own, until it fails."""
+        try:
+            return int(self._stream.write(text))
+        except (OSError, ValueError):  # a closed file says it by a ValueError
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the run goes on
+            return len(text)
+
+    def flush(self) -> None:
+        """The stream's own, until it fails."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def run_console() -> Console:
+    """A console on the standard output that goes quiet where that is closed."""
+    return Console(file=_Outliving(sys.stdout))  # type: ignore[arg-type]
 
 
 class TrainingProgress:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flowgrpo_fast.json_files import write_whole
 from flowgrpo_fast.monitor import figures
 from flowgrpo_fast.monitor.metrics import Record, read_metrics
 
@@ -34,8 +35,8 @@ def write_report(run_dir: Path) -> Path:
     records = read_metrics(run_dir)
     if not records or not (run_dir / "summary.json").exists():
         raise ValueError(f"{str(run_dir)!r} holds no run; give a folder that `flowgrpo-fast train` made")
-    summary = json.loads((run_dir / "summary.json").read_text())
-    recipe = (run_dir / "recipe.json").read_text()
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    recipe = (run_dir / "recipe.json").read_text(encoding="utf-8")
     body = "\n".join(
         (
             _head(summary),
@@ -50,14 +51,16 @@ def write_report(run_dir: Path) -> Path:
             figures.svg(figures.objectives_figure(records)),
             _ratio(records, summary),
             _time(records, summary),
+            _changes(run_dir),
             f"<h2>Recipe</h2><details><summary>recipe.json</summary><pre>{html.escape(recipe)}</pre></details>",
         )
     )
     path = run_dir / "report.html"
     title = html.escape(f"{summary['recipe']} on {summary['model']}")
-    path.write_text(
+    write_whole(
+        path,
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
-        f"<style>{_STYLE}</style><body>{body}</body></html>\n"
+        f"<style>{_STYLE}</style><body>{body}</body></html>\n",
     )
     return path
 
@@ -152,6 +155,19 @@ def _time(records: list[Record], summary: dict[str, Any]) -> str:
     if ratios:  # of the steps, the median
         cost += f"<tr><td>time over the floor of its FLOPs</td><td>{ratios[len(ratios) // 2]:.3g}</td></tr>"
     return f"<h2>Time and cost</h2>{chart}<table>{cost}</table>"
+
+
+def _changes(run_dir: Path) -> str:
+    """Where a resume changed the recipe."""
+    file = run_dir / "resumed.json"
+    entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    rows = "".join(
+        f"<tr><td>from step {entry['step'] + 1}</td><td>{html.escape(name)}</td>"
+        f"<td>{html.escape(json.dumps(old))} &rarr; {html.escape(json.dumps(new))}</td></tr>"
+        for entry in entries
+        for name, (old, new) in entry["changed"].items()
+    )
+    return f"<h2>Changed on the way</h2><table>{rows}</table>" if rows else ""
 
 
 def _data_uri(path: Path) -> str:

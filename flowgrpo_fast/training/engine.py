@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -48,7 +50,9 @@ class Engine:
     judge: Judge | None
     device: torch.device
     copies: tuple[LowPrecisionModel, ...]  # that follow the policy that samples
+    prompts_digest: str  # of all that is asked for, by which a resumed run knows that it is still the same
     step: int = 0  # finished training steps
+    updates_then: int = 0  # optimiser steps of the learner when the last of them was finished
 
     @property
     def seq_len(self) -> int | None:
@@ -59,6 +63,11 @@ class Engine:
     def learner(self) -> Learner:
         """The one that trains the generator."""
         return self.learners[0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the state is that after `step` steps, to the bit: nothing but the update of a step changes it."""
+        return self.learner.num_updates == self.updates_then
 
     @property
     def sampled(self) -> FlowModel:
@@ -163,7 +172,18 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         judge=judge() if judge else None,
         device=device,
         copies=tuple(dict.fromkeys(copies)),
+        prompts_digest=_digest(prompts),
     )
+
+
+def _digest(prompts: PromptSet) -> str:
+    """SHA-256 of the prompts in their order, what is known of them, and their source images' names and sizes."""
+    digest = hashlib.sha256()
+    for prompt, known in zip(prompts.prompts, prompts.metadata, strict=True):
+        digest.update(json.dumps([prompt, known], sort_keys=True, default=str).encode() + b"\n")
+    for image in prompts.images:
+        digest.update(f"{image.name} {image.stat().st_size}\n".encode())
+    return digest.hexdigest()
 
 
 def _check_metadata(recipe: Recipe, prompts: PromptSet) -> None:

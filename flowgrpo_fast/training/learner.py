@@ -61,9 +61,9 @@ class Learner:
     def step(self) -> Tensor:
         """Clips the gradient, steps, and lets the snapshots follow; returns the gradient's norm before the clip."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.num_updates += 1  # first: from here on the weights may have moved
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.num_updates += 1
         self.follow(Moment(step=0, num_updates=self.num_updates, ends_step=False, metrics={}))
         return norm
 

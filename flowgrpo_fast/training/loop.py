@@ -52,7 +52,6 @@ def train_step(engine: Engine) -> StepReport:
     with report.phase("reward"):
         scored = gathered.scored()
         report.metrics |= reward_metrics(scored) | gathered.measures(scored.scores)
-        recipe.experience.settle(stage, scored, engine.step)
     with report.phase("credit"):
         batch = make_batch(engine, scored)
         report.metrics["idle_groups"] = 1 - float(batch.live.mean())
@@ -66,10 +65,12 @@ def train_step(engine: Engine) -> StepReport:
             report.metrics |= update(learner, batch)
             moment = Moment(engine.step + 1, learner.num_updates, True, report.metrics)
             learner.follow(moment)
+        # What the experience keeps changes after the weights do: until then a failed step leaves the last one's state.
+        recipe.experience.settle(stage, scored, engine.step)
         engine.refresh()  # copies in low precision, in place: captured graphs stay valid
     if batch.samples.plan.kept:
         report.metrics["window_start"] = float(batch.samples.plan.steps[batch.samples.plan.kept[0]].step)
-    engine.step += 1
+    engine.step, engine.updates_then = engine.step + 1, engine.learner.num_updates
     return report
 
 
