@@ -13,7 +13,7 @@ READY := $(VENV)/.ready-$(TORCH)
 
 NATIVE := $(wildcard csrc/* tests/build/*.cpp $(addprefix tests/cuda_on_host/*., h cpp cu))
 
-.PHONY: demo test sanitize lint format build figures benchmarks levers gpu-check clean
+.PHONY: demo test torture sanitize lint format build figures benchmarks levers gpu-check clean
 
 demo: build
 	$(BIN)/flowgrpo-fast train
@@ -22,6 +22,10 @@ demo: build
 test: export FLOWGRPO_FAST_ARCHS ?= all
 test: build lint
 	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# runs killed wherever they touch their folder, damaged folders, bad rewards, fuzzed ops (minutes)
+torture: build
+	$(BIN)/pytest -n $(JOBS) -m torture
 
 # the CPU code under the sanitizers (a few minutes); that of the GPU, on the host, is part of the tests
 sanitize: build

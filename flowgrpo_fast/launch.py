@@ -106,6 +106,12 @@ class Run:
             raise ValueError(
                 f"{str(self.folder)!r} is in use by another run; wait for it, or choose another --out"
             ) from None
+        except OSError as error:  # of files beside the weights: those that fail to be saved say so themselves
+            self._leave_nothing_empty()
+            raise ValueError(
+                f"cannot read or write {str(error.filename or self.folder)!r}: {error.strerror}; what was saved "
+                f"stands, go on with: {self._resume_command}"
+            ) from error
         except BaseException:
             self._leave_nothing_empty()
             raise
