@@ -12,7 +12,8 @@ import os
 import signal
 import threading
 import traceback
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -36,6 +37,7 @@ from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.recipe_io import save_recipe, to_dict
 from flowgrpo_fast.training.checkpoint import (
     check_resumable,
+    finished_checkpoints,
     latest_checkpoint,
     load_checkpoint,
     newest_whole,
@@ -48,6 +50,7 @@ from flowgrpo_fast.training.loop import StepReport, train
 
 _ANY_LENGTH = 1024  # image tokens, for a look at a plan whose shift is known only with the model
 TRACEBACK = "traceback.txt"  # of the failure that ended a run, for who wants more than its line
+_PACKAGE = Path(__file__).parent
 CHANGES = "resumed.json"  # which fields of the recipe a resume has changed, and at which step
 
 
@@ -86,39 +89,37 @@ class Run:
         Raises:
             ValueError: a user's mistake or a failed run, in one line. What was finished is saved.
         """
-        if self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every is {self.checkpoint_every}; it must be at least 1")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a run has one process and one device, and each of these "
-                "would train by itself; start flowgrpo-fast without torchrun"
-            )
-        self.recipe.plan(0, _ANY_LENGTH)  # a topology that does not fit is refused before anything is loaded
-        check_memory(self.recipe, self.device, memory_of(self.device))
-        self._check_folder()
         try:
-            with FileLock(self.folder / ".lock", timeout=0):
+            self._check()
+            with self._locked():
                 with out_of_memory_in_one_line(self.recipe, self.device):
                     engine = build_engine(self.recipe, self.device)
                 with closing(engine):
                     return self._train(engine)
-        except Timeout:
-            raise ValueError(
-                f"{str(self.folder)!r} is in use by another run; wait for it, or choose another --out"
-            ) from None
         except OSError as error:  # of files beside the weights: those that fail to be saved say so themselves
             self._leave_nothing_empty()
-            raise ValueError(
-                f"cannot read or write {str(error.filename or self.folder)!r}: {error.strerror}; what was saved "
-                f"stands, go on with: {self._resume_command}"
-            ) from error
+            what = (
+                f"cannot read or write {error.filename!r}: {error.strerror}" if error.filename else str(error)
+            )
+            saved = f"; what was saved stands, go on with: {self._resume_command}"
+            raise ValueError(what + (saved if self.folder.exists() else "")) from error
         except BaseException:
             self._leave_nothing_empty()
             raise
 
-    def _check_folder(self) -> None:
-        """Makes the folder, and refuses another run's before anything is loaded."""
-        begun = (self.folder / "metrics.jsonl").exists()
+    def _check(self) -> None:
+        """Refuses, before anything is loaded, what cannot run and another run's folder; makes the folder."""
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every is {self.checkpoint_every}; it must be at least 1")
+        if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a run has one process and one device, and each of these "
+                "would train by itself; start flowgrpo-fast without torchrun"
+            )
+        self.recipe.plan(0, _ANY_LENGTH)  # a topology that does not fit
+        check_memory(self.recipe, self.device, memory_of(self.device))
+        # Checkpoints count, too: a new run would take those of its own steps for its own, and leave them as they are.
+        begun = (self.folder / "metrics.jsonl").exists() or bool(finished_checkpoints(self.folder))
         if self.resume and not (begun or (self.folder / "recipe.json").exists()):
             raise ValueError(f"{str(self.folder)!r} holds no run to resume; give a folder that `train` made")
         if begun and not self.resume:
@@ -130,13 +131,31 @@ class Run:
         except OSError as error:
             raise ValueError(f"cannot write to {str(self.folder)!r}: {error.strerror}") from None
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other process or thread runs in this folder, inside."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:  # only of this lock: code of the user may wait for others
+            raise ValueError(
+                f"{str(self.folder)!r} is in use by another run; wait for it, or choose another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _leave_nothing_empty(self) -> None:
         """Removes the folder of a run that failed before it had anything to keep."""
-        if not any((self.folder / name).exists() for name in ("recipe.json", "metrics.jsonl", "checkpoints")):
-            with suppress(OSError):  # what else may be there is the user's
-                (self.folder / ".lock").unlink(missing_ok=True)
-                (self.folder / "samples").rmdir()
-                self.folder.rmdir()
+        kept = ("recipe.json", "metrics.jsonl", "checkpoints")
+        if self.resume or not self.folder.is_dir() or any((self.folder / name).exists() for name in kept):
+            return
+        with suppress(ValueError), self._locked():  # else another run is loading its model for this folder
+            (self.folder / ".lock").unlink(missing_ok=True)
+            for empty in (self.folder / "samples", self.folder):
+                with suppress(OSError):  # what else may be there is the user's
+                    empty.rmdir()
 
     def _train(self, engine: Engine) -> Path:
         self._begin(engine)
@@ -148,46 +167,53 @@ class Run:
         floor = floor_of(engine)
         self._announce(engine, floor)
         signals = Signals(self.console)
-        try:
-            with (
-                out_of_memory_in_one_line(self.recipe, self.device),
-                signals,
-                TrainingProgress(self.console, self.recipe.num_steps, engine.step) as progress,
-            ):
-                if engine.step == 0:
-                    log.write({"step": 0, **self._evaluate(engine)})
-
-                def on_step(report: StepReport) -> None:
-                    record = self._record(engine, report, floor, last=signals.stop)
-                    log.write(record)
-                    progress.show(record)
-                    due = engine.step % self.checkpoint_every == 0 and engine.step < self.recipe.num_steps
-                    if due or signals.take_save():
-                        self._save(engine)
-
-                train(engine, on_step, lambda: signals.stop)
-            self._save(engine)
-        except BaseException as error:
-            kept = self._save_whole(engine)
-            with suppress(OSError, ValueError):  # a full disk, say; the error that is on its way tells more
-                self._conclude(cost)
-            if not isinstance(error, Exception):  # a second Ctrl-C, say
-                self._say(kept)
-                raise
-            raise ValueError(f"{self._in_one_line(error, engine)}; {kept}") from error
-        finally:
-            log.close()
+        with signals:  # around the saves, too: what asks twice to stop must not lose the last steps
+            try:
+                self._steps(engine, log, floor, signals)
+                with signals.held():
+                    self._save(engine)
+            except BaseException as error:
+                with signals.held():
+                    kept = self._save_whole(engine)
+                    with suppress(OSError, ValueError):  # a full disk, say; the error on its way tells more
+                        self._conclude(cost)
+                if not isinstance(error, Exception):  # a second Ctrl-C, say
+                    self._say(kept)
+                    raise
+                raise ValueError(f"{self._in_one_line(error, engine)}; {kept}") from error
+            finally:
+                log.close()
         report = self._conclude(cost)
         if signals.stop:
             self._say(f"stopped after step {engine.step}; continue with: {self._resume_command}")
         return report
 
+    def _steps(self, engine: Engine, log: MetricsLog, floor: Floor | None, signals: Signals) -> None:
+        """The first look and every step, each of them recorded."""
+        with (
+            out_of_memory_in_one_line(self.recipe, self.device),
+            TrainingProgress(self.console, self.recipe.num_steps, engine.step) as progress,
+        ):
+            if engine.step == 0:
+                log.write({"step": 0, **self._evaluate(engine)})
+
+            def on_step(report: StepReport) -> None:
+                record = self._record(engine, report, floor, last=signals.stop)
+                log.write(record)
+                progress.show(record)
+                due = engine.step % self.checkpoint_every == 0 and engine.step < self.recipe.num_steps
+                if due or signals.take_save():
+                    with signals.held():
+                        self._save(engine)
+
+            train(engine, on_step, lambda: signals.stop)
+
     @property
     def _resume_command(self) -> str:
         return f"flowgrpo-fast train --resume {self.folder}"
 
-    def _save(self, engine: Engine) -> Path:
-        return save_checkpoint(engine, self.folder, to_dict(self.recipe))
+    def _save(self, engine: Engine) -> None:
+        save_checkpoint(engine, self.folder, to_dict(self.recipe))
 
     def _save_whole(self, engine: Engine) -> str:
         """Saves the last whole step after a failure; says from where the run can go on, and how."""
@@ -204,10 +230,11 @@ class Run:
         return f"{reason}, step {step} is the last that stands; continue with: {self._resume_command}"
 
     def _in_one_line(self, error: Exception, engine: Engine) -> str:
-        """A failure for the user; of one that is no `ValueError` the traceback goes to a file."""
+        """A failure for the user; the traceback of any but a `ValueError` that this package raised goes to a file."""
         text = " ".join(str(error).split())
-        if isinstance(error, ValueError):
-            return text
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, ValueError) and _PACKAGE in raised_in.parents:
+            return text  # it says what to do; a reward's own, or a library's, may not
         where = self.folder / TRACEBACK
         try:
             where.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
@@ -229,9 +256,15 @@ class Run:
             if checkpoint is None:
                 self._say("no checkpoint yet: the run begins again at its start")
             else:
-                changed = check_resumable(engine, checkpoint, recipe)
+                state, changed = read_state(checkpoint), check_resumable(engine, checkpoint, recipe)
                 load_checkpoint(engine, checkpoint)
-                self._record_changes(engine.step, read_state(checkpoint)["recipe"], changed)
+                self._record_changes(engine.step, state["recipe"], changed)
+                for name, then in state.get("versions", {}).items():
+                    if then != version(name):
+                        self._say(
+                            f"step {engine.step} was saved with {name} {then}, this is {version(name)}: "
+                            "bits may differ from those of an uninterrupted run"
+                        )
         try:
             save_recipe(self.recipe, self.folder / "recipe.json")
         except OSError as error:
@@ -320,12 +353,14 @@ class Run:
 class Signals:
     """SIGINT (Ctrl-C), SIGTERM and SIGHUP ask the loop to stop after its step, SIGUSR1 to save and go on.
 
-    A second one that stops interrupts at once. In another thread than the main one there are no signals to listen for.
+    A second one that stops interrupts at once, but never a save. What the process ignores stays ignored, as `nohup`
+    asks of SIGHUP. In another thread than the main one there are no signals to listen for.
     """
 
     def __init__(self, console: Console) -> None:
         self.stop = False
         self._save = False
+        self._held = False
         self._console = console
         self._previous: dict[int, Any] = {}
 
@@ -334,23 +369,36 @@ class Signals:
         asked, self._save = self._save, False
         return asked
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals are noted, and interrupt nothing, inside."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
                 if name in signal.Signals.__members__:  # Windows knows the first two alone
                     number = signal.Signals[name]
-                    self._previous[number] = signal.signal(number, self._handle)
+                    if signal.getsignal(number) != signal.SIG_IGN:
+                        self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if signal.Signals(number).name == "SIGUSR1":
             self._save = True
             return
-        if self.stop:
+        if self.stop and not self._held:
             raise KeyboardInterrupt
+        if self.stop:
+            return
         self.stop = True
         self._console.print("stopping after this step; once more to interrupt it")

@@ -33,7 +33,7 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         self._tracker = tracker
         kept = [record for record in read_metrics(run_dir) if record["step"] <= last_step]
-        write_whole(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_whole(self._path, "".join(_line(record) for record in kept))
 
     def write(self, record: Record) -> None:
         """Adds one line. The scalars also go to the tracker.
@@ -43,25 +43,34 @@ class MetricsLog:
         Raises:
             ValueError: the disk is full or not writable.
         """
-        lost = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
-        if lost:
-            record = {k: v for k, v in record.items() if k not in lost} | {"not_finite": lost}
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+                file.write(_line(record))
         except OSError as error:
             raise ValueError(
                 f"cannot write {str(self._path)!r}: {error.strerror}; finished checkpoints are intact, "
                 "free some space, then continue with --resume"
             ) from None
         if self._tracker is not None:
-            scalars = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
+            scalars = {k: float(v) for k, v in _finite(record).items() if isinstance(v, int | float)}
             self._tracker.log(int(record["step"]), scalars)
 
     def close(self) -> None:
         """Closes the tracker."""
         if self._tracker is not None:
             self._tracker.close()
+
+
+def _finite(record: Record) -> Record:
+    """The record without its numbers that are NaN or infinite; `not_finite` names them, if there are any."""
+    lost = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+    kept = {name: value for name, value in record.items() if name not in lost}
+    return kept | {"not_finite": lost} if lost else kept
+
+
+def _line(record: Record) -> str:
+    """A record as one line of strict JSON; also one that an earlier edition has written with NaN in it."""
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
@@ -73,7 +82,7 @@ def read_metrics(run_dir: Path) -> list[Record]:
             record = json.loads(line)
         except ValueError:  # no JSON, or no UTF-8
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
 

@@ -235,7 +235,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint's files, by their checksums, in words; empty if nothing is."""
     try:
-        files = read_state(folder)["files"]
+        state = read_state(folder)
+        named = _NAME.fullmatch(folder.name)
+        if named and int(named[1]) != state["step"]:
+            return f"it is of step {state['step']}"
+        files = state["files"]
         for name, known in files.items():
             file = folder / name
             if not file.exists():

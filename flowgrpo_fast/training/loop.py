@@ -63,6 +63,9 @@ def train_step(engine: Engine) -> StepReport:
     with report.phase("update"):
         for learner in engine.learners:
             report.metrics |= update(learner, batch)
+            # From here to the step's end its state is between two steps, also where all groups were idle and no
+            # weight has moved: a snapshot that follows steps may have.
+            engine.updates_then = -1
             moment = Moment(engine.step + 1, learner.num_updates, True, report.metrics)
             learner.follow(moment)
         # What the experience keeps changes after the weights do: until then a failed step leaves the last one's state.
