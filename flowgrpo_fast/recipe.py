@@ -99,8 +99,11 @@ class Machine:
     rollout_precision: RolloutPrecision = field(
         default_factory=TrainingPrecision
     )  # of steps without a log-prob
-    rows_per_forward: int = 0  # samples per forward in rollout and replay; 0 = as many as one update takes
-    steps_per_forward: int = 1  # trained steps of a sample that one forward of the update takes
+    # What these two leave at 0 the planner chooses when a run starts on a GPU: the most that fit into its memory.
+    rows_per_forward: int = (
+        0  # samples per forward in rollout and replay; 0 = else as many as one update takes
+    )
+    steps_per_forward: int = 0  # trained steps of a sample that one forward of the update takes; 0 = else 1
     prompts_per_chunk: int = 0  # that are rolled out, then scored meanwhile (RewardTerm.where); 0 = all
     graphs: bool = False  # rollout steps as captured CUDA graphs
     # The rollout's unconditional half serves the update until its first optimiser step: same weights.
@@ -111,8 +114,8 @@ class Machine:
     def __post_init__(self) -> None:
         """Known words; counts are not negative."""
         one_of(self, ("fp32", "bf16"), precision=self.precision)
-        positive(self, steps_per_forward=self.steps_per_forward)
-        for name in ("rows_per_forward", "prompts_per_chunk", "replay_rows", "max_ratio_error"):
+        counts = ("rows_per_forward", "steps_per_forward", "prompts_per_chunk", "replay_rows")
+        for name in (*counts, "max_ratio_error"):
             value = getattr(self, name)
             require(value >= 0, f"Machine.{name} is {value}; it must be at least 0")
 
@@ -248,7 +251,7 @@ class Recipe:
         self.machine.rollout_precision.check_replay(
             self.machine.replay_rows in (0, self.rollout_rows)
             and trained.num_trained == len(trained.kept)  # else each sample replays steps of its own
-            and self.machine.steps_per_forward == 1
+            and self.steps_per_forward == 1
             and not self.topology.stages
             and self.experience.scout_precision is None
         )
@@ -263,11 +266,11 @@ class Recipe:
         """Rollout and update must be able to run the same forwards."""
         machine = self.machine
         for name in ("rows_per_forward", "replay_rows"):
-            rows, whole = getattr(machine, name), self.rows_per_update * machine.steps_per_forward
+            rows, whole = getattr(machine, name), self.rows_per_update * self.steps_per_forward
             require(
                 whole % (rows or 1) == 0,
                 f"Machine.{name} is {rows}; it must divide {whole}, the samples of one update"
-                + (f" at {machine.steps_per_forward} steps" if machine.steps_per_forward > 1 else ""),
+                + (f" at {self.steps_per_forward} steps" if self.steps_per_forward > 1 else ""),
             )
         sizes = (*self.topology.stages, self.group_size)
         for size in sizes:
@@ -304,6 +307,11 @@ class Recipe:
     def rows_per_update(self) -> int:
         """Samples behind one optimiser step."""
         return self.num_prompts * self.group_size // self.optimizer.num_updates
+
+    @property
+    def steps_per_forward(self) -> int:
+        """Trained steps of a sample that one forward of the update takes."""
+        return self.machine.steps_per_forward or 1
 
     @property
     def rollout_rows(self) -> int:

@@ -123,6 +123,7 @@ class Counts:
     text_parameters: int = 0
     decode_bytes: float = 0.0  # at most at once, one sample in fp32
     sequence: int | None = None  # image tokens, which a dynamic shift asks for
+    experts: int = 1  # transformers, of which one serves a step
 
 
 def architecture(model: str) -> Architecture:
@@ -259,6 +260,7 @@ def _count(content: str, network: Network) -> Counts:
         vae_in_fp32=model.vae_in_fp32,
         text_parameters=sum(parameters for _, parameters in text),
         decode_bytes=3 * 4.0 * largest[0],  # a layer's input, output and residual
+        experts=len(model.transformers),
     )
 
 

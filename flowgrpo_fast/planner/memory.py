@@ -7,10 +7,11 @@ which compute element-wise steps again in the backward, those of selective check
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from flowgrpo_fast.models.pipeline import DECODED_PIXELS, MOST_EMBEDDINGS
 from flowgrpo_fast.planner.architectures import Counts
 from flowgrpo_fast.planner.step import Execution
 from flowgrpo_fast.recipe import Recipe
@@ -20,8 +21,6 @@ from flowgrpo_fast.types import FlowModel
 
 _CONTEXT = 1.5e9  # CUDA's own, with the libraries' workspaces
 _USABLE = 0.95  # of what is left: the allocator's blocks do not pack without gaps
-DECODED_PIXELS = 1 << 22  # that a pipeline's autoencoder makes at once
-MOST_EMBEDDINGS = 1 << 31  # bytes of a run's prompts beyond which a text cache stays on disk
 _FP32 = 4
 _LORA = "set network.train=LoRA"
 _RANK = "lower network.train.rank"
@@ -76,14 +75,13 @@ class Memory:
         """Bytes at `rows`."""
         return _sum(self.parts)
 
-    def largest_rows(self, capacity: float, most: int) -> int:
-        """The largest micro-batch in `capacity` bytes that divides `most`, the samples of one update; 0 if none."""
+    def largest_rows(self, capacity: float, choices: Sequence[int]) -> int:
+        """The first of `choices`, the most rows first, that fits into `capacity` bytes; 0 if none does."""
         room = usable(capacity)
-        divisors = (rows for rows in range(most, 0, -1) if most % rows == 0)
-        return next((rows for rows in divisors if replace(self, rows=rows).total <= room), 0)
+        return next((rows for rows in choices if replace(self, rows=rows).total <= room), 0)
 
-    def refusal(self, capacity: float, device: str, most: int) -> str | None:
-        """One line that says what does not fit and what shrinks it; None where it fits."""
+    def refusal(self, capacity: float, device: str, choices: Sequence[int]) -> str | None:
+        """One line that says what does not fit and what shrinks it; None where it fits. `choices`: as above."""
         room = usable(capacity)
         if self.total <= room:
             return None
@@ -92,11 +90,11 @@ class Memory:
         shrinkable = next((part for part in self.parts if part.remedy != _LARGER_GPU), largest)
         if shrinkable is not largest and advice == _LARGER_GPU:
             advice += f"; then {shrinkable.name}, {shrinkable.bytes / 1e9:.1f} GB: {shrinkable.remedy}"
-        rows = self.largest_rows(capacity, most)
+        rows, least = self.largest_rows(capacity, choices), min(choices, default=1)
         fits = (
             f"machine.rows_per_forward={rows} fits"
             if rows
-            else "even machine.rows_per_forward=1 does not fit"
+            else f"even machine.rows_per_forward={least} does not fit"
         )
         return (
             f"out of memory before the start: a step needs {self.total / 1e9:.1f} GB and {device} has "
@@ -188,7 +186,7 @@ def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
 
 def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Held) -> Phase:
     assert counts.activations is not None
-    network, steps = recipe.network, recipe.machine.steps_per_forward
+    network, steps = recipe.network, recipe.steps_per_forward
     # Several velocities of a row may have to be there when its loss goes back.
     graphs = recipe.objective.costs(held.plan, recipe.num_prompts).trained
     halves = _halves(recipe) if execution.uncond_gradient else 1

@@ -17,7 +17,7 @@ from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import FlowModel
 
-_MOST_ITERATIONS = 1000  # of a run, over which a moving window is averaged
+MOST_ITERATIONS = 1000  # of a run, over which a moving window is averaged
 # Of a reward's gradient: the images are decoded, decoded again in the backward, and differentiated.
 _DECODES, _REWARDS = 3, 2
 
@@ -162,7 +162,7 @@ def plans(
     recipe: Recipe, seq_len: int | None = None, execution: Execution | None = None
 ) -> list[tuple[Plan, float]]:
     """The plans of a run that differ, each with its share of the iterations: a plan's size follows its window."""
-    iterations = min(recipe.num_steps, _MOST_ITERATIONS)
+    iterations = min(recipe.num_steps, MOST_ITERATIONS)
     first: dict[object, int] = {}
     times: Counter[object] = Counter()
     for iteration in range(iterations):

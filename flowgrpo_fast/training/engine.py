@@ -223,7 +223,7 @@ def _learner(recipe: Recipe, model: FlowModel, scorer: Scorer) -> Learner:
         updates_per_step=part.num_updates,
         rows=recipe.rollout_rows,
         replay_rows=machine.replay_rows,
-        steps_per_forward=machine.steps_per_forward,
+        steps_per_forward=recipe.steps_per_forward,
         reward_gradient=reward_gradient,
         snapshots={name: _snapshot(recipe, model, name, rule) for name, rule in recipe.snapshots.items()},
         rules=recipe.snapshots,

@@ -139,7 +139,7 @@ def test_joined_steps_are_fewer_larger_forwards_of_the_update():
         calls.clear()
         report = train_step(engine)
         assert report.metrics["first_ratio_error"] == 0
-        sizes[recipe.machine.steps_per_forward] = [rows for rows, with_gradient in calls if with_gradient]
+        sizes[recipe.steps_per_forward] = [rows for rows, with_gradient in calls if with_gradient]
     assert sizes == {1: [4] * 4, 2: [8] * 2}
 
 

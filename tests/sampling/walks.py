@@ -87,7 +87,7 @@ def learner_of(model: FlowModel, recipe: Recipe) -> Learner:
         updates_per_step=recipe.optimizer.num_updates,
         rows=recipe.rollout_rows,
         replay_rows=recipe.machine.replay_rows,
-        steps_per_forward=recipe.machine.steps_per_forward,
+        steps_per_forward=recipe.steps_per_forward,
     )
 
 
