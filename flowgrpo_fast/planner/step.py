@@ -158,6 +158,16 @@ def plan_step(counts: Counts, recipe: Recipe, execution: Execution | None = None
     )
 
 
+def halves(recipe: Recipe) -> int:
+    """Forwards of a velocity, as the policy runs them."""
+    return Policy(FlowModel(), recipe.guidance_scale).halves
+
+
+def differentiated_halves(recipe: Recipe, execution: Execution) -> int:
+    """Those of them that go back through the network."""
+    return halves(recipe) if execution.uncond_gradient else 1
+
+
 def plans(
     recipe: Recipe, seq_len: int | None = None, execution: Execution | None = None
 ) -> list[tuple[Plan, float]]:
@@ -188,7 +198,7 @@ def evaluations(
     """What one training step along a plan evaluates, if every group teaches something."""
     execution, walks, num_prompts = execution or Execution(), recipe.experience.walks, recipe.num_prompts
     objective, machine = recipe.objective, recipe.machine
-    halves = Policy(FlowModel(), recipe.guidance_scale).halves
+    both, differentiated = halves(recipe), differentiated_halves(recipe, execution)
     learnt = plan if walks.full else recipe.scout_plan(walks.scout_steps, recipe.group_size, seq_len)
     scouts = 0
     if walks.num_scouts:
@@ -200,21 +210,16 @@ def evaluations(
     rows = costs.rows * (execution.trained_of_group or recipe.group_size) / recipe.group_size
     passes = 2 if objective.couples else 1  # a coupled loss is measured once for its slopes alone
     trained = rows * costs.trained
-    update = halves * (passes * (trained + rows * costs.frozen) + rows * execution.recompute_old_log_prob)
-    if (
-        halves == 2
-        and machine.reuse_unconditional
-        and objective.requires.log_probs
-        and not execution.uncond_gradient
-    ):
+    update = both * (passes * (trained + rows * costs.frozen) + rows * execution.recompute_old_log_prob)
+    if both == 2 and machine.reuse_unconditional and objective.requires.log_probs and differentiated == 1:
         # Until the first optimiser step the rollout's own unconditional half serves.
         update -= passes * trained / recipe.optimizer.num_updates
     return Evaluations(
-        kept=halves * kept,
-        others=halves * (asked - kept),
-        scouts=halves * scouts,
+        kept=both * kept,
+        others=both * (asked - kept),
+        scouts=both * scouts,
         update=update,
-        backwards=trained * (halves if execution.uncond_gradient else 1),
+        backwards=trained * differentiated,
         previews=num_prompts * previews,
         rewarded=costs.rewarded,
     )
