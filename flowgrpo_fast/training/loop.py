@@ -95,14 +95,22 @@ def make_batch(engine: Engine, scored: Scored) -> Batch:
     """Joins samples with their credit; which of them carry weight is read here, once, for the host to know."""
     draws, credit = scored.samples.draws, assign(engine.recipe.credit, scored)
     weight = credit.weight if credit.weight.ndim == 1 else credit.weight.amax(1)
+    idle = (
+        (credit.advantages == 0).flatten(1).all(1) if credit.advantages.ndim > 1 else credit.advantages == 0
+    )
+    spare = torch.zeros_like(idle) if credit.spare is None else credit.spare
+    counted, zero, spare = torch.stack([weight > 0, idle, spare]).cpu().numpy()
+    silent = engine.recipe.objective.requires.silent_at_zero
     num_samples = len(draws.group_id)
     return Batch(
         samples=scored.samples,
         conditioning=engine.stage.conditioning.rows(draws.prompt_index[draws.group_id]),
         credit=credit,
-        live=(weight > 0).cpu().numpy(),
+        live=counted & ~zero if silent else counted,
         choices=Choices(engine.recipe.seed, engine.step, slice(0, num_samples), num_samples),
         prompts=engine.prompts.rows(draws.prompt_index[draws.group_id]),
+        counted=counted,
+        spare=None if credit.spare is None else spare,
     )
 
 

@@ -209,7 +209,9 @@ def test_groups_that_teach_nothing_cost_no_backward(toy_recipe, monkeypatch) -> 
         batch = make(*arguments)
         weight = batch.credit.weight.clone()
         weight[8:24] = 0
-        return replace(batch, credit=replace(batch.credit, weight=weight), live=(weight > 0).numpy())
+        return replace(
+            batch, credit=replace(batch.credit, weight=weight), live=(weight > 0).numpy(), counted=None
+        )
 
     monkeypatch.setattr(loop, "make_batch", idle)
     metrics = train_step(engine).metrics
@@ -219,7 +221,7 @@ def test_groups_that_teach_nothing_cost_no_backward(toy_recipe, monkeypatch) -> 
     def all_idle(*arguments):
         batch = make(*arguments)
         credit = replace(batch.credit, weight=torch.zeros(32))
-        return replace(batch, credit=credit, live=np.zeros(32, dtype=bool))
+        return replace(batch, credit=credit, live=np.zeros(32, dtype=bool), counted=None)
 
     monkeypatch.setattr(loop, "make_batch", all_idle)
     before = [p.detach().clone() for p in engine.model.module.parameters()]
