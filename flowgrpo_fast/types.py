@@ -572,9 +572,9 @@ class Credit:
     # [B] fp32, or [B, K], one a kept step; [B, Q] objectives before they are mixed; [B, K or 1, *region]
     advantages: Tensor
     weight: Tensor  # [B] fp32, or [B, K]: 0 drops, else 1
-    # [B] bool: dropped samples that may fill up an update, where updates are formed of the others alone; None = the
-    # update of a sample does not depend on which are dropped.
-    spare: Tensor | None = None
+    idle: Tensor | None = None  # [B] bool: samples that teach nothing, where a step of the chain has looked
+    # Whether optimiser steps are formed of the others, equal in number, and filled up with idle ones.
+    refills: bool = False
 
     def of_samples(self, rows: slice | Tensor) -> Credit:
         """Some samples, neighbours or by their numbers."""
@@ -651,7 +651,9 @@ class Batch:
     pairs: Tensor | None = None  # [N, 2] int64 -> B: the better and the worse of each pair
     # [B] host: which samples the mean counts; None = those that are live.
     counted: NDArray[np.bool_] | None = None
-    spare: NDArray[np.bool_] | None = None  # [B] host, as of `Credit`
+    # [B] host: which teach nothing, and whether optimiser steps are filled up with them: as of `Credit`.
+    idle: NDArray[np.bool_] | None = None
+    refills: bool = False
     # Of a part of a batch: the sum of the weights that its mean divides by, where it leaves out samples without a
     # gradient; None = the sum of its own.
     total_weight: Tensor | None = None
@@ -666,6 +668,12 @@ class Batch:
         """Whether an optimiser step on it is one: its mean is over something."""
         return bool((self.live if self.counted is None else self.counted).any())
 
+    @property
+    def idle_share(self) -> float:
+        """Of the samples, how many teach nothing: of groups with equal rewards, or without a score."""
+        counted = self.live if self.counted is None else self.counted
+        return 1 - float((counted if self.idle is None else counted & ~self.idle).mean())
+
     def shares(
         self, num_shares: int, partition: Partition = "groups", epoch: int = 0
     ) -> list[slice | NDArray[np.int64]]:
@@ -673,8 +681,8 @@ class Batch:
 
         "groups": neighbours, equal parts; whole groups where `num_shares` divides their number.
         "across_groups": share i takes members `i * n` to `(i + 1) * n` of every group of `num_shares * n`.
-        "shuffled": equal parts of a permutation of all samples, a function of (seed, step, epoch); where credit has
-        `spare` samples, of the others, and of as many spare ones as make the parts equal.
+        "shuffled": equal parts of a permutation of all samples, a function of (seed, step, epoch); where it
+        `refills`, of those that teach, and of as many idle ones as make the parts equal.
         """
         num_samples = len(self)
         if num_shares == 1:
@@ -687,10 +695,11 @@ class Batch:
             size = self.samples.plan.group_size // num_shares
             return [np.flatnonzero(member // size == place) for place in range(num_shares)]
         order = self.choices.order(epoch)
-        if self.spare is not None:
+        if self.refills:
+            assert self.idle is not None
             counted = self.live if self.counted is None else self.counted
             missing = -int(counted.sum()) % num_shares
-            fills = order[self.spare[order]][:missing]
+            fills = order[self.idle[order]][:missing]
             order = order[counted[order] | np.isin(order, fills)]
             order = order[: len(order) - len(order) % num_shares]  # samples without a score fill nothing
         return [np.sort(share) for share in np.split(order, num_shares)]
@@ -714,11 +723,13 @@ class Batch:
             )
         assert isinstance(self.conditioning, Conditioning), "a part of a part"
         device, weight = self.credit.weight.device, self.credit.weight
-        if self.spare is not None:  # those that fill up the update count as any other
-            fills = torch.from_numpy(rows[self.spare[rows]]).to(device, non_blocking=True)
+        spare = np.zeros(len(rows), dtype=bool)
+        if self.refills:  # those that fill up the update count as any other
+            assert self.idle is not None
+            spare = self.idle[rows]
+            fills = torch.from_numpy(rows[spare]).to(device, non_blocking=True)
             weight = weight.index_fill(0, fills, 1.0)
         everyone = torch.from_numpy(rows).to(device, non_blocking=True)
-        spare = np.zeros(len(rows), dtype=bool) if self.spare is None else self.spare[rows]
         chosen = rows[self.live[rows] | spare]
         index = torch.from_numpy(chosen).to(device, non_blocking=True)
         return Batch(

@@ -78,14 +78,13 @@ class DropIdle:
             else credit.advantages.abs()
         )
         largest = torch.zeros_like(size).scatter_reduce_(0, group, size, "amax")
-        alive = largest[group] > _ZERO
+        alive, weight = largest[group] > _ZERO, credit.weight
         if self.mode == "kept":
             wide = alive.view(-1, *[1] * (credit.advantages.ndim - 1))
-            return replace(credit, advantages=credit.advantages.where(wide, 0.0))
-        weight, spare = credit.weight, credit.spare
+            return replace(credit, advantages=credit.advantages.where(wide, 0.0), idle=~alive)
         if self.mode == "filtered":
             alive = alive & (size > 0)
-            spare = ~alive & ((weight if weight.ndim == 1 else weight.amax(1)) > 0)
+        idle = ~alive & ((weight if weight.ndim == 1 else weight.amax(1)) > 0)  # and scored
         alive = alive.float()
         weight = weight * (alive if weight.ndim == 1 else alive[:, None])
-        return replace(credit, weight=weight, spare=spare)
+        return replace(credit, weight=weight, idle=idle, refills=self.mode == "filtered")

@@ -103,6 +103,8 @@ def _typed(now: _Case, gpu: Gpu) -> Iterator[_Change]:
     if recipe.guidance_scale != 1.0:
         name, reuse = "unconditional half of the first update from the rollout", "machine.reuse_unconditional"
         rows.append((name, f"{reuse}=true", f"{reuse}=false", True))
+        constant = "unconditional_gradient"
+        rows.append(("unconditional half held constant", f"{constant}=false", f"{constant}=true", False))
     if _override(recipe, f"{low}=TrainingPrecision") == recipe:
         for form, rate in (("fp8_rows", gpu.fp8), ("nvfp4", gpu.fp4)):
             setting = f"{low}=LowPrecision {low}.format={form}" if rate else ""
@@ -154,6 +156,3 @@ def _others(now: _Case) -> Iterator[_Change]:
         yield _Change("shared first stochastic step", setting, True, True, first_apart, now)
     once, each = (now._replace(execution=replace(execution, text_each_sample=on)) for on in (False, True))
     yield _Change("prompts encoded once", "network.text_cache", True, now == once, each, once)
-    if recipe.guidance_scale != 1.0:
-        once, each = (now._replace(execution=replace(execution, uncond_gradient=on)) for on in (False, True))
-        yield _Change("unconditional half under no_grad", "always", True, now == once, each, once)

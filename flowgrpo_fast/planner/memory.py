@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from flowgrpo_fast.planner.architectures import Counts
-from flowgrpo_fast.planner.step import Execution
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.schedule.plan import Plan
@@ -114,16 +113,14 @@ def _sum(parts: Iterable[Part]) -> float:
     return sum(part.bytes for part in parts)
 
 
-def plan_memory(
-    counts: Counts, recipe: Recipe, execution: Execution | None = None, num_gpus: int = 1
-) -> Memory:
+def plan_memory(counts: Counts, recipe: Recipe, num_gpus: int = 1) -> Memory:
     """Memory of one GPU of `num_gpus`, at the recipe's rows per forward."""
     if counts.activations is None:
         raise ValueError(f"the activations of {counts.name} were not counted; memory cannot be planned")
     machine = recipe.machine
     held = _Held(counts, recipe, recipe.plan(0, counts.sequence), recipe.num_prompts / num_gpus)
     phases = (
-        _update(counts, recipe, execution or Execution(), held),
+        _update(counts, recipe, held),
         # Of the block that runs: its forward, and gradients on the way back.
         Phase("rollout", held.rollout(), (Part("working buffers", counts.activations.block, _ROWS),)),
         Phase("decoding", held.decoding()),
@@ -186,12 +183,12 @@ def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
     return parts
 
 
-def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Held) -> Phase:
+def _update(counts: Counts, recipe: Recipe, held: _Held) -> Phase:
     assert counts.activations is not None
     network, steps = recipe.network, recipe.machine.steps_per_forward
     # Several velocities of a row may have to be there when its loss goes back.
     graphs = recipe.objective.costs(held.plan, recipe.num_prompts).trained
-    halves = _halves(recipe) if execution.uncond_gradient else 1
+    halves = _halves(recipe) if recipe.unconditional_gradient else 1
     kept = counts.activations.kept(network.checkpointing)
     if network.compile and network.checkpointing == "none":  # the compiler computes element-wise steps again
         kept = min(kept, counts.activations.kept("selective"))
@@ -247,8 +244,7 @@ class _Held:
     def unconditional(self) -> float:
         """Of a latent in fp32: what is kept of the unconditional half of guidance at a row before a kept step."""
         recipe = self.recipe
-        kept = recipe.machine.reuse_unconditional and recipe.objective.requires.log_probs
-        return kept * (_halves(recipe) - 1) * _width(recipe) / _FP32
+        return recipe.reuses_unconditional * (_halves(recipe) - 1) * _width(recipe) / _FP32
 
     @property
     def chunk(self) -> float:

@@ -56,7 +56,7 @@ def make_plan(
         recipe=recipe,
         counts=counts,
         step=plan_step(counts, recipe, execution),
-        memory=plan_memory(counts, recipe, execution, num_gpus),
+        memory=plan_memory(counts, recipe, num_gpus),
         levers=levers(counts, recipe, gpu, execution, lambda other: count(pipeline, other.network)),
         gpu=gpu,
         num_gpus=num_gpus,
