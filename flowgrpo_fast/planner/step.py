@@ -172,7 +172,9 @@ def plans(
     return [
         (
             # A group whose members an update may split has its first stochastic step member by member.
-            recipe.topology.plan(recipe.course(iteration, seq_len)._replace(whole_groups=False))
+            recipe.topology.plan(
+                recipe.course(iteration, seq_len)._replace(whole_groups=False, some_edges=False)
+            )
             if apart
             else recipe.plan(iteration, seq_len),
             times[window] / iterations,
