@@ -64,6 +64,11 @@ class Leaps:
         return self.earlier.samples_host
 
     @property
+    def owners(self) -> NDArray[np.int64]:
+        """`[R]`."""
+        return self.earlier.owners
+
+    @property
     def level(self) -> Tensor | None:
         """The two states are at different sigmas."""
         return None

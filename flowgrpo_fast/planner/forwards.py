@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from flowgrpo_fast.planner.architectures import Counts
 from flowgrpo_fast.planner.memory import plan_memory, usable
-from flowgrpo_fast.planner.step import MOST_ITERATIONS, Execution
+from flowgrpo_fast.planner.step import MOST_ITERATIONS
 from flowgrpo_fast.recipe import Recipe
 
 
@@ -77,21 +77,17 @@ def open_ways(recipe: Recipe, counts: Counts, num_gpus: int = 1) -> list[Recipe]
     return list(ways(free, counts, num_gpus))
 
 
-def fitting(
-    recipe: Recipe, counts: Counts, capacity: float, num_gpus: int = 1, execution: Execution | None = None
-) -> Recipe | None:
+def fitting(recipe: Recipe, counts: Counts, capacity: float, num_gpus: int = 1) -> Recipe | None:
     """The recipe with the largest forwards that fit into `capacity` bytes; None where the smallest do not."""
     for way in ways(recipe, counts, num_gpus):
-        if plan_memory(counts, way, execution, num_gpus).total <= usable(capacity):
+        if plan_memory(counts, way, num_gpus).total <= usable(capacity):
             return way
     return None
 
 
-def fits_at_all(
-    recipe: Recipe, counts: Counts, capacity: float, num_gpus: int = 1, execution: Execution | None = None
-) -> bool:
+def fits_at_all(recipe: Recipe, counts: Counts, capacity: float, num_gpus: int = 1) -> bool:
     """Whether the smallest forwards that the recipe accepts fit."""
     *_, smallest = (None, *ways(recipe, counts, num_gpus))
     if smallest is None:
         return False
-    return plan_memory(counts, smallest, execution, num_gpus).total <= usable(capacity)
+    return plan_memory(counts, smallest, num_gpus).total <= usable(capacity)

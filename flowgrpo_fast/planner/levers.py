@@ -69,7 +69,7 @@ def levers(
         return plan_step(counted(case), case.recipe, case.execution).floor(gpu)
 
     def fits(case: _Case) -> bool:
-        return fits_at_all(case.recipe, counted(case), gpu.memory, num_gpus, case.execution)
+        return fits_at_all(case.recipe, counted(case), gpu.memory, num_gpus)
 
     found = []
     now = _Case(recipe, execution or Execution())
@@ -116,6 +116,8 @@ def _typed(now: _Case, gpu: Gpu) -> Iterator[_Change]:
     if recipe.guidance_scale != 1.0:
         name, reuse = "unconditional half of the first update from the rollout", "machine.reuse_unconditional"
         rows.append((name, f"{reuse}=true", f"{reuse}=false", True))
+        constant = "unconditional_gradient"
+        rows.append(("unconditional half held constant", f"{constant}=false", f"{constant}=true", False))
     if _override(recipe, f"{low}=TrainingPrecision") == recipe:
         for form, rate in (("fp8_rows", gpu.fp8), ("nvfp4", gpu.fp4)):
             setting = f"{low}=LowPrecision {low}.format={form}" if rate else ""
@@ -170,6 +172,3 @@ def _others(now: _Case) -> Iterator[_Change]:
         yield _Change("shared first stochastic step", setting, True, True, first_apart, now)
     once, each = (now._replace(execution=replace(execution, text_each_sample=on)) for on in (False, True))
     yield _Change("prompts encoded once", _ALWAYS, True, now == once, each, once)
-    if recipe.guidance_scale != 1.0:
-        once, each = (now._replace(execution=replace(execution, uncond_gradient=on)) for on in (False, True))
-        yield _Change("unconditional half under no_grad", _ALWAYS, True, now == once, each, once)

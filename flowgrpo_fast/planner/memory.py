@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from flowgrpo_fast.models.pipeline import DECODED_PIXELS, MOST_EMBEDDINGS
 from flowgrpo_fast.planner.architectures import Counts
-from flowgrpo_fast.planner.step import Execution, differentiated_halves, halves
+from flowgrpo_fast.planner.step import differentiated_halves, halves
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.schedule.plan import Plan
 
@@ -138,22 +138,19 @@ class _Bytes:
         return [Part("decoding", working, remedy), Part("decoded images", num_samples * each, fewer)]
 
 
-def plan_memory(
-    counts: Counts, recipe: Recipe, execution: Execution | None = None, num_gpus: int = 1
-) -> Memory:
+def plan_memory(counts: Counts, recipe: Recipe, num_gpus: int = 1) -> Memory:
     """Memory of one GPU of `num_gpus`, at the recipe's rows per forward."""
     if counts.activations is None:
         raise ValueError(f"the activations of {counts.name} were not counted; memory cannot be planned")
     machine, network, walks = recipe.machine, recipe.network, recipe.experience.walks
-    plan, execution = recipe.plan(0, counts.sequence), execution or Execution()
+    plan = recipe.plan(0, counts.sequence)
     width = 2 if machine.precision == "bf16" else _FP32  # bytes of a number of the run's precision
     size = _Bytes(counts, width)
     group_size, num_prompts = recipe.group_size, recipe.num_prompts / num_gpus
     samples = num_prompts * group_size
     chunk = min(num_prompts, machine.prompts_per_chunk or num_prompts)  # prompts that are rolled out together
     # Of the unconditional half of guidance, what is kept at a row before a kept step; in latents of fp32.
-    reused = machine.reuse_unconditional and recipe.objective.requires.log_probs
-    unconditional = reused * (halves(recipe) - 1) * width / _FP32
+    unconditional = recipe.reuses_unconditional * (halves(recipe) - 1) * width / _FP32
 
     def kept(joined: bool = False) -> float:
         """Latents that a sample keeps of its walk; what is `joined` of chunks are copies."""
@@ -178,7 +175,7 @@ def plan_memory(
     gradients = Part("gradients", counts.trained * _FP32, _less(recipe))
     update = [gradients, waiting, Part("embeddings of the samples", size.embeddings(samples), _FEWER)]
     buffers = Part("working buffers", counts.activations.block, _ROWS)  # of the block that runs
-    each_row = [_graph(counts, recipe, execution, plan), buffers]
+    each_row = [_graph(counts, recipe, plan), buffers]
     if recipe.steps_per_forward > 1:  # what a forward takes of several steps is copied side by side
         copied = size.latents(1, 2 + unconditional) + size.embeddings(1)
         each_row.append(Part("steps side by side", copied, "lower machine.steps_per_forward"))
@@ -231,7 +228,7 @@ def plan_memory(
     )
 
 
-def _graph(counts: Counts, recipe: Recipe, execution: Execution, plan: Plan) -> Part:
+def _graph(counts: Counts, recipe: Recipe, plan: Plan) -> Part:
     """What a row of the update keeps for its backward."""
     assert counts.activations is not None
     network = recipe.network
@@ -240,7 +237,7 @@ def _graph(counts: Counts, recipe: Recipe, execution: Execution, plan: Plan) -> 
         activations = min(activations, counts.activations.kept("selective"))
     # Several velocities of a row may have to be there when its loss goes back.
     graphs = recipe.objective.costs(plan, recipe.num_prompts).trained
-    graphs *= differentiated_halves(recipe, execution)
+    graphs *= differentiated_halves(recipe)
     lighter = {"none": "selective", "selective": "full"}.get(network.checkpointing)
     remedy = f"set network.checkpointing={lighter}, or {_ROWS}" if lighter else _ROWS
     return Part("activations", activations * graphs, remedy)

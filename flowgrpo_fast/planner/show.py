@@ -72,14 +72,11 @@ def make_plan(
         recipe=recipe,
         counts=counts,
         step=plan_step(counts, recipe, execution),
-        memory=plan_memory(counts, recipe, execution, num_gpus),
+        memory=plan_memory(counts, recipe, num_gpus),
         levers=levers(counts, recipe, gpu, execution, again, num_gpus),
         gpu=gpu,
         num_gpus=num_gpus,
-        ways=[
-            (way, plan_memory(counts, way, execution, num_gpus).total)
-            for way in open_ways(recipe, counts, num_gpus)
-        ],
+        ways=[(way, plan_memory(counts, way, num_gpus).total) for way in open_ways(recipe, counts, num_gpus)],
     )
 
 

@@ -12,7 +12,6 @@ from flowgrpo_fast.planner import memory as planned
 from flowgrpo_fast.planner.architectures import Counts, architecture, count
 from flowgrpo_fast.planner.counting import Activations, Work
 from flowgrpo_fast.planner.memory import Memory, Part, Phase, plan_memory, usable
-from flowgrpo_fast.planner.step import Execution
 from flowgrpo_fast.recipe import (
     EMA,
     NFT,
@@ -236,7 +235,7 @@ def test_compiled_blocks_keep_what_selective_checkpointing_keeps() -> None:
 
 def test_uncond_in_autograd_doubles_the_activations() -> None:
     guided = with_changes(RECIPE, guidance_scale=4.0)
-    doubled = parts(recipe=guided, execution=Execution(uncond_gradient=True))["activations"]
+    doubled = parts(recipe=replace(guided, unconditional_gradient=True))["activations"]
     assert doubled == 2 * parts(recipe=guided)["activations"]
 
 
