@@ -75,6 +75,7 @@ def base(network: str, group_size: int, num_prompts: int, precision: str = "bf16
     recipe = flow_grpo()
     return replace(
         recipe,
+        unconditional_gradient=False,  # the loop detaches that half, as most trainers do
         group_size=group_size,
         num_prompts=num_prompts,
         credit=recipe.credit[:2],  # every group takes part, whatever its rewards
