@@ -24,9 +24,7 @@ from flowgrpo_fast.models.network import ModelSetup, Network
 from flowgrpo_fast.models.text_cache import Embedding, Encoder, embed, fill, fingerprint
 from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
-DECODED_PIXELS = 1 << 22  # at once, on a GPU: 16 images of 512 x 512
-# A CPU's caches hold no more of a decoder's widest layer, and there are no launches to save.
-_DECODED_PIXELS_ON_CPU = 1 << 17
+DECODED_PIXELS = 1 << 22  # at once: 16 images of 512 x 512
 # With gradient one of them, whose backward holds every activation of the decoder.
 _DIFFERENTIATED_PIXELS = 1 << 18
 MOST_EMBEDDINGS = 1 << 31  # bytes; more are read from the text cache as they are needed
@@ -225,9 +223,8 @@ class PipelineModel(FlowModel, ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]`, or videos `[B, F, 3, H, W]`, fp32 in [0, 1]; a few at a time, without gradient."""
-        most = _DECODED_PIXELS_ON_CPU if latents.device.type == "cpu" else DECODED_PIXELS
         with torch.no_grad():
-            parts = [self.decode_latents(part) for part in self._decoded_together(latents, most)]
+            parts = [self.decode_latents(part) for part in self._decoded_together(latents, DECODED_PIXELS)]
         return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     def decode_with_grad(self, latents: Tensor) -> Tensor:
