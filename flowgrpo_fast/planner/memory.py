@@ -198,8 +198,10 @@ def _update(counts: Counts, recipe: Recipe, held: _Held) -> Phase:
         Part("activations", kept * graphs * halves, remedy),
         Part("working buffers", counts.activations.block, _ROWS),
     ]
+    copied = (2 + held.unconditional) * counts.latent_elements * _FP32 + held.embeddings(1)
+    if not recipe.splits_contiguously:
+        each_row.append(Part("rows gathered of the samples", copied, "set optimizer.partition=groups"))
     if steps > 1:  # what a forward takes of several steps is set side by side, a row as large as ever
-        copied = (2 + held.unconditional) * counts.latent_elements * _FP32 + held.embeddings(1)
         each_row.append(Part("steps side by side", copied, "lower machine.steps_per_forward"))
     gradients = Part(
         "gradients", counts.trained * _FP32, _LORA if network.train.trains_every_weight else _RANK
