@@ -68,12 +68,13 @@ class Lever:
 def base(network: str, group_size: int, num_prompts: int, precision: str = "bf16") -> Recipe:
     """Flow-GRPO's recipe on a network of `benchmarks.networks`: ten steps, nine of them trained, guidance 4.5, KL.
 
-    A forward takes a group, in both loops; one optimiser step, no moving average. The self-test's bound is open: what
-    it finds is a column.
+    A forward takes a group, in both loops; one optimiser step, no moving average; the unconditional half of guidance is
+    held constant, as in the code of 2025-07. The self-test's bound is open: what it finds is a column.
     """
     recipe = flow_grpo()
     return replace(
         recipe,
+        unconditional_gradient=False,
         group_size=group_size,
         num_prompts=num_prompts,
         credit=recipe.credit[:2],  # every group takes part, whatever its rewards
