@@ -176,8 +176,11 @@ def plan_memory(counts: Counts, recipe: Recipe, num_gpus: int = 1) -> Memory:
     update = [gradients, waiting, Part("embeddings of the samples", size.embeddings(samples), _FEWER)]
     buffers = Part("working buffers", counts.activations.block, _ROWS)  # of the block that runs
     each_row = [_graph(counts, recipe, plan), buffers]
+    copied = size.latents(1, 2 + unconditional) + size.embeddings(1)
+    if not recipe.splits_contiguously:
+        remedy = _ROWS if recipe.requires.equal_updates else "set optimizer.partition=groups"
+        each_row.append(Part("rows gathered of the samples", copied, remedy))
     if recipe.steps_per_forward > 1:  # what a forward takes of several steps is copied side by side
-        copied = size.latents(1, 2 + unconditional) + size.embeddings(1)
         each_row.append(Part("steps side by side", copied, "lower machine.steps_per_forward"))
 
     # The rollout: candidates exist on both sides of a cut at once; in the end chunks are joined, beside their parts.

@@ -54,8 +54,8 @@ def test_the_recipe_has_the_paper_s_defaults() -> None:
     assert recipe.sigmas.num_inference_steps == 17
     assert (recipe.dynamics, recipe.group_size) == (DanceSDE(noise_level=0.3), 12)
     # DanceGRPO's group statistics: the sample's standard deviation, rewards normalised apart.
-    assert recipe.credit == (Normalise(eps=1e-8, ddof=1), Bound(limit=5.0), DropIdle())
-    assert recipe.optimizer.lr == 1e-5
+    assert recipe.credit == (Normalise(eps=1e-8, ddof=1), Bound(limit=5.0), DropIdle(mode="kept"))
+    assert (recipe.optimizer.lr, recipe.optimizer.partition) == (1e-5, "across_groups")
 
 
 def test_worked_case(methods) -> None:

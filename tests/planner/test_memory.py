@@ -392,6 +392,15 @@ def test_steps_side_by_side_are_copies_of_rows() -> None:
     assert parts(recipe=guided)["activations"] == parts()["activations"]
 
 
+def test_a_share_that_is_no_run_of_neighbours_gathers_its_rows() -> None:
+    name, guided = "rows gathered of the samples", with_changes(RECIPE, guidance_scale=2.0)
+    for partition, found in (("groups", False), ("shuffled", True), ("across_groups", True)):
+        two = replace(guided, optimizer=Optimizer(num_updates=2, partition=partition))
+        assert (parts(recipe=two).get(name) == 2.5 * 4e6 + 2e5) == found
+        assert (name in parts(recipe=two)) == found
+    assert name not in parts(recipe=replace(guided, optimizer=Optimizer(partition="shuffled")))
+
+
 def test_two_leaps_keep_two_forwards() -> None:
     rewards = (RewardTerm(function="flowgrpo_fast.rewards.rules:digit_log_prob", differentiable=True),)
     leaps = with_changes(

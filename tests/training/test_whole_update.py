@@ -308,11 +308,15 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     "flow_grpo_fast": (by_flow_grpo, path_loss),
     "flow_cps": (by_flow_grpo, path_loss),
     "dance_grpo": (by_dance, path_loss),
+    "pro_grpo": (by_flow_grpo, path_loss),
+    "pro_grpo_flash": (by_flow_grpo, path_loss),
+    "op_grpo": (by_flow_grpo, path_loss),
     "mix_grpo": (by_mix, path_loss),
     "mix_grpo_flash": (by_mix, path_loss),
     "gcpo": (by_dance, chunk_loss),
     "tree_grpo": (by_tree, tree_loss),
     "diffusion_nft": (by_nft, nft_loss),
+    "naive_scaling": (by_nft, nft_loss),
     "awm": (by_awm, awm_loss),
 }
 
