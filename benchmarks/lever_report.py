@@ -18,7 +18,8 @@ FAST = "+ no guidance"
 SHARED = "+ work of a group shared"
 PRUNED = "+ half of the candidates pruned before step 3"
 LOW = "+ FP8 outside the window"
-JOINED = "no guidance, both trained steps in one forward"
+WIDE = "no guidance, twice the rows a forward"
+JOINED = "no guidance, both trained steps in one forward"  # of as many rows
 FLASH = "MixGRPO-Flash"
 TRAINER_FAST = "the loop trainers write, fast recipe"
 

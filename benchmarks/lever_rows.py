@@ -227,7 +227,8 @@ def work(lever: Lever) -> float:
     trained = recipe.num_prompts * sum(
         recipe.group_size if lever.trainer else len(s.kept_heads) for s in edges
     )
-    both = halves if lever.trainer else 1  # trainers take both halves back through the network
+    # Trainers take both halves back through the network, whether or not the gradient is of both.
+    both = halves if lever.trainer or recipe.unconditional_gradient else 1
     penalised = halves if recipe.requires.snapshots else 0
     return plan.evaluations(recipe.num_prompts) * halves + trained * (3 * both + penalised)
 

@@ -23,6 +23,7 @@ from benchmarks.lever_report import (
     SHARED,
     TRAINER,
     TRAINER_FAST,
+    WIDE,
     WINDOW,
 )
 from benchmarks.trainer_loop import Trainer
@@ -74,6 +75,7 @@ def base(network: str, group_size: int, num_prompts: int, precision: str = "bf16
     recipe = flow_grpo()
     return replace(
         recipe,
+        unconditional_gradient=False,  # the loop detaches that half, as most trainers do
         group_size=group_size,
         num_prompts=num_prompts,
         credit=recipe.credit[:2],  # every group takes part, whatever its rewards
@@ -112,8 +114,10 @@ def levers(recipe: Recipe, compiles: bool = True) -> list[Lever]:
             recipe = changed
         if name == FAST:
             fast = recipe
-    joined = _joined(fast)
-    rows += [Lever(JOINED, joined)] if joined != fast else []
+    wider = _wider(fast)
+    if wider != fast:  # forwards of as many rows, without and with several steps in them
+        joined = replace(wider, machine=replace(wider.machine, steps_per_forward=2))
+        rows += [Lever(WIDE, wider), Lever(JOINED, joined)]
     return [*rows, Lever(FLASH, _shared(_flash(fast))), Lever(TRAINER_FAST, fast, trainer=True)]
 
 
@@ -154,17 +158,16 @@ def _flash(recipe: Recipe) -> Recipe:
     return replace(recipe, topology=topology, solver=mix_grpo_flash().solver)
 
 
-def _joined(recipe: Recipe) -> Recipe:
-    """Both trained steps of a sample in one forward, which takes twice the rows or more: fewer, larger launches.
+def _wider(recipe: Recipe) -> Recipe:
+    """Twice the rows a forward or more, which two trained steps of a sample can share; in the rollout, too.
 
-    The rollout's forwards have as many rows, so that the first ratio stays 1. A recipe whose forwards take all samples
-    already has nothing to join.
+    A recipe whose forwards take all samples already has no more.
     """
     samples, rows = recipe.num_prompts * recipe.group_size, recipe.machine.rows_per_forward
     wider = [many for many in range(2 * rows, samples + 1, rows) if samples % many == 0 and many % 2 == 0]
     if not wider:
         return recipe
-    return replace(recipe, machine=replace(recipe.machine, rows_per_forward=wider[0], steps_per_forward=2))
+    return replace(recipe, machine=replace(recipe.machine, rows_per_forward=wider[0], steps_per_forward=1))
 
 
 CHANGES: dict[str, Callable[[Recipe], Recipe]] = {

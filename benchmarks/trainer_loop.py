@@ -2,8 +2,8 @@
 
 The same model, recipe, draws' prompts, steps trained, micro-batches and optimiser as ours; only the way differs:
 
-- both halves of guidance are one forward of twice the rows, in the update too, where the unconditional half's output is
-  detached only afterwards;
+- both halves of guidance are one forward of twice the rows, in the update too; where the recipe holds the unconditional
+  half constant, its output is detached only afterwards;
 - the start weights' transition is computed like the policy's, log-prob included, for the KL of each trained step;
 - weights stay in fp32 under autocast, which casts frozen ones anew in every forward, and so does the autoencoder;
 - nothing is fused, shared or compiled, and noise comes from torch's generator.
@@ -139,7 +139,7 @@ def predict(
         twice, timesteps = torch.cat([latents] * 2), torch.cat([timestep] * 2)
         both = model.velocity(twice, timesteps / 1000, joined(conditioning.negative(), conditioning))
     negative, positive = both.float().chunk(2)
-    negative = negative.detach()
+    negative = negative if recipe.unconditional_gradient else negative.detach()
     return negative + recipe.guidance_scale * (positive - negative)
 
 

@@ -32,7 +32,14 @@ from flowgrpo_fast.monitor.figures import sample_grid
 from flowgrpo_fast.monitor.metrics import MetricsLog, TrackerName, make_tracker, read_metrics
 from flowgrpo_fast.monitor.progress import TrainingProgress, run_console
 from flowgrpo_fast.monitor.report import write_report
-from flowgrpo_fast.planner.live import Floor, check_memory, floor_of, memory_of, out_of_memory_in_one_line
+from flowgrpo_fast.planner.live import (
+    Floor,
+    check_memory,
+    floor_of,
+    memory_of,
+    out_of_memory_in_one_line,
+    with_forwards,
+)
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.recipe_io import save_recipe, to_dict
 from flowgrpo_fast.training.checkpoint import (
@@ -117,7 +124,10 @@ class Run:
                 "would train by itself; start flowgrpo-fast without torchrun"
             )
         self.recipe.plan(0, _ANY_LENGTH)  # a topology that does not fit
-        check_memory(self.recipe, self.device, memory_of(self.device))
+        capacity = memory_of(self.device)
+        # The run folder keeps what was chosen: a resumed run has the same forwards, and so the same bits.
+        self.recipe = with_forwards(self.recipe, capacity)
+        check_memory(self.recipe, self.device, capacity)
         # Checkpoints count, too: a new run would take those of its own steps for its own, and leave them as they are.
         begun = (self.folder / "metrics.jsonl").exists() or bool(finished_checkpoints(self.folder))
         if self.resume and not (begun or (self.folder / "recipe.json").exists()):
@@ -290,7 +300,8 @@ class Run:
         parameters = sum(p.numel() for p in engine.model.module.parameters() if p.requires_grad)
         self._say(
             f"[bold]{recipe.name}[/] on {recipe.task.model}: {parameters:,} trained parameters, "
-            f"{recipe.num_prompts} prompts x {recipe.group_size} samples a step, {recipe.machine.precision}\n"
+            f"{recipe.num_prompts} prompts x {recipe.group_size} samples a step, {recipe.machine.precision}, "
+            f"{recipe.rollout_rows} rows a forward\n"
             f"{device_name(self.device)}\n{floor or 'floor unknown: the operations of this model cannot be counted'}\n"
             f"{self.folder}"
         )

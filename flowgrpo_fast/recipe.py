@@ -63,6 +63,7 @@ from flowgrpo_fast.schedule.windows import (
     SlidingWindow,
     Window,
 )
+from flowgrpo_fast.types import Partition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +74,22 @@ class Optimizer:
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
-    num_updates: int = 1  # optimiser steps per rollout, each on its own share of the samples
+    num_updates: int = 1  # optimiser steps an epoch over a rollout, each on its own share of the samples
+    # How samples are shared out: "groups", neighbours (whole groups where num_updates divides num_prompts);
+    # "across_groups", members i n to (i + 1) n of every group; "shuffled", a permutation drawn from (seed, step).
+    partition: Partition = "groups"
+    num_epochs: int = 1  # over a rollout's samples, each shuffled anew
     ema_decay: float = 0.0  # 0 = off; else evaluation and the final weights use the moving average
     ema_every: int = 1  # optimiser steps between two averages
+    ema_warm_up: bool = False  # as of `EMA.warm_up`
+    ema_calls: int = 1  # as of `EMA.calls`
 
     def __post_init__(self) -> None:
         """Rates are positive, decays not negative, those of averages below 1."""
         positive(self, lr=self.lr, max_grad_norm=self.max_grad_norm)
-        positive(self, num_updates=self.num_updates, ema_every=self.ema_every)
+        positive(self, num_updates=self.num_updates, num_epochs=self.num_epochs)
+        positive(self, ema_every=self.ema_every, ema_calls=self.ema_calls)
+        one_of(self, ("groups", "across_groups", "shuffled"), partition=self.partition)
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"Optimizer.betas is {self.betas}; it must be two numbers in [0, 1)",
@@ -99,11 +108,15 @@ class Machine:
     rollout_precision: RolloutPrecision = field(
         default_factory=TrainingPrecision
     )  # of steps without a log-prob
-    rows_per_forward: int = 0  # samples per forward in rollout and replay; 0 = as many as one update takes
-    steps_per_forward: int = 1  # trained steps of a sample that one forward of the update takes
+    # What these two leave at 0 the planner chooses when a run starts on a GPU: the most that fit into its memory.
+    rows_per_forward: int = (
+        0  # samples per forward in rollout and replay; 0 = else as many as one update takes
+    )
+    steps_per_forward: int = 0  # trained steps of a sample that one forward of the update takes; 0 = else 1
     prompts_per_chunk: int = 0  # that are rolled out, then scored meanwhile (RewardTerm.where); 0 = all
     graphs: bool = False  # rollout steps as captured CUDA graphs
-    # The rollout's unconditional half serves the update until its first optimiser step: same weights.
+    # Where the unconditional half carries no gradient, the rollout's own serves the update until its first optimiser
+    # step: same weights.
     reuse_unconditional: bool = True
     replay_rows: int = 0  # samples per forward of the replay; 0 = as in the rollout: first ratio exactly 1
     max_ratio_error: float = 0.0  # of the self-test before the first update; 0 = the trust region's range
@@ -111,8 +124,8 @@ class Machine:
     def __post_init__(self) -> None:
         """Known words; counts are not negative."""
         one_of(self, ("fp32", "bf16"), precision=self.precision)
-        positive(self, steps_per_forward=self.steps_per_forward)
-        for name in ("rows_per_forward", "prompts_per_chunk", "replay_rows", "max_ratio_error"):
+        counts = ("rows_per_forward", "steps_per_forward", "prompts_per_chunk", "replay_rows")
+        for name in (*counts, "max_ratio_error"):
             value = getattr(self, name)
             require(value >= 0, f"Machine.{name} is {value}; it must be at least 0")
 
@@ -154,6 +167,9 @@ class Recipe:
     solver: Solver = field(default_factory=Euler)  # of the steps after them; before them Euler's
     topology: Topology = field(default_factory=Independent)
     guidance_scale: float = 1.0
+    # Whether the unconditional half of guidance is differentiated, too; False holds it constant, which saves a backward
+    # in two and lets the first optimiser step take that half from the rollout, for another gradient.
+    unconditional_gradient: bool = False
     group_size: int = 24  # samples a prompt that are trained on; cuts and scouts start from more
     num_prompts: int = 48  # per training step
     experience: Experience = field(default_factory=Rollout)
@@ -180,6 +196,11 @@ class Recipe:
             f"Optimizer.num_updates is {self.optimizer.num_updates}; it must divide "
             f"num_prompts * group_size = {self.num_prompts * self.group_size}",
         )
+        require(
+            self.optimizer.partition != "across_groups" or self.group_size % self.optimizer.num_updates == 0,
+            f"Optimizer.partition is 'across_groups' with num_updates {self.optimizer.num_updates}, which must divide "
+            f"group_size = {self.group_size}: each optimiser step takes as many members of every group",
+        )
         self.topology.num_candidates(self.group_size)
         self.experience.check(
             self.sigmas.num_inference_steps, self.group_size, self.topology.stages, self.topology.shares_start
@@ -203,7 +224,12 @@ class Recipe:
         """The other weights that a run keeps, by name: what the parts require, and the moving average."""
         rules = dict(self.requires.snapshots)
         if self.optimizer.ema_decay > 0:
-            rules["average"] = EMA(decay=self.optimizer.ema_decay, every=self.optimizer.ema_every)
+            rules["average"] = EMA(
+                decay=self.optimizer.ema_decay,
+                every=self.optimizer.ema_every,
+                warm_up=self.optimizer.ema_warm_up,
+                calls=self.optimizer.ema_calls,
+            )
         return rules
 
     def _missing(self) -> Iterator[str]:
@@ -234,6 +260,18 @@ class Recipe:
                     f"{len(found.kept)}{', and cuts lose some' if self.topology.stages else ''}: choose a window "
                     "that trains every step, and no Cuts"
                 )
+        updates = f"num_updates={self.optimizer.num_updates}"
+        if needs.whole_groups and not self.whole_groups:
+            yield (
+                f"{name} joins the samples of a group, which partition={self.optimizer.partition!r} with {updates} "
+                "splits: set optimizer.partition=groups, and num_updates to a divisor of num_prompts"
+            )
+        if needs.equal_updates and self.optimizer.num_updates > 1 and self.optimizer.partition != "shuffled":
+            yield (
+                "DropIdle(mode='filtered') shares the samples that teach out anew, which "
+                f"partition={self.optimizer.partition!r} with {updates} does not: set optimizer.partition=shuffled, or "
+                "mode=dropped"
+            )
         if needs.sampled_by and needs.sampled_by not in self.snapshots:
             yield f"{name} samples from the snapshot {needs.sampled_by!r}, which no part keeps"
         if needs.reward_gradient and not all(term.differentiable for term in self.task.rewards):
@@ -248,7 +286,8 @@ class Recipe:
         self.machine.rollout_precision.check_replay(
             self.machine.replay_rows in (0, self.rollout_rows)
             and trained.num_trained == len(trained.kept)  # else each sample replays steps of its own
-            and self.machine.steps_per_forward == 1
+            and self.splits_contiguously  # else its forwards hold other rows together
+            and self.steps_per_forward == 1
             and not self.topology.stages
             and self.experience.scout_precision is None
         )
@@ -263,11 +302,11 @@ class Recipe:
         """Rollout and update must be able to run the same forwards."""
         machine = self.machine
         for name in ("rows_per_forward", "replay_rows"):
-            rows, whole = getattr(machine, name), self.rows_per_update * machine.steps_per_forward
+            rows, whole = getattr(machine, name), self.rows_per_update * self.steps_per_forward
             require(
                 whole % (rows or 1) == 0,
                 f"Machine.{name} is {rows}; it must divide {whole}, the samples of one update"
-                + (f" at {machine.steps_per_forward} steps" if machine.steps_per_forward > 1 else ""),
+                + (f" at {self.steps_per_forward} steps" if self.steps_per_forward > 1 else ""),
             )
         sizes = (*self.topology.stages, self.group_size)
         for size in sizes:
@@ -306,6 +345,30 @@ class Recipe:
         return self.num_prompts * self.group_size // self.optimizer.num_updates
 
     @property
+    def steps_per_forward(self) -> int:
+        """Trained steps of a sample that one forward of the update takes."""
+        return self.machine.steps_per_forward or 1
+
+    @property
+    def splits_contiguously(self) -> bool:
+        """Whether an optimiser step takes neighbours of the batch."""
+        return self.optimizer.num_updates == 1 or self.optimizer.partition == "groups"
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether an optimiser step takes all members of a group or none."""
+        return self.splits_contiguously and self.rows_per_update % self.group_size == 0
+
+    @property
+    def reuses_unconditional(self) -> bool:
+        """Whether the update takes the unconditional half of guidance from the rollout, while the weights are those."""
+        return (
+            self.machine.reuse_unconditional
+            and not self.unconditional_gradient
+            and self.objective.requires.log_probs
+        )
+
+    @property
     def rollout_rows(self) -> int:
         """Samples per forward of the rollout; where candidates are cut, what divides them before and after."""
         stages = (self.num_prompts * size for size in self.topology.stages)
@@ -314,9 +377,9 @@ class Recipe:
     @property
     def forwards(self) -> Forwards:
         """How rows are cut into forwards: optimiser steps and chunks are whole numbers of them."""
-        prompts = math.gcd(
-            self.rows_per_update // self.group_size, self.machine.prompts_per_chunk or self.num_prompts
-        )
+        # Rows that members share all come in every optimiser step that takes some of each group.
+        each = self.rows_per_update // self.group_size if self.splits_contiguously else self.num_prompts
+        prompts = math.gcd(each, self.machine.prompts_per_chunk or self.num_prompts)
         return Forwards(rows=self.rollout_rows, prompts=max(1, prompts))
 
     def plan(self, iteration: int, seq_len: int | None = None) -> Plan:
@@ -345,7 +408,8 @@ class Recipe:
             num_prompts=self.num_prompts,
             group_size=self.group_size,
             keeps=self.requires.log_probs or self.requires.states,
-            whole_groups=self.rows_per_update % self.group_size == 0,
+            whole_groups=self.whole_groups,
+            some_edges=not self.splits_contiguously,
         )
 
     def scout_plan(self, num_steps: int, group_size: int, seq_len: int | None = None) -> Plan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -56,6 +56,18 @@ class Conditioning:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ChosenRows:
+    """Conditioning of some samples: gathered where a forward asks for it, not before."""
+
+    conditioning: Conditioning
+    index: Tensor  # [B'] int64
+
+    def rows(self, index: Tensor | slice) -> Conditioning:
+        """As of `Conditioning`."""
+        return self.conditioning.rows(self.index[index])
+
+
 def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
     """Rows of one field; a row that stands for all of them (stride 0) is not copied."""
     if isinstance(index, slice):
@@ -78,18 +90,20 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def part(self, rows: slice) -> PromptSet:
-        """Some neighbours."""
-        return PromptSet(self.prompts[rows], self.metadata[rows], self.images[rows])
-
-    def rows(self, index: Tensor) -> PromptSet:
-        """Entries `index [B]` (int64), to repeat prompts over their group. Waits for the index's device."""
-        places = index.tolist()
+    def part(self, rows: slice | NDArray[np.int64]) -> PromptSet:
+        """Some of them: neighbours, or by their numbers on the host."""
+        if isinstance(rows, slice):
+            return PromptSet(self.prompts[rows], self.metadata[rows], self.images[rows])
+        places = rows.tolist()
         return PromptSet(
             prompts=tuple(self.prompts[i] for i in places),
             metadata=tuple(self.metadata[i] for i in places),
             images=tuple(self.images[i] for i in places) if self.images else (),
         )
+
+    def rows(self, index: Tensor) -> PromptSet:
+        """Entries `index [B]` (int64), to repeat prompts over their group. Waits for the index's device."""
+        return self.part(index.cpu().numpy())
 
 
 class Predicted(NamedTuple):
@@ -150,7 +164,11 @@ def spread_guidance(guidance: Guidance | None, fan: int) -> Guidance | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transitions:
-    """One kept step: H rows before it, E edges after it. Edges of a row are neighbours."""
+    """One kept step: H rows before it, E edges after it. Edges of a row are neighbours.
+
+    Of the samples of one optimiser step it holds no latents of its own but says which it means (`of_chosen`): `heads`
+    gathers those of a micro-batch. Such a part may take some of a row's edges only.
+    """
 
     row: Tensor  # [E] int64, rows of the plan's table
     latents: Tensor  # [H, *S]
@@ -164,44 +182,163 @@ class Transitions:
     unconditional: Tensor | None = None
     # Host: the sigma that all rows are at, which a model of several experts picks one by; None where they differ.
     level: Tensor | None = None
-    fan: int = 1  # E // H
+    fan: int = 1  # E // H; of rows of which some edges are left out, with them
     place: int = 0  # of the step in the plan
     rows: int = 0  # of the forwards that measured it, which the update repeats
+    # What is meant of the latents above: [H] rows of `latents` and `unconditional`, [E] of `next_latents`. None = all.
+    head_index: Tensor | None = None
+    edge_index: Tensor | None = None
+    # [E] ascending, the edges there are among the H * fan; None = all of them. On the device and on the host.
+    taken: Tensor | None = None
+    taken_host: NDArray[np.int64] | None = None
+    # [H] -> B host: whose conditioning each row reads; None = that of the first sample behind its first edge.
+    owner: NDArray[np.int64] | None = None
 
     @property
     def num_heads(self) -> int:
         """H."""
-        return len(self.latents)
+        return len(self.sigma)
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """`[H]` host: the sample whose conditioning each row reads."""
+        return self.samples_host[:: self.fan, 0] if self.owner is None else self.owner
+
+    def spread(self, values: Tensor) -> Tensor:
+        """What is of rows `[H, ...]` for each of their edges `[E, ...]`; a row's gradient is the sum of its edges'."""
+        wide = spread(values, self.fan)
+        return wide if self.taken is None else wide.index_select(0, self.taken)
+
+    def spread_guidance(self, guidance: Guidance | None) -> Guidance | None:
+        """The same for the unconditional half."""
+        return None if guidance is None else Guidance(self.spread(guidance.negative_velocity), guidance.scale)
 
     @property
     def parent(self) -> Tensor:
         """`[E]` int64 -> H."""
-        return torch.arange(self.num_heads, device=self.row.device).repeat_interleave(self.fan)
+        return self.spread(torch.arange(self.num_heads, device=self.row.device))
 
     def states(self) -> Transitions:
         """The same without what the edges lead to."""
         return replace(self, next_latents=self.next_latents.new_empty(len(self.next_latents), 0))
 
+    def edges(self, rows: slice) -> slice:
+        """The edges of some rows."""
+        first, last = rows.start * self.fan, rows.stop * self.fan
+        if self.taken_host is None:
+            return slice(first, last)
+        first, last = np.searchsorted(self.taken_host, [first, last]).tolist()
+        return slice(first, last)
+
     def heads(self, rows: slice) -> Transitions:
-        """Some rows with all their edges: views. What they say of samples and prompts is unchanged."""
-        edges = slice(rows.start * self.fan, rows.stop * self.fan)
+        """Some rows with all their edges: views, or copies where rows are `head_index`'s.
+
+        What they say of samples and prompts is unchanged.
+        """
+        edges = self.edges(rows)
+        taken, taken_host = self.taken, self.taken_host
+        if taken is not None and taken_host is not None:
+            taken = taken[edges] - rows.start * self.fan
+            taken_host = taken_host[edges] - rows.start * self.fan
+
+        def of_rows(values: Tensor) -> Tensor:
+            return values[rows] if self.head_index is None else values.index_select(0, self.head_index[rows])
+
         return replace(
             self,
             row=self.row[edges],
-            latents=self.latents[rows],
-            next_latents=self.next_latents[edges],
+            latents=of_rows(self.latents),
+            next_latents=self.next_latents[edges]
+            if self.edge_index is None
+            else self.next_latents.index_select(0, self.edge_index[edges]),
             log_prob=self.log_prob[edges],
             samples=self.samples[edges],
             samples_host=self.samples_host[edges],
             sigma=self.sigma[rows],
-            unconditional=None if self.unconditional is None else self.unconditional[rows],
+            unconditional=None if self.unconditional is None else of_rows(self.unconditional),
+            head_index=None,
+            edge_index=None,
+            taken=taken,
+            taken_host=taken_host,
+            owner=None if self.owner is None else self.owner[rows],
         )
+
+    def filled(self, num_rows: int) -> Transitions:
+        """Of a micro-batch: its last row again and again, until a forward has as many as the rollout's.
+
+        The same shapes give the same bits, whoever the other rows are. What is measured of the edges after the first E
+        says nothing new.
+        """
+        more = num_rows - self.num_heads
+        if more <= 0:
+            return self
+        assert self.head_index is None, "what is filled up has been gathered"
+
+        def longer(values: Tensor, count: int) -> Tensor:
+            return torch.cat([values, *[values[-count:]] * more]) if count else values
+
+        # A row of which some edges are left out comes again without any.
+        fan = self.fan if self.taken is None else 0
+        edges: dict[str, Any] = {
+            name: longer(getattr(self, name), fan) for name in ("row", "next_latents", "log_prob", "samples")
+        }
+        return replace(
+            self,
+            **edges,
+            samples_host=np.concatenate([self.samples_host, *[self.samples_host[-fan:]] * more])
+            if fan
+            else self.samples_host,
+            latents=longer(self.latents, 1),
+            sigma=longer(self.sigma, 1),
+            unconditional=None if self.unconditional is None else longer(self.unconditional, 1),
+            owner=np.concatenate([self.owners, np.repeat(self.owners[-1:], more)]),
+        )
+
+    def of_chosen(self, chosen: NDArray[np.int64], num_samples: int) -> Transitions:
+        """The part of some samples, ascending on the host, of `num_samples` in all; counted from 0, in that order.
+
+        Rows with one edge each come one a sample. Rows that members of a group share all come, with those of their
+        edges that lead to these samples: the forwards are then those of the rollout, whoever is chosen.
+        """
+        device, fan = self.row.device, self.fan
+        number = np.full(num_samples, -1)
+        number[chosen] = np.arange(len(chosen))
+        samples = number[self.samples_host]
+        here = samples[:, 0] >= 0
+        assert ((samples >= 0) == here[:, None]).all(), "an edge's samples are of one optimiser step"
+        edges = np.flatnonzero(here)
+        samples = samples[edges]
+
+        def uploaded(index: NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(index)).to(device, non_blocking=True)
+
+        edge_index = uploaded(edges)
+        part: dict[str, Any] = {
+            "row": self.row[edge_index],
+            "log_prob": self.log_prob[edge_index],
+            "samples": uploaded(samples),
+            "samples_host": samples,
+            "edge_index": edge_index,
+        }
+        if fan == 1:
+            part |= {"sigma": self.sigma[edge_index], "head_index": edge_index}
+            return replace(self, offsets=np.array([0, len(edges)]), **part)
+        # A row without an edge here reads whatever is at hand: nothing is taken of it.
+        owner = np.zeros(self.num_heads, dtype=np.int64)
+        owner[edges[::-1] // fan] = samples[::-1, 0]
+        own = np.bincount(edges // fan, minlength=self.num_heads)
+        if (own == own[0]).all() and own[0] > 0:
+            part |= {"fan": int(own[0])}
+        else:
+            part |= {"taken": edge_index, "taken_host": edges, "owner": owner}
+        return replace(self, offsets=np.array([0, self.num_heads]), **part)
 
     def of_samples(self, rows: slice, num_samples: int) -> Transitions:
         """The part of some neighbouring samples, counted from 0 again; of `num_samples` in all.
 
         Samples are whole groups, or, where rows are not shared, any neighbours.
         """
+        assert self.head_index is None, "a part of a part"
         num_prompts = len(self.offsets) - 1
         group_size = num_samples // num_prompts
         if rows.start % group_size == 0 and rows.stop % group_size == 0:
@@ -261,12 +398,17 @@ class Transitions:
         """Of several steps of the same B rows, for each row that of step `choice[b]` (host)."""
         names = ["row", "latents", "next_latents", "log_prob", "sigma"]
         names += ["unconditional"] if self.unconditional is not None else []
-        filled: dict[str, Any] = {name: torch.empty_like(getattr(self, name)) for name in names}
+        filled: dict[str, Any] = {}
+        for name in names:
+            values = getattr(self, name)
+            filled[name] = values.new_empty(len(choice), *values.shape[1:])
         for place, step in enumerate(own):
             index = torch.from_numpy(np.flatnonzero(choice == place)).to(self.row.device, non_blocking=True)
+            meant = index if step.head_index is None else step.head_index[index]
             for name, values in filled.items():
-                values.index_copy_(0, index, getattr(step, name).index_select(0, index))
-        return replace(self, **filled, level=None)
+                of_rows = name in ("latents", "next_latents", "unconditional")
+                values.index_copy_(0, index, getattr(step, name).index_select(0, meant if of_rows else index))
+        return replace(self, **filled, level=None, head_index=None, edge_index=None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -289,6 +431,11 @@ class Noised:
     def num_heads(self) -> int:
         """R."""
         return len(self.sigma)
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """As of `Transitions`."""
+        return self.samples_host[:, 0]
 
     def heads(self, rows: slice) -> Noised:
         """Some rows: views."""
@@ -362,6 +509,16 @@ class Trajectory:
             weight=None if self.weight is None else self.weight[rows],
         )
 
+    def of_chosen(self, chosen: NDArray[np.int64], index: Tensor) -> Trajectory:
+        """The part of some samples, ascending on the host and on the device, counted from 0 in that order."""
+        return replace(
+            self,
+            draws=self.draws.rows(index),
+            x0=self.x0[index],
+            transitions=tuple(t.of_chosen(chosen, len(self.x0)) for t in self.transitions),
+            weight=None if self.weight is None else self.weight[index],
+        )
+
     def without_unconditional(self) -> Trajectory:
         """What it stores of guidance left out: the weights are no longer those that gave it."""
         return replace(self, transitions=tuple(replace(t, unconditional=None) for t in self.transitions))
@@ -415,9 +572,12 @@ class Credit:
     # [B] fp32, or [B, K], one a kept step; [B, Q] objectives before they are mixed; [B, K or 1, *region]
     advantages: Tensor
     weight: Tensor  # [B] fp32, or [B, K]: 0 drops, else 1
+    idle: Tensor | None = None  # [B] bool: samples that teach nothing, where a step of the chain has looked
+    # Whether optimiser steps are formed of the others, equal in number, and filled up with idle ones.
+    refills: bool = False
 
-    def of_samples(self, rows: slice) -> Credit:
-        """Some neighbouring samples."""
+    def of_samples(self, rows: slice | Tensor) -> Credit:
+        """Some samples, neighbours or by their numbers."""
         return Credit(self.advantages[rows], self.weight[rows])
 
 
@@ -427,8 +587,16 @@ class Choices:
 
     seed: int
     step: int
-    rows: slice  # these of all samples
+    rows: slice | NDArray[np.int64]  # these of all samples
     num_samples: int
+
+    def __len__(self) -> int:
+        """Of the samples that are meant."""
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """A permutation of all samples `[num_samples]` on the host: the order in which an epoch of the update goes."""
+        return np.random.default_rng([self.seed, _ORDER, self.step, epoch]).permutation(self.num_samples)
 
     def taken(self, num_choices: int, num_taken: int) -> NDArray[np.int64]:
         """`num_taken` of `num_choices` for each sample, in which order, `[rows, num_taken]` on the host.
@@ -436,7 +604,7 @@ class Choices:
         All of them in order, or a permutation's head for each sample.
         """
         if num_taken == num_choices:
-            return np.tile(np.arange(num_choices), (self.rows.stop - self.rows.start, 1))
+            return np.tile(np.arange(num_choices), (len(self), 1))
         generator = np.random.default_rng([self.seed, _STEPS, self.step])
         order = generator.permuted(np.tile(np.arange(num_choices), (self.num_samples, 1)), axis=1)
         return np.ascontiguousarray(order[self.rows, :num_taken])
@@ -454,17 +622,20 @@ class Choices:
             generator.choice(len(shares), num_taken, replace=False, p=shares / shares.sum()).tolist()
         )
 
-    def of_samples(self, rows: slice) -> Choices:
-        """Those of some neighbouring samples."""
+    def of_samples(self, rows: slice | NDArray[np.int64]) -> Choices:
+        """Those of some samples, neighbours or by their numbers."""
+        assert isinstance(self.rows, slice), "a part of a part"
         first = self.rows.start
-        return replace(self, rows=slice(first + rows.start, first + rows.stop))
+        if isinstance(rows, slice):
+            return replace(self, rows=slice(first + rows.start, first + rows.stop))
+        return replace(self, rows=first + rows)
 
 
-_STEPS, _UNIFORM, _WEIGHTED = (
-    4,
-    5,
-    6,
-)  # streams of the run's seed that choices come from; data.draws has the others
+# Streams of the run's seed that choices come from; data.draws has the others.
+_STEPS, _UNIFORM, _WEIGHTED, _ORDER = 4, 5, 6, 7
+
+# How the samples of a training step become the shares of its optimiser steps.
+Partition: TypeAlias = Literal["groups", "across_groups", "shuffled"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -472,31 +643,105 @@ class Batch:
     """What an update learns from."""
 
     samples: Trajectory
-    conditioning: Conditioning  # one row per sample [B, ...]
+    conditioning: Conditioning | ChosenRows  # one row per sample [B, ...]
     credit: Credit
-    live: NDArray[np.bool_]  # [B] host: which samples carry weight
+    live: NDArray[np.bool_]  # [B] host: which samples carry a gradient
     choices: Choices
     prompts: PromptSet  # one for each sample, with what is known of it
     pairs: Tensor | None = None  # [N, 2] int64 -> B: the better and the worse of each pair
+    # [B] host: which samples the mean counts; None = those that are live.
+    counted: NDArray[np.bool_] | None = None
+    # [B] host: which teach nothing, and whether optimiser steps are filled up with them: as of `Credit`.
+    idle: NDArray[np.bool_] | None = None
+    refills: bool = False
+    # Of a part of a batch: the sum of the weights that its mean divides by, where it leaves out samples without a
+    # gradient; None = the sum of its own.
+    total_weight: Tensor | None = None
+    whole_groups: bool = True
 
     def __len__(self) -> int:
         """B."""
         return len(self.live)
 
-    def shares(self, num_shares: int) -> list[slice]:
-        """The samples of each of `num_shares` optimiser steps: neighbours, equal parts."""
-        size = len(self) // num_shares
-        return [slice(first, first + size) for first in range(0, len(self), size)]
+    @property
+    def teaches(self) -> bool:
+        """Whether an optimiser step on it is one: its mean is over something."""
+        return bool((self.live if self.counted is None else self.counted).any())
 
-    def of_samples(self, rows: slice) -> Batch:
-        """The part of some neighbouring samples, counted from 0 again."""
+    @property
+    def idle_share(self) -> float:
+        """Of the samples, how many teach nothing: of groups with equal rewards, or without a score."""
+        counted = self.live if self.counted is None else self.counted
+        return 1 - float((counted if self.idle is None else counted & ~self.idle).mean())
+
+    def shares(
+        self, num_shares: int, partition: Partition = "groups", epoch: int = 0
+    ) -> list[slice | NDArray[np.int64]]:
+        """The samples of each of `num_shares` optimiser steps: slices, or numbers on the host, ascending.
+
+        "groups": neighbours, equal parts; whole groups where `num_shares` divides their number.
+        "across_groups": share i takes members `i * n` to `(i + 1) * n` of every group of `num_shares * n`.
+        "shuffled": equal parts of a permutation of all samples, a function of (seed, step, epoch); where it
+        `refills`, of those that teach, and of as many idle ones as make the parts equal.
+        """
+        num_samples = len(self)
+        if num_shares == 1:
+            return [slice(0, num_samples)]
+        if partition == "groups":
+            size = num_samples // num_shares
+            return [slice(first, first + size) for first in range(0, num_samples, size)]
+        if partition == "across_groups":
+            member = np.arange(num_samples) % self.samples.plan.group_size
+            size = self.samples.plan.group_size // num_shares
+            return [np.flatnonzero(member // size == place) for place in range(num_shares)]
+        order = self.choices.order(epoch)
+        if self.refills:
+            assert self.idle is not None
+            counted = self.live if self.counted is None else self.counted
+            missing = -int(counted.sum()) % num_shares
+            fills = order[self.idle[order]][:missing]
+            order = order[counted[order] | np.isin(order, fills)]
+            order = order[: len(order) - len(order) % num_shares]  # samples without a score fill nothing
+        return [np.sort(share) for share in np.split(order, num_shares)]
+
+    def of_samples(self, rows: slice | NDArray[np.int64]) -> Batch:
+        """The part of some samples, neighbours or by their numbers (as `shares` gives them), counted from 0 again.
+
+        By numbers, samples without a gradient are left out of it, though its mean may count them.
+        """
+        if isinstance(rows, slice):
+            group_size = self.samples.plan.group_size
+            return Batch(
+                samples=self.samples.of_samples(rows),
+                conditioning=self.conditioning.rows(rows),
+                credit=self.credit.of_samples(rows),
+                live=self.live[rows],
+                choices=self.choices.of_samples(rows),
+                prompts=self.prompts.part(rows),
+                counted=None if self.counted is None else self.counted[rows],
+                whole_groups=rows.start % group_size == 0 and rows.stop % group_size == 0,
+            )
+        assert isinstance(self.conditioning, Conditioning), "a part of a part"
+        device, weight = self.credit.weight.device, self.credit.weight
+        spare = np.zeros(len(rows), dtype=bool)
+        if self.refills:  # those that fill up the update count as any other
+            assert self.idle is not None
+            spare = self.idle[rows]
+            fills = torch.from_numpy(rows[spare]).to(device, non_blocking=True)
+            weight = weight.index_fill(0, fills, 1.0)
+        everyone = torch.from_numpy(rows).to(device, non_blocking=True)
+        chosen = rows[self.live[rows] | spare]
+        index = torch.from_numpy(chosen).to(device, non_blocking=True)
         return Batch(
-            samples=self.samples.of_samples(rows),
-            conditioning=self.conditioning.rows(rows),
-            credit=self.credit.of_samples(rows),
-            live=self.live[rows],
-            choices=self.choices.of_samples(rows),
-            prompts=self.prompts.part(rows),
+            samples=self.samples.of_chosen(chosen, index),
+            conditioning=ChosenRows(self.conditioning, index),
+            credit=Credit(self.credit.advantages[index], weight[index]),
+            live=np.ones(len(chosen), dtype=bool),
+            choices=self.choices.of_samples(chosen),
+            prompts=self.prompts.part(chosen),
+            counted=None if self.counted is None else self.counted[rows] | spare,
+            total_weight=weight[everyone].sum(),
+            whole_groups=False,
         )
 
     def without_unconditional(self) -> Batch:

@@ -52,7 +52,7 @@ def test_overrides_reach_nested_fields_and_swap_parts() -> None:
     recipe = override(
         mix_grpo(),
         [
-            "group_size=6",
+            "group_size=8",
             "topology.at.size=2",
             "dynamics=CPS",
             "dynamics.noise_level=0.5",
@@ -63,7 +63,7 @@ def test_overrides_reach_nested_fields_and_swap_parts() -> None:
             "optimizer.betas=[0.9, 0.95]",
         ],
     )
-    assert recipe.group_size == 6
+    assert recipe.group_size == 8
     assert recipe.topology.at.size == 2
     assert recipe.dynamics == parts.CPS(noise_level=0.5)
     assert recipe.optimizer.lr == 1.0

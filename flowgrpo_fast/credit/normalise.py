@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,8 +28,10 @@ class Normalise:
     std: Literal["group", "batch"] = "group"
     aggregate: Literal["sum", "per_objective", "gdpo", "separate"] = "per_objective"
     eps: float = 1e-4
-    # 0: the population's standard deviation (Flow-GRPO); 1: the sample's, with Bessel's correction (MixGRPO).
+    # 0: the population's standard deviation (Flow-GRPO); 1: the sample's, with Bessel's correction (DanceGRPO,
+    # MixGRPO).
     ddof: int = 0
+    unit_weights: bool = False  # the rewards' weights divided by their sum (MixGRPO)
     requires = Requires()  # nothing but scores
 
     def __post_init__(self) -> None:
@@ -59,8 +61,17 @@ class Normalise:
         _require_finite(values)
         count = len(draws.group_id) // len(draws.prompt_index) if self.std == "group" else len(draws.group_id)
         weights = [scored.reward_weights[name] for name in objectives] if apart else None
+        if self.unit_weights:
+            total = sum(scored.reward_weights.values())
+            require(
+                total > 0,
+                f"Normalise.unit_weights divides the weights of the rewards by their sum, which is {total:g}: give "
+                "them a positive one, or set unit_weights=false",
+            )
+            weights = None if weights is None else [weight / total for weight in weights]
+            values = values / total if weights is None else values
         if scored.scores.valid is not None:
-            return Credit(self._of_scored(values, scored, weights).float(), credit.weight)
+            return replace(credit, advantages=self._of_scored(values, scored, weights).float())
         # With std_1 = f * std_0 the wanted r / (f std_0 + eps) is r / (std_0 + eps / f) / f: the kernel's own,
         # rescaled.
         bessel = math.sqrt(count / (count - 1)) if self.ddof else 1.0
@@ -75,7 +86,7 @@ class Normalise:
         )
         if self.ddof:
             advantages = advantages / bessel
-        return Credit(advantages.float(), credit.weight)
+        return replace(credit, advantages=advantages.float())
 
     def _of_scored(self, values: Tensor, scored: Scored, weights: Sequence[float] | None) -> Tensor:
         """The same, where some samples have no score: no mean and no deviation counts them, and theirs is 0.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
-from flowgrpo_fast.checks import positive, require
+from flowgrpo_fast.checks import one_of, positive, require
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.types import Credit, Scored
 
@@ -40,14 +41,29 @@ class Bound:
             advantages = advantages / self.limit * self.to
         if self.soft:
             advantages = self.soft * torch.tanh(advantages / self.soft)
-        return Credit(advantages, credit.weight)
+        return replace(credit, advantages=advantages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropIdle:
-    """Leaves out groups whose rewards are all equal: they teach nothing, and would only dilute the mean."""
+    """What becomes of groups whose rewards are all equal, which teach nothing.
 
-    requires = Requires()  # nothing but scores
+    "dropped": they are left out; the mean of an optimiser step is over its other samples, and a step without any falls
+    out. "kept": the mean counts them, as DanceGRPO's and MixGRPO's do, though the network need not be asked about them.
+    "filtered": they are left out, and so is any sample whose advantage is 0; the others are shared out anew, equally
+    many to each optimiser step, with as many of those that are left out, chosen at random, as that takes (Flow-GRPO).
+    """
+
+    mode: Literal["dropped", "kept", "filtered"] = "dropped"
+
+    def __post_init__(self) -> None:
+        """A known word."""
+        one_of(self, ("dropped", "kept", "filtered"), mode=self.mode)
+
+    @property
+    def requires(self) -> Requires:
+        """Nothing but scores; an update that may split groups, where samples are shared out anew."""
+        return Requires(equal_updates=self.mode == "filtered")
 
     def __call__(self, credit: Credit, scored: Scored) -> Credit:
         """As of `CreditStep`; of advantages with further axes, the largest counts."""
@@ -58,7 +74,13 @@ class DropIdle:
             else credit.advantages.abs()
         )
         largest = torch.zeros_like(size).scatter_reduce_(0, group, size, "amax")
-        alive = (largest[group] > _ZERO).float()
-        return Credit(
-            credit.advantages, credit.weight * (alive if credit.weight.ndim == 1 else alive[:, None])
-        )
+        alive, weight = largest[group] > _ZERO, credit.weight
+        if self.mode == "kept":
+            wide = alive.view(-1, *[1] * (credit.advantages.ndim - 1))
+            return replace(credit, advantages=credit.advantages.where(wide, 0.0), idle=~alive)
+        if self.mode == "filtered":
+            alive = alive & (size > 0)
+        idle = ~alive & ((weight if weight.ndim == 1 else weight.amax(1)) > 0)  # and scored
+        alive = alive.float()
+        weight = weight * (alive if weight.ndim == 1 else alive[:, None])
+        return replace(credit, weight=weight, idle=idle, refills=self.mode == "filtered")

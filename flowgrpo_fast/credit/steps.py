@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowgrpo_fast.objectives.objective import Requires
 from flowgrpo_fast.types import Credit, Scored
@@ -20,4 +20,4 @@ class AtLastStep:
         num_kept = len(scored.samples.transitions)
         advantages = credit.advantages.new_zeros(len(credit.advantages), num_kept)
         advantages[:, -1] = credit.advantages
-        return Credit(advantages, credit.weight)
+        return replace(credit, advantages=advantages)

@@ -1,14 +1,14 @@
 """Credit on trees: what an edge is worth is what the leaves behind it are worth.
 
 A(edge into a leaf) = A(leaf)
-A(edge)             = sum over the edges that leave its end of share * A
+A(edge)             = sum over the edges that leave its end of share * A; leaves without a score have no share
 
 loss                = mean over nodes of the sum over their children of trust(log ratio of the edge, A(edge))
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -56,27 +56,35 @@ class TreeBackup:
             f"TreeBackup needs kept steps that make a tree; rows before and edges after them are "
             f"{[(step.num_heads, len(step.row)) for step in steps]}: use the topology Tree, without Cuts",
         )
-        columns = []
-        value = credit.advantages[steps[-1].samples].mean(1)  # [E] of the last step
+        columns, counts = [], []
+        value = credit.advantages[steps[-1].samples[:, 0]]  # [E] of the last step
+        here = credit.weight[steps[-1].samples[:, 0]] > 0  # whether a leaf behind the edge has a score
         for step in reversed(steps):
             columns.append(over_samples(step, value, len(credit.advantages)))
-            shares = self._shares(step)
+            counts.append(over_samples(step, credit.weight[step.samples].sum(1), len(credit.advantages)))
             # The rows before a step are the edges after the one above it, in the same order.
-            value = (shares * value.view(-1, step.fan)).sum(1)
+            children = here.view(-1, step.fan)
+            value = (self._shares(step, children) * value.view(-1, step.fan)).sum(1)
+            here = children.any(1)
         advantages = torch.stack(columns[::-1], 1)
         if self.edges == "by_samples":
-            return Credit(advantages, credit.weight)
-        # The update lets an edge count for the samples behind it; dividing by their number makes each edge count once.
-        once = torch.tensor([1 / step.samples.shape[1] for step in steps])
-        weight = credit.weight[:, None] * once.to(credit.weight.device, non_blocking=True)
+            return replace(credit, advantages=advantages)
+        # The update lets an edge count for the samples behind it that weigh anything; dividing by their number makes
+        # each edge count once.
+        once = 1 / torch.stack(counts[::-1], 1).clamp_min(1)
         # A trust region's loss is proportional to the advantage: a sum over children is their mean times `fan`.
-        return Credit(advantages * steps[0].fan if self.edges == "summed" else advantages, weight)
+        return replace(
+            credit,
+            advantages=advantages * steps[0].fan if self.edges == "summed" else advantages,
+            weight=credit.weight[:, None] * once,
+        )
 
-    def _shares(self, step: Transitions) -> Tensor:
-        """`[H, fan]` weights of each row's children, which sum to 1."""
+    def _shares(self, step: Transitions, here: Tensor) -> Tensor:
+        """`[H, fan]` weights of each row's children, which sum to 1; 0 for those behind which no leaf has a score."""
         if self.shares == "uniform":
-            return torch.full((step.num_heads, step.fan), 1 / step.fan, device=step.log_prob.device)
-        return torch.softmax(step.log_prob.view(-1, step.fan), 1)
+            return here / here.sum(1, keepdim=True).clamp_min(1)
+        log_prob = step.log_prob.view(-1, step.fan)
+        return torch.softmax(log_prob.where(here, torch.finfo(log_prob.dtype).min), 1) * here
 
 
 def over_samples(step: Transitions, value: Tensor, num_samples: int) -> Tensor:

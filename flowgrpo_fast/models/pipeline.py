@@ -24,10 +24,10 @@ from flowgrpo_fast.models.network import ModelSetup, Network
 from flowgrpo_fast.models.text_cache import Embedding, Encoder, embed, fill, fingerprint
 from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
-_DECODED_PIXELS = 1 << 22  # at once: 16 images of 512 x 512
+DECODED_PIXELS = 1 << 22  # at once: 16 images of 512 x 512
 # With gradient one of them, whose backward holds every activation of the decoder.
 _DIFFERENTIATED_PIXELS = 1 << 18
-_MEMORY_BYTES = 1 << 31  # of embeddings; more are read from the text cache as they are needed
+MOST_EMBEDDINGS = 1 << 31  # bytes; more are read from the text cache as they are needed
 _FIELDS = ("prompt_embeds", "pooled_prompt_embeds")  # of an embedding; other names go to `Conditioning.extra`
 
 
@@ -180,7 +180,7 @@ class PipelineModel(FlowModel, ABC):
             cache = (self._load_encoder, self.network.text_cache, self._text_identity)
             fill([*prompts, self.network.negative_prompt], *cache)
             (first,) = embed(prompts[:1], *cache)
-            if len(prompts) * sum(value.nbytes for value in first.values()) > _MEMORY_BYTES:
+            if len(prompts) * sum(value.nbytes for value in first.values()) > MOST_EMBEDDINGS:
                 return StoredPrompts(self, list(prompts), list(images))
         return self.encode(prompts, images)
 
@@ -224,7 +224,7 @@ class PipelineModel(FlowModel, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]`, or videos `[B, F, 3, H, W]`, fp32 in [0, 1]; a few at a time, without gradient."""
         with torch.no_grad():
-            parts = [self.decode_latents(part) for part in self._decoded_together(latents, _DECODED_PIXELS)]
+            parts = [self.decode_latents(part) for part in self._decoded_together(latents, DECODED_PIXELS)]
         return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     def decode_with_grad(self, latents: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Require
 from flowgrpo_fast.objectives.policy_gradient import PolicyGradient
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.schedule.sigmas import Array
-from flowgrpo_fast.types import Batch, Transitions, spread
+from flowgrpo_fast.types import Batch, Transitions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,8 @@ class ChunkRatio(PolicyGradient):
         return max(1, round(self.fraction * len(self.sizes)))
 
     def check(self, plan: Plan) -> None:
-        """The chunks must cover the trained steps."""
+        """As of the policy gradient; the chunks must cover the trained steps."""
+        PolicyGradient.check(self, plan)
         require(
             sum(self.sizes) == len(plan.kept) == plan.num_trained,
             f"ChunkRatio.sizes is {self.sizes}, {sum(self.sizes)} steps in all; a sample trains on {plan.num_trained}: "
@@ -152,8 +153,17 @@ class InChunk:
 
     def heads(self, rows: slice) -> InChunk:
         """As of `Transitions`."""
-        edges = slice(rows.start * self.fan, rows.stop * self.fan)
-        return InChunk.of(self.step.heads(rows), self.chunk[edges])
+        return InChunk.of(self.step.heads(rows), self.chunk[self.step.edges(rows)])
+
+    def filled(self, num_rows: int) -> InChunk:
+        """As of `Transitions`."""
+        step = self.step.filled(num_rows)
+        return InChunk.of(step, self.chunk[:1].expand(len(step.row)))
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """As of `Transitions`."""
+        return self.step.owners
 
     @staticmethod
     def side_by_side(steps: Sequence[InChunk]) -> InChunk:
@@ -165,8 +175,9 @@ class InChunk:
 def relative_change(steps: Sequence[Transitions]) -> list[float]:
     """L1rel of each kept step, the mean over its edges: how much of where it leads a step has moved. Waits once."""
     changes = []
-    for step in steps:
-        moved = (step.next_latents.double() - spread(step.latents, step.fan).double()).abs().flatten(1).sum(1)
+    for own in steps:
+        step = own.heads(slice(0, own.num_heads))  # of an optimiser step's samples, gathered
+        moved = (step.next_latents.double() - step.spread(step.latents).double()).abs().flatten(1).sum(1)
         changes.append((moved / step.next_latents.double().abs().flatten(1).sum(1)).mean())
     return torch.stack(changes).tolist()
 

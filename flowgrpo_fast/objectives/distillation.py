@@ -30,7 +30,7 @@ from flowgrpo_fast.objectives.snapshots import SnapshotRule
 from flowgrpo_fast.objectives.trust import Clip, Trust
 from flowgrpo_fast.ops import Extras, FlowLogProbOutput, flow_log_prob
 from flowgrpo_fast.schedule.plan import Plan
-from flowgrpo_fast.types import Batch, Transitions, spread, spread_guidance
+from flowgrpo_fast.types import Batch, Transitions
 
 _FLOOR = 1e-4  # beside a standard deviation
 
@@ -101,15 +101,15 @@ class Distillation:
         others |= {part.to: evaluator.frozen(part.to, *given) for part in self.penalties if part.to}
         stats = {"old_log_prob": point.log_prob}
         for name, (other, other_guidance) in others.items():
-            negative = None if other_guidance is None else spread(other_guidance.negative_velocity, point.fan)
+            negative = None if other_guidance is None else point.spread(other_guidance.negative_velocity)
             out = flow_log_prob(
-                spread(point.latents, point.fan),
-                spread(velocity, point.fan),
+                point.spread(point.latents),
+                point.spread(velocity),
                 point.next_latents,
                 evaluator.coeffs,
                 point.row,
-                guidance=spread_guidance(guidance, point.fan),
-                extras=Extras(reference_velocity=spread(other, point.fan), reference_negative=negative),
+                guidance=point.spread_guidance(guidance),
+                extras=Extras(reference_velocity=point.spread(other), reference_negative=negative),
             )
             assert isinstance(out, FlowLogProbOutput)
             assert out.drift is not None

@@ -30,6 +30,11 @@ class Requires:
     pairs: bool = False
     all_steps: bool = False  # every kept step of a sample: none left to chance, none lost
     no_guidance: bool = False  # samples and trains at guidance_scale 1
+    whole_groups: bool = False  # an optimiser step sees all members of a group or none: the loss joins them
+    # Optimiser steps that are formed of the samples that teach, equal in number: of a permutation, which splits groups.
+    equal_updates: bool = False
+    # Of an objective: whether a sample of advantage 0 has no gradient, and need not be asked about.
+    silent_at_zero: bool = False
     signals: frozenset[str] = frozenset()  # of the rewards, besides their scores
     metadata: Mapping[str, Sequence[str]] = field(
         default_factory=dict
@@ -47,6 +52,9 @@ class Requires:
             pairs=self.pairs or other.pairs,
             all_steps=self.all_steps or other.all_steps,
             no_guidance=self.no_guidance or other.no_guidance,
+            whole_groups=self.whole_groups or other.whole_groups,
+            equal_updates=self.equal_updates or other.equal_updates,
+            silent_at_zero=self.silent_at_zero and other.silent_at_zero,
             signals=self.signals | other.signals,
             metadata={**self.metadata, **other.metadata},
             incomplete=self.incomplete or other.incomplete,
@@ -68,8 +76,17 @@ class Point(Protocol):
         """H."""
         ...
 
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """`[H]` host: the sample whose conditioning each row reads."""
+        ...
+
     def heads(self, rows: slice) -> Any:
         """Some rows with their edges."""
+        ...
+
+    def filled(self, num_rows: int) -> Any:
+        """Its last row again and again, up to so many; asked of stored transitions alone."""
         ...
 
     @staticmethod

@@ -7,7 +7,7 @@ Where the surrogate couples a sample's points, log-ratio and penalty are means o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ class PolicyGradient:
         needs = self.surrogate.requires
         for part in self.penalties:
             needs = needs.joined(part.requires)
-        return needs
+        # A trust region's loss is 0 at advantage 0, whatever the ratio.
+        return replace(needs, silent_at_zero=not self.penalties)
 
     @property
     def couples(self) -> bool:
@@ -49,7 +50,13 @@ class PolicyGradient:
         return tuple(part for part in self.regularizers if part.beta > 0)
 
     def check(self, plan: Plan) -> None:
-        """Any plan that keeps what it requires."""
+        """Any plan that keeps what it requires; penalties of transitions need a surrogate that measures them."""
+        for part in self.penalties:
+            require(
+                self.surrogate.requires.log_probs or not part.requires.log_probs,
+                f"{type(part).__name__} measures the means of stored transitions, which the surrogate "
+                f"{type(self.surrogate).__name__} does not look at: use VelocityKL, or the surrogate PathLogProb",
+            )
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -56,6 +56,11 @@ class Leaps:
         """`[R, 1]`."""
         return self.earlier.samples_host
 
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """`[R]`."""
+        return self.earlier.owners
+
     def heads(self, rows: slice) -> Leaps:
         """Some samples."""
         return Leaps(self.earlier.heads(rows), self.later.heads(rows), self.x0[rows])

@@ -50,21 +50,32 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EMA:
-    """A moving average over optimiser steps."""
+    """A moving average over optimiser steps.
+
+    With `warm_up` as in Flow-GRPO's code and those built on it: after update n, where `every` divides n + 1, the
+    average keeps `min((1 + n) / (10 + n), decay)`, so that the start weights are soon forgotten. `calls` is how often
+    that code averages there: once a micro-batch, so it is the micro-batches of an optimiser step on one of its devices.
+    """
 
     decay: float = 0.9
     every: int = 1  # optimiser steps between two averages
+    warm_up: bool = False
+    calls: int = 1  # with the same weights, one after another: the average keeps that power
     path = ""  # the model's own
     moves = True  # it follows
 
     def __post_init__(self) -> None:
         """A decay below 1."""
         require(0 <= self.decay < 1, f"EMA.decay is {self.decay}; it must be in [0, 1)")
-        positive(self, every=self.every)
+        positive(self, every=self.every, calls=self.calls)
 
     def keep(self, moment: Moment) -> float | None:
-        """After every `every`-th optimiser step."""
-        return None if moment.ends_step or moment.num_updates % self.every else self.decay
+        """After every `every`-th optimiser step; with warm-up one step earlier, as published."""
+        n = moment.num_updates
+        if moment.ends_step or (n + self.warm_up) % self.every:
+            return None
+        kept = min((1 + n) / (10 + n), self.decay) if self.warm_up else self.decay
+        return kept if self.calls == 1 else kept**self.calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats
 from flowgrpo_fast.ops import Extras, FlowLogProbOutput, flow_log_prob
 from flowgrpo_fast.schedule.plan import Plan
-from flowgrpo_fast.types import Batch, Transitions, spread, spread_guidance
+from flowgrpo_fast.types import Batch, Transitions
 
 
 class Surrogate(Protocol):
@@ -69,20 +69,20 @@ class PathLogProb:
         given = (point.latents, point.sigma)
         velocity, guidance = evaluator.trained(*given, unconditional=point.unconditional)
         transition = (
-            spread(point.latents, point.fan),
-            spread(velocity, point.fan),
+            point.spread(point.latents),
+            point.spread(velocity),
             point.next_latents,
             evaluator.coeffs,
             point.row,
         )
-        guidance = spread_guidance(guidance, point.fan)
+        guidance = point.spread_guidance(guidance)
         stats = {"old_log_prob": point.log_prob}
         if not references:
             stats["log_prob"] = flow_log_prob(*transition, guidance=guidance)
         for name in references:
             other, other_guidance = evaluator.frozen(name, *given)
-            negative = None if other_guidance is None else spread(other_guidance.negative_velocity, point.fan)
-            extras = Extras(reference_velocity=spread(other, point.fan), reference_negative=negative)
+            negative = None if other_guidance is None else point.spread(other_guidance.negative_velocity)
+            extras = Extras(reference_velocity=point.spread(other), reference_negative=negative)
             out = flow_log_prob(*transition, guidance=guidance, extras=extras)
             assert isinstance(out, FlowLogProbOutput)
             assert out.drift is not None

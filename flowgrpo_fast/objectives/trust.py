@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from flowgrpo_fast.checks import positive
+from flowgrpo_fast.checks import positive, require
 
 
 class Trusted(NamedTuple):
@@ -34,17 +34,19 @@ class Trust(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clip:
-    """PPO's: `max(-A r, -A clip(r, 1 - range, 1 + range))`. arXiv 1707.06347 eq. 7."""
+    """PPO's: `max(-A r, -A clip(r, 1 - range, 1 + upper))`. arXiv 1707.06347 eq. 7."""
 
     range: float = 1e-4
+    upper: float = 0.0  # how far above 1; 0 = as far as below
 
     def __post_init__(self) -> None:
         """A clip range is positive."""
         positive(self, range=self.range)
+        require(self.upper >= 0, f"Clip.upper is {self.upper}; it must be at least 0")
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor) -> Trusted:
         """As of `Trust`."""
         ratio = torch.exp(log_ratio)
         plain = -advantages * ratio
-        bounded = -advantages * ratio.clamp(1 - self.range, 1 + self.range)
+        bounded = -advantages * ratio.clamp(1 - self.range, 1 + (self.upper or self.range))
         return Trusted(torch.maximum(plain, bounded), ratio.detach(), (bounded > plain).float().detach())

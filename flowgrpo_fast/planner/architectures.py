@@ -99,6 +99,12 @@ class Architecture:
         own = network.max_sequence_length
         return own + _CLIP_TOKENS if own and self.pipeline == _SD3 else own or self.tokens
 
+    def tokens_read_by(self, text_encoder: str, network: Network) -> int:
+        """Of a prompt, by an encoder of that class: SD3's T5 reads what its CLIPs do not."""
+        if "CLIP" in text_encoder:
+            return _CLIP_TOKENS
+        return self.num_tokens(network) - _CLIP_TOKENS * (self.pipeline == _SD3)
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
@@ -123,6 +129,7 @@ class Counts:
     text_parameters: int = 0
     decode_bytes: float = 0.0  # at most at once, one sample in fp32
     sequence: int | None = None  # image tokens, which a dynamic shift asks for
+    experts: int = 1  # transformers, of which one serves a step
 
 
 def architecture(model: str) -> Architecture:
@@ -242,14 +249,16 @@ def _count(content: str, network: Network) -> Counts:
         activations = count_activations(transformer, lambda: expert.velocity(latents, sigma, row), blocks)
     frames = f"x{network.num_frames}" if network.num_frames > 1 else ""
     held = (row.prompt_embeds, row.pooled_prompt_embeds, *row.extra.values())
-    text = [
-        _text_encoder(kind, json.dumps(config), pipeline, network) for kind, config in pipeline.text_encoders
-    ]
+    text_flops, text_parameters = 0.0, 0
+    for kind, config in pipeline.text_encoders:
+        weights, queries, size = _text_encoder(kind, json.dumps(config))
+        text_flops += transformer_flops(weights, queries, pipeline.tokens_read_by(kind, network))
+        text_parameters += size
     adapter = sum(rank * (x.in_features + x.out_features) for part in adapted for x in part.values())
     return replace(
         counts,
         size=f"{network.height}x{network.width}{frames}",
-        text=sum(flops for flops, _ in text),
+        text=text_flops,
         reward=vit_h_14(),
         trained=adapter or counts.parameters,
         prompt_elements=sum(value.numel() for value in held if value is not None),
@@ -257,8 +266,9 @@ def _count(content: str, network: Network) -> Counts:
         activations=activations,
         vae_parameters=sum(p.numel() for p in model.pipe.vae.parameters()),
         vae_in_fp32=model.vae_in_fp32,
-        text_parameters=sum(parameters for _, parameters in text),
+        text_parameters=text_parameters,
         decode_bytes=3 * 4.0 * largest[0],  # a layer's input, output and residual
+        experts=len(model.transformers),
     )
 
 
@@ -319,19 +329,8 @@ def _on_meta(make: Callable[..., nn.Module], config: Any, dtype: torch.dtype = t
     return nn.Module.to(module, dtype)
 
 
-def _text_encoder(kind: str, config: str, pipeline: Architecture, network: Network) -> tuple[float, int]:
-    """FLOPs of one prompt, by the number of weights and tokens; parameters."""
-    tokens = pipeline.num_tokens(network)
-    if "CLIP" in kind:
-        tokens = _CLIP_TOKENS
-    elif pipeline.pipeline == _SD3:
-        tokens -= _CLIP_TOKENS
-    weights, query_width, parameters = _text_weights(kind, config)
-    return transformer_flops(weights, query_width, tokens), parameters
-
-
 @lru_cache(maxsize=64)
-def _text_weights(kind: str, config: str) -> tuple[int, int, int]:
+def _text_encoder(kind: str, config: str) -> tuple[int, int, int]:
     """Weights of the linear layers of a text encoder, width of its queries over all layers, and all parameters."""
     model_class = getattr(transformers, kind)
     module = _on_meta(model_class, model_class.config_class.from_dict(json.loads(config)))

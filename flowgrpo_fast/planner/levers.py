@@ -1,6 +1,6 @@
 """What each lever saves: the recipe, or how it is run, is changed and planned again.
 
-A lever on the recipe is what a user would type. If undoing it changes the recipe, it is pulled already.
+A lever on the recipe is what a user would type, to the letter. If undoing it changes the recipe, it is pulled already.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import NamedTuple, TypeAlias
 
 from flowgrpo_fast.planner.architectures import Counts
 from flowgrpo_fast.planner.devices import Gpu
+from flowgrpo_fast.planner.forwards import fits_at_all
 from flowgrpo_fast.planner.step import Execution, plan_step
-from flowgrpo_fast.recipe import Cuts, Recipe
-from flowgrpo_fast.recipe_io import override
+from flowgrpo_fast.recipe import Recipe
+from flowgrpo_fast.recipe_io import override, show
 
 CountAgain: TypeAlias = Callable[[Recipe], Counts]
+_ALWAYS = "always"  # this engine does it by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Lever:
     share: float  # of the step without the lever
     in_use: bool
     exact: bool  # the same estimator; else the method changes, or its rounding
-    setting: str
+    setting: str  # assignments that pull it, or let it go where it is in use
 
 
 class _Case(NamedTuple):
@@ -52,22 +54,33 @@ def levers(
     gpu: Gpu,
     execution: Execution | None = None,
     again: CountAgain | None = None,
+    num_gpus: int = 1,
 ) -> list[Lever]:
-    """Every lever that applies, the largest saving first; `again` counts a recipe whose network differs."""
+    """Every lever that applies, the largest saving first; `again` counts a recipe whose network differs.
+
+    A lever that would no longer fit into the GPU's memory, where the recipe does, is none.
+    """
+
+    def counted(case: _Case) -> Counts:
+        differs = again is not None and case.recipe.network != recipe.network
+        return again(case.recipe) if again is not None and differs else counts
 
     def floor(case: _Case) -> float:
-        counted = counts
-        if again is not None and case.recipe.network != recipe.network:
-            counted = again(case.recipe)
-        return plan_step(counted, case.recipe, case.execution).floor(gpu)
+        return plan_step(counted(case), case.recipe, case.execution).floor(gpu)
+
+    def fits(case: _Case) -> bool:
+        return fits_at_all(case.recipe, counted(case), gpu.memory, num_gpus)
 
     found = []
     now = _Case(recipe, execution or Execution())
+    must_fit = counts.activations is not None and fits(now)
     for change in (*_typed(now, gpu), *_others(now)):
         if again is None and change.pulled.recipe.network != change.without.recipe.network:
             continue
         try:
             whole, then = floor(change.without), floor(change.pulled)
+            if must_fit and not change.in_use and not fits(change.pulled):
+                continue
         except ValueError:
             continue  # the lever does not go with the rest of the recipe
         saves = whole - then
@@ -103,6 +116,8 @@ def _typed(now: _Case, gpu: Gpu) -> Iterator[_Change]:
     if recipe.guidance_scale != 1.0:
         name, reuse = "unconditional half of the first update from the rollout", "machine.reuse_unconditional"
         rows.append((name, f"{reuse}=true", f"{reuse}=false", True))
+        constant = "unconditional_gradient"
+        rows.append(("unconditional half held constant", f"{constant}=false", f"{constant}=true", False))
     if _override(recipe, f"{low}=TrainingPrecision") == recipe:
         for form, rate in (("fp8_rows", gpu.fp8), ("nvfp4", gpu.fp4)):
             setting = f"{low}=LowPrecision {low}.format={form}" if rate else ""
@@ -112,12 +127,29 @@ def _typed(now: _Case, gpu: Gpu) -> Iterator[_Change]:
         rows.append(("no checkpointing", "network.checkpointing=none", "", True))
     if recipe.network.train.trains_every_weight:
         rows.append(("LoRA instead of full fine-tuning", "network.train=LoRA", "", False))
+    # Candidates with one start noise are equal before the window.
+    apart = not (recipe.topology.shares_start or recipe.topology.stages or recipe.experience.walks.num_scouts)
+    size = recipe.group_size
+    if apart and size >= 4 and num_steps > 3:
+        rows.append((f"prune {size} to {size // 2} before step 3", _halved(recipe), "", False))
     for name, pull, let_go, exact in rows:
         undone, done = _override(recipe, let_go), _override(recipe, pull)
         if undone != recipe:
             yield _Change(name, let_go, exact, True, now._replace(recipe=undone), now)
         elif done != recipe:
             yield _Change(name, pull, exact, False, now, now._replace(recipe=done))
+
+
+def _halved(recipe: Recipe) -> str:
+    """Assignments that start with a group and cut it to half before step 3, around the topology as it is."""
+    inner = [
+        f"{path.replace('topology', 'topology.inner', 1)}={value.replace(' ', '')}"
+        for path, value in show(recipe)
+        if path.split(".")[0] == "topology"
+    ]
+    size, machine = recipe.group_size, "machine.rows_per_forward=0 machine.replay_rows=0"
+    cuts = f"topology=Cuts topology.sizes=[{size}] topology.score=latents"
+    return f"{cuts} group_size={size // 2} optimizer.num_updates=1 {machine} {' '.join(inner)}"
 
 
 def _override(recipe: Recipe, text: str) -> Recipe:
@@ -129,31 +161,14 @@ def _override(recipe: Recipe, text: str) -> Recipe:
 
 
 def _others(now: _Case) -> Iterator[_Change]:
-    """Levers of several parts at once, and of how a recipe is run."""
+    """Levers of how a recipe is run."""
     recipe, execution = now
-    half = recipe.group_size // 2
-    # Candidates with one start noise are equal before the window.
-    apart = not (recipe.topology.shares_start or recipe.topology.stages or recipe.experience.walks.num_scouts)
-    if apart and half >= 2 and recipe.sigmas.num_inference_steps > 3:
-        pruned = replace(
-            recipe,
-            topology=Cuts(inner=recipe.topology, steps=(3,), sizes=(recipe.group_size,), score="latents"),
-            group_size=half,
-            optimizer=replace(recipe.optimizer, num_updates=1),
-            machine=replace(recipe.machine, rows_per_forward=0, replay_rows=0),
-        )
-        setting = f"topology=Cuts topology.sizes=[{recipe.group_size}] group_size={half}"
-        name = f"prune {recipe.group_size} to {half} before step 3"
-        yield _Change(name, setting, False, False, now, now._replace(recipe=pruned))
     alone = _override(recipe, "topology.share_prefix=false")
     if alone != recipe:
         first_apart = now._replace(execution=replace(execution, share_first_step=False))
-        setting = "topology.share_prefix=true"
+        setting = "topology.share_prefix=false"
         name = "shared steps before the window"
         yield _Change(name, setting, True, True, now._replace(recipe=alone), first_apart)
         yield _Change("shared first stochastic step", setting, True, True, first_apart, now)
     once, each = (now._replace(execution=replace(execution, text_each_sample=on)) for on in (False, True))
-    yield _Change("prompts encoded once", "network.text_cache", True, now == once, each, once)
-    if recipe.guidance_scale != 1.0:
-        once, each = (now._replace(execution=replace(execution, uncond_gradient=on)) for on in (False, True))
-        yield _Change("unconditional half under no_grad", "always", True, now == once, each, once)
+    yield _Change("prompts encoded once", _ALWAYS, True, now == once, each, once)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flowgrpo_fast.planner.architectures import Architecture, architecture, count, count_model
+from flowgrpo_fast.planner.architectures import Architecture, Counts, architecture, count, count_model
 from flowgrpo_fast.planner.devices import recognised_gpu
+from flowgrpo_fast.planner.forwards import fitting, open_ways
 from flowgrpo_fast.planner.memory import Memory, plan_memory
 from flowgrpo_fast.planner.step import plan_step
 from flowgrpo_fast.recipe import Recipe
@@ -113,13 +114,31 @@ def _known_pipeline(recipe: Recipe) -> Architecture | None:
         return None
 
 
-def planned_memory(recipe: Recipe) -> Memory | None:
-    """The memory of a run, where its network is one the planner knows and can count."""
+def planned_counts(recipe: Recipe) -> Counts | None:
+    """What the network of a recipe costs; None for one that the planner does not know, or cannot count."""
     try:
         pipeline = _known_pipeline(recipe)
-        return None if pipeline is None else plan_memory(count(pipeline, recipe.network), recipe)
+        return None if pipeline is None else count(pipeline, recipe.network)
     except Exception:
         return None  # a configuration that the planner misreads is no reason not to train
+
+
+def planned_memory(recipe: Recipe) -> Memory | None:
+    """The memory of a run, where its network is one the planner knows and can count."""
+    counts = planned_counts(recipe)
+    return None if counts is None else plan_memory(counts, recipe)
+
+
+def with_forwards(recipe: Recipe, capacity: float | None) -> Recipe:
+    """The recipe with what it leaves open of its forwards: the largest that fit into `capacity` bytes.
+
+    As it stands where they cannot be known: on a CPU (None), for a network that cannot be planned, or where nothing
+    fits.
+    """
+    counts = planned_counts(recipe) if capacity is not None else None
+    if counts is None or capacity is None:
+        return recipe
+    return fitting(recipe, counts, capacity) or recipe
 
 
 def check_memory(recipe: Recipe, device: torch.device, capacity: float | None) -> None:
@@ -128,11 +147,12 @@ def check_memory(recipe: Recipe, device: torch.device, capacity: float | None) -
     Raises:
         ValueError: names the largest part and the setting that shrinks it.
     """
-    memory = planned_memory(recipe) if capacity is not None else None
-    if memory is None or capacity is None:
+    counts = planned_counts(recipe) if capacity is not None else None
+    if counts is None or capacity is None:
         return
-    most = recipe.rows_per_update * recipe.machine.steps_per_forward
-    refusal = memory.refusal(capacity, f"{device} ({capacity / 1e9:.0f} GB free)", most)
+    choices = [way.machine.rows_per_forward for way in open_ways(recipe, counts)]
+    there = f"{device} ({capacity / 1e9:.0f} GB free)"
+    refusal = plan_memory(counts, recipe).refusal(capacity, there, choices)
     if refusal:
         raise ValueError(refusal)
 

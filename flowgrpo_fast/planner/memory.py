@@ -7,24 +7,19 @@ which compute element-wise steps again in the backward, those of selective check
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from flowgrpo_fast.models.pipeline import DECODED_PIXELS, MOST_EMBEDDINGS
 from flowgrpo_fast.planner.architectures import Counts
-from flowgrpo_fast.planner.step import Execution
+from flowgrpo_fast.planner.step import differentiated_halves, halves
 from flowgrpo_fast.recipe import Recipe
-from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.schedule.plan import Plan
-from flowgrpo_fast.types import FlowModel
 
 _CONTEXT = 1.5e9  # CUDA's own, with the libraries' workspaces
 _USABLE = 0.95  # of what is left: the allocator's blocks do not pack without gaps
-DECODED_PIXELS = 1 << 22  # that a pipeline's autoencoder makes at once
-MOST_EMBEDDINGS = 1 << 31  # bytes of a run's prompts beyond which a text cache stays on disk
 _FP32 = 4
-_LORA = "set network.train=LoRA"
-_RANK = "lower network.train.rank"
 _LARGER_GPU = "choose a smaller model or a GPU with more memory"
 _ROWS = "lower machine.rows_per_forward"
 _CHUNKS = "set machine.prompts_per_chunk"
@@ -76,14 +71,13 @@ class Memory:
         """Bytes at `rows`."""
         return _sum(self.parts)
 
-    def largest_rows(self, capacity: float, most: int) -> int:
-        """The largest micro-batch in `capacity` bytes that divides `most`, the samples of one update; 0 if none."""
+    def largest_rows(self, capacity: float, choices: Sequence[int]) -> int:
+        """The first of `choices`, the most rows first, that fits into `capacity` bytes; 0 if none does."""
         room = usable(capacity)
-        divisors = (rows for rows in range(most, 0, -1) if most % rows == 0)
-        return next((rows for rows in divisors if replace(self, rows=rows).total <= room), 0)
+        return next((rows for rows in choices if replace(self, rows=rows).total <= room), 0)
 
-    def refusal(self, capacity: float, device: str, most: int) -> str | None:
-        """One line that says what does not fit and what shrinks it; None where it fits."""
+    def refusal(self, capacity: float, device: str, choices: Sequence[int]) -> str | None:
+        """One line that says what does not fit and what shrinks it; None where it fits. `choices`: as above."""
         room = usable(capacity)
         if self.total <= room:
             return None
@@ -92,11 +86,11 @@ class Memory:
         shrinkable = next((part for part in self.parts if part.remedy != _LARGER_GPU), largest)
         if shrinkable is not largest and advice == _LARGER_GPU:
             advice += f"; then {shrinkable.name}, {shrinkable.bytes / 1e9:.1f} GB: {shrinkable.remedy}"
-        rows = self.largest_rows(capacity, most)
+        rows, least = self.largest_rows(capacity, choices), min(choices, default=1)
         fits = (
             f"machine.rows_per_forward={rows} fits"
             if rows
-            else "even machine.rows_per_forward=1 does not fit"
+            else f"even machine.rows_per_forward={least} does not fit"
         )
         return (
             f"out of memory before the start: a step needs {self.total / 1e9:.1f} GB and {device} has "
@@ -114,65 +108,175 @@ def _sum(parts: Iterable[Part]) -> float:
     return sum(part.bytes for part in parts)
 
 
-def plan_memory(
-    counts: Counts, recipe: Recipe, execution: Execution | None = None, num_gpus: int = 1
-) -> Memory:
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """Sizes of what comes in samples."""
+
+    counts: Counts
+    width: int  # bytes of a number of the run's precision
+
+    @property
+    def vae_width(self) -> int:
+        """Bytes of a number of the autoencoder."""
+        return _FP32 if self.counts.vae_in_fp32 else self.width
+
+    def latents(self, num_samples: float, each: float) -> float:
+        """`each` latents of so many samples, in fp32."""
+        return num_samples * each * self.counts.latent_elements * _FP32
+
+    def embeddings(self, rows: float) -> float:
+        """What the transformer reads of so many prompts."""
+        return rows * self.counts.prompt_elements * self.width
+
+    def images(self, num_samples: float, fewer: str) -> list[Part]:
+        """As the autoencoder gives them, in fp32, and joined; and what it needs for those it makes at once."""
+        at_once = max(1, DECODED_PIXELS // max(1, self.counts.pixels))
+        working = min(num_samples, at_once) * self.counts.decode_bytes * self.vae_width / _FP32
+        smaller = "choose a smaller network.height, width or num_frames"
+        remedy = smaller if at_once == 1 else fewer if num_samples <= at_once else _LARGER_GPU
+        each = 3 * self.counts.pixels * (self.vae_width + 2 * _FP32)
+        return [Part("decoding", working, remedy), Part("decoded images", num_samples * each, fewer)]
+
+
+def plan_memory(counts: Counts, recipe: Recipe, num_gpus: int = 1) -> Memory:
     """Memory of one GPU of `num_gpus`, at the recipe's rows per forward."""
     if counts.activations is None:
         raise ValueError(f"the activations of {counts.name} were not counted; memory cannot be planned")
-    machine = recipe.machine
-    held = _Held(counts, recipe, recipe.plan(0, counts.sequence), recipe.num_prompts / num_gpus)
-    phases = (
-        _update(counts, recipe, execution or Execution(), held),
-        # Of the block that runs: its forward, and gradients on the way back.
-        Phase("rollout", held.rollout(), (Part("working buffers", counts.activations.block, _ROWS),)),
-        Phase("decoding", held.decoding()),
-        Phase("evaluation", held.evaluation()),
+    machine, network, walks = recipe.machine, recipe.network, recipe.experience.walks
+    plan = recipe.plan(0, counts.sequence)
+    width = 2 if machine.precision == "bf16" else _FP32  # bytes of a number of the run's precision
+    size = _Bytes(counts, width)
+    group_size, num_prompts = recipe.group_size, recipe.num_prompts / num_gpus
+    samples = num_prompts * group_size
+    chunk = min(num_prompts, machine.prompts_per_chunk or num_prompts)  # prompts that are rolled out together
+    # Of the unconditional half of guidance, what is kept at a row before a kept step; in latents of fp32.
+    unconditional = recipe.reuses_unconditional * (halves(recipe) - 1) * width / _FP32
+
+    def kept(joined: bool = False) -> float:
+        """Latents that a sample keeps of its walk; what is `joined` of chunks are copies."""
+        states, heads = stored(plan, shared=not joined)
+        # Without log-probs states alone, see `Sampler.keeps_next`.
+        return states + unconditional * heads if recipe.requires.log_probs else heads
+
+    def candidates(of_prompt: int) -> list[Part]:
+        """So many of each prompt of a chunk, beside the finished samples of other chunks."""
+        finished = size.latents((num_prompts - chunk) * group_size, kept() + 1)
+        fewer = f"lower num_prompts, topology.sizes or experience.num_scouts, or {_CHUNKS}"
+        together = chunk * max(of_prompt, walks.num_scouts)
+        return [
+            Part("latents of the candidates", size.latents(chunk * of_prompt, kept() + 2) + finished, fewer),
+            Part("embeddings of the candidates", size.embeddings(together), fewer),
+        ]
+
+    # The update: what waits for it, the prompt of each sample, and the graph of a forward.
+    chunked = chunk < num_prompts
+    waits = size.latents(samples, kept(joined=chunked) + 2)
+    waiting = Part("latents kept for the update", waits, f"{_FEWER}, or use a smaller window")
+    gradients = Part("gradients", counts.trained * _FP32, _less(recipe))
+    update = [gradients, waiting, Part("embeddings of the samples", size.embeddings(samples), _FEWER)]
+    buffers = Part("working buffers", counts.activations.block, _ROWS)  # of the block that runs
+    each_row = [_graph(counts, recipe, plan), buffers]
+    copied = size.latents(1, 2 + unconditional) + size.embeddings(1)
+    if not recipe.splits_contiguously:
+        remedy = _ROWS if recipe.requires.equal_updates else "set optimizer.partition=groups"
+        each_row.append(Part("rows gathered of the samples", copied, remedy))
+    if recipe.steps_per_forward > 1:  # what a forward takes of several steps is copied side by side
+        each_row.append(Part("steps side by side", copied, "lower machine.steps_per_forward"))
+
+    # The rollout: candidates exist on both sides of a cut at once; in the end chunks are joined, beside their parts.
+    sizes = (*recipe.topology.stages, group_size)
+    rolled, rolled_embeddings = candidates(max((a + b for a, b in pairwise(sizes)), default=group_size))
+    joined = size.latents(samples, kept() + kept(joined=True) + 2) if chunked else 0.0
+    scouts = size.latents(walks.num_scouts * (chunk + num_prompts), 1)
+    rolled = replace(rolled, bytes=max(rolled.bytes, scouts, joined))
+
+    # Decoding: the images of a chunk, or of all where rewards run elsewhere; candidates wait while previews are judged.
+    decoded, before = max(group_size, walks.num_scouts), [waiting]
+    if any(cut.score == "reward" for _, cut in plan.cuts):
+        before = candidates(plan.num_candidates)
+        decoded = max(decoded, plan.num_candidates)
+    elsewhere = any(term.where != "here" for term in recipe.task.rewards)
+    finished = size.images(
+        (num_prompts if elsewhere else chunk) * decoded, _FEWER if elsewhere else f"{_CHUNKS}, or lower it"
     )
-    always = (
-        *_weights(counts, recipe),
-        Part("autoencoder", counts.vae_parameters * held.vae_width, _LARGER_GPU),
+
+    # The evaluation: its samples go all at once.
+    looked_at, fewer = recipe.task.num_eval_samples, "lower task.num_eval_samples"
+    evaluation = [
+        Part("latents of the evaluation", size.latents(looked_at, 2), fewer),
+        Part("embeddings of the evaluation", size.embeddings(looked_at), fewer),
+        *size.images(looked_at, fewer),
+    ]
+
+    prompts = size.embeddings(num_prompts_of(recipe))
+    on_disk = network.text_cache and prompts > MOST_EMBEDDINGS
+    always = [
+        *_weights(counts, recipe, width),
+        Part("autoencoder", counts.vae_parameters * size.vae_width, _LARGER_GPU),
         Part(
-            "prompt embeddings", held.prompts(), "set network.text_cache: those that do not fit stay on disk"
+            "prompt embeddings",
+            0.0 if on_disk else prompts,
+            "set network.text_cache: those that do not fit stay on disk",
         ),
-    )
+    ]
     return Memory(
-        fixed=tuple(part for part in always if part.bytes),
-        phases=tuple(replace(p, fixed=tuple(part for part in p.fixed if part.bytes)) for p in phases),
+        fixed=_some(always),
+        phases=(
+            Phase("update", _some(update), tuple(each_row)),
+            Phase("rollout", _some([rolled, rolled_embeddings]), (buffers,)),
+            Phase("decoding", _some([*before, *finished])),
+            Phase("evaluation", _some(evaluation)),
+        ),
         rows=(machine.replay_rows or machine.rows_per_forward) or max(1, recipe.rollout_rows // num_gpus),
     )
 
 
-def _width(recipe: Recipe) -> int:
-    """Bytes of a number of the run's precision."""
-    return 2 if recipe.machine.precision == "bf16" else _FP32
+def _graph(counts: Counts, recipe: Recipe, plan: Plan) -> Part:
+    """What a row of the update keeps for its backward."""
+    assert counts.activations is not None
+    network = recipe.network
+    activations = counts.activations.kept(network.checkpointing)
+    if network.compile and network.checkpointing == "none":  # the compiler computes element-wise steps again
+        activations = min(activations, counts.activations.kept("selective"))
+    # Several velocities of a row may have to be there when its loss goes back.
+    graphs = recipe.objective.costs(plan, recipe.num_prompts).trained
+    graphs *= differentiated_halves(recipe)
+    lighter = {"none": "selective", "selective": "full"}.get(network.checkpointing)
+    remedy = f"set network.checkpointing={lighter}, or {_ROWS}" if lighter else _ROWS
+    return Part("activations", activations * graphs, remedy)
 
 
-def _halves(recipe: Recipe) -> int:
-    """Forwards of a velocity."""
-    return Policy(FlowModel(), recipe.guidance_scale).halves
+def _some(parts: list[Part]) -> tuple[Part, ...]:
+    """Those there is something of."""
+    return tuple(part for part in parts if part.bytes)
 
 
-def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
+def _less(recipe: Recipe) -> str:
+    """What shrinks all that is as large as the trained parameters."""
+    return (
+        "set network.train=LoRA" if recipe.network.train.trains_every_weight else "lower network.train.rank"
+    )
+
+
+def _weights(counts: Counts, recipe: Recipe, width: int) -> list[Part]:
     """The transformer, what is trained of it, and its copies."""
-    full, width = recipe.network.train.trains_every_weight, _width(recipe)
+    full, less, trained = recipe.network.train.trains_every_weight, _less(recipe), counts.trained * _FP32
     precisions = {"machine.rollout_precision": recipe.machine.rollout_precision}
     ranking = recipe.experience.scout_precision
     if ranking is not None and ranking != recipe.machine.rollout_precision:
         precisions["experience.precision"] = ranking
-    trained, less = counts.trained * _FP32, _LORA if full else _RANK
     base = counts.parameters * (_FP32 if full else width)
     if any(precision.shares_base for precision in precisions.values()) and not full:
         base -= counts.linear_parameters * width  # only its low-precision form is kept
     smaller = "set machine.precision=bf16" if width == _FP32 else _LARGER_GPU
-    parts = [Part("transformer weights", base, _LORA if full else smaller)]
+    parts = [Part("transformer weights", base, less if full else smaller)]
     if full and width == 2:
-        parts.append(Part("bf16 weights of the forward", counts.parameters * 2, _LORA))
+        parts.append(Part("bf16 weights of the forward", counts.parameters * 2, less))
     if not full:
-        parts.append(Part("adapters", trained, _RANK))
+        parts.append(Part("adapters", trained, less))
     parts.append(Part("optimiser state", 2 * trained, less))
-    names = {"start": "reference weights", recipe.requires.sampled_by: "policy that samples"}
-    names["average"] = "moving average"
+    names = {"start": "reference weights", "average": "moving average"}
+    names[recipe.requires.sampled_by] = "policy that samples"
     for name in recipe.snapshots:
         if name == "start" and recipe.network.train.starts_from_base:
             continue  # the base with its adapters off
@@ -181,33 +285,10 @@ def _weights(counts: Counts, recipe: Recipe) -> list[Part]:
     for setting, precision in precisions.items():
         share = precision.low_share(counts.forward.linear, counts.forward.adapted)
         size = int(counts.linear_parameters * share) * precision.bytes_per_weight
-        remedy = f"set {setting}=TrainingPrecision"
-        parts.append(Part(f"low-precision copy ({precision.format})", size, remedy))
+        parts.append(
+            Part(f"low-precision copy ({precision.format})", size, f"set {setting}=TrainingPrecision")
+        )
     return parts
-
-
-def _update(counts: Counts, recipe: Recipe, execution: Execution, held: _Held) -> Phase:
-    assert counts.activations is not None
-    network, steps = recipe.network, recipe.machine.steps_per_forward
-    # Several velocities of a row may have to be there when its loss goes back.
-    graphs = recipe.objective.costs(held.plan, recipe.num_prompts).trained
-    halves = _halves(recipe) if execution.uncond_gradient else 1
-    kept = counts.activations.kept(network.checkpointing)
-    if network.compile and network.checkpointing == "none":  # the compiler computes element-wise steps again
-        kept = min(kept, counts.activations.kept("selective"))
-    lighter = {"none": "selective", "selective": "full"}.get(network.checkpointing)
-    remedy = f"set network.checkpointing={lighter}, or {_ROWS}" if lighter else _ROWS
-    each_row = [
-        Part("activations", kept * graphs * halves, remedy),
-        Part("working buffers", counts.activations.block, _ROWS),
-    ]
-    if steps > 1:  # what a forward takes of several steps is set side by side, a row as large as ever
-        copied = (2 + held.unconditional) * counts.latent_elements * _FP32 + held.embeddings(1)
-        each_row.append(Part("steps side by side", copied, "lower machine.steps_per_forward"))
-    gradients = Part(
-        "gradients", counts.trained * _FP32, _LORA if network.train.trains_every_weight else _RANK
-    )
-    return Phase("update", (gradients, *held.update()), tuple(each_row))
 
 
 def stored(plan: Plan, shared: bool = True) -> tuple[float, float]:
@@ -229,117 +310,7 @@ def stored(plan: Plan, shared: bool = True) -> tuple[float, float]:
     return states, heads
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """Latents, embeddings and images of a step, on a GPU with `num_prompts` of its prompts."""
-
-    counts: Counts
-    recipe: Recipe
-    plan: Plan
-    num_prompts: float
-
-    @property
-    def vae_width(self) -> int:
-        """Bytes of a number of the autoencoder."""
-        return _FP32 if self.counts.vae_in_fp32 else _width(self.recipe)
-
-    @property
-    def unconditional(self) -> float:
-        """Of a latent in fp32: what is kept of the unconditional half of guidance at a row before a kept step."""
-        recipe = self.recipe
-        kept = recipe.machine.reuse_unconditional and recipe.objective.requires.log_probs
-        return kept * (_halves(recipe) - 1) * _width(recipe) / _FP32
-
-    @property
-    def chunk(self) -> float:
-        """Prompts that are rolled out together."""
-        return min(self.num_prompts, self.recipe.machine.prompts_per_chunk or self.num_prompts)
-
-    def kept(self, joined: bool = False) -> float:
-        """Latents in fp32 that a sample keeps of its walk; what is `joined` of chunks are copies."""
-        states, heads = stored(self.plan, shared=not joined)
-        if not self.recipe.requires.log_probs:
-            return heads  # states alone, see `Sampler.keeps_next`
-        return states + self.unconditional * heads
-
-    def latents(self, samples: float, stored: float) -> float:
-        """Bytes of `stored` latents in fp32 of each sample."""
-        return samples * stored * self.counts.latent_elements * _FP32
-
-    def embeddings(self, rows: float) -> float:
-        """Bytes of what the transformer reads of so many prompts."""
-        return rows * self.counts.prompt_elements * _width(self.recipe)
-
-    def prompts(self) -> float:
-        """All prompts of the run, while they are in memory."""
-        held = self.embeddings(num_prompts(self.recipe))
-        return 0.0 if self.recipe.network.text_cache and held > MOST_EMBEDDINGS else held
-
-    def update(self) -> list[Part]:
-        """What waits for the update, and the prompt of each sample."""
-        samples = self.num_prompts * self.recipe.group_size
-        latents = self.latents(samples, self.kept(self.chunk < self.num_prompts) + 2)
-        return [
-            Part("latents kept for the update", latents, f"{_FEWER}, or use a smaller window"),
-            Part("embeddings of the samples", self.embeddings(samples), _FEWER),
-        ]
-
-    def rollout(self) -> tuple[Part, ...]:
-        """The candidates of a chunk at a cut; or the finished samples of all twice, when chunks are joined."""
-        samples, joined = self.num_prompts * self.recipe.group_size, 0.0
-        if self.chunk < self.num_prompts:
-            joined = self.latents(samples, self.kept() + self.kept(joined=True) + 2)
-        scouts = self.latents(self.recipe.experience.walks.num_scouts * (self.chunk + self.num_prompts), 1)
-        # Candidates exist on both sides of a cut at once.
-        sizes = (*self.recipe.topology.stages, self.recipe.group_size)
-        most = max((before + after for before, after in pairwise(sizes)), default=self.recipe.group_size)
-        latents, embeddings = self.candidates(most)
-        return replace(latents, bytes=max(latents.bytes, scouts, joined)), embeddings
-
-    def candidates(self, of_prompt: int) -> list[Part]:
-        """So many of each prompt of a chunk, beside the finished samples of other chunks."""
-        stored = self.kept() + 1
-        others = self.latents((self.num_prompts - self.chunk) * self.recipe.group_size, stored)
-        latents = self.latents(self.chunk * of_prompt, stored + 1) + others
-        together = max(of_prompt, self.recipe.experience.walks.num_scouts)
-        fewer = f"lower num_prompts, topology.sizes or experience.num_scouts, or {_CHUNKS}"
-        return [
-            Part("latents of the candidates", latents, fewer),
-            Part("embeddings of the candidates", self.embeddings(self.chunk * together), fewer),
-        ]
-
-    def decoding(self) -> tuple[Part, ...]:
-        """The images of a chunk, or of all where rewards run elsewhere; candidates wait while previews are judged."""
-        recipe = self.recipe
-        group, waiting = max(recipe.group_size, recipe.experience.walks.num_scouts), [self.update()[0]]
-        if any(cut.score == "reward" for _, cut in self.plan.cuts):
-            waiting = self.candidates(self.plan.num_candidates)
-            group = max(group, self.plan.num_candidates)
-        elsewhere = any(term.where != "here" for term in recipe.task.rewards)
-        samples = (self.num_prompts if elsewhere else self.chunk) * group
-        return *waiting, *self.images(samples, _FEWER if elsewhere else f"{_CHUNKS}, or lower it")
-
-    def evaluation(self) -> tuple[Part, ...]:
-        """Its samples go all at once."""
-        samples, fewer = self.recipe.task.num_eval_samples, "lower task.num_eval_samples"
-        return (
-            Part("latents of the evaluation", self.latents(samples, 2), fewer),
-            Part("embeddings of the evaluation", self.embeddings(samples), fewer),
-            *self.images(samples, fewer),
-        )
-
-    def images(self, samples: float, fewer: str) -> list[Part]:
-        """As the autoencoder gives them, in fp32, and joined; and what it needs for those it makes at once."""
-        counts = self.counts
-        at_once = max(1, DECODED_PIXELS // max(1, counts.pixels))
-        working = min(samples, at_once) * counts.decode_bytes * self.vae_width / _FP32
-        smaller = "choose a smaller network.height, width or num_frames"
-        remedy = smaller if at_once == 1 else fewer if samples <= at_once else _LARGER_GPU
-        images = samples * 3 * counts.pixels * (self.vae_width + 2 * _FP32)
-        return [Part("decoding", working, remedy), Part("decoded images", images, fewer)]
-
-
-def num_prompts(recipe: Recipe) -> int:
+def num_prompts_of(recipe: Recipe) -> int:
     """Prompts of the run; those of one step where the source cannot be read, or the model brings them."""
     try:
         return len(recipe.data.load(()))

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from flowgrpo_fast.planner.architectures import Counts, architecture, count
 from flowgrpo_fast.planner.devices import GPUS, Gpu
+from flowgrpo_fast.planner.forwards import open_ways
 from flowgrpo_fast.planner.levers import Lever, levers
 from flowgrpo_fast.planner.memory import Memory, plan_memory, usable
 from flowgrpo_fast.planner.step import Execution, StepFlops, as_dict, plan_step
@@ -30,14 +31,25 @@ class Plan:
     gpu: Gpu
     num_gpus: int
 
-    def largest_rows(self, gpu: Gpu) -> int:
-        """The largest micro-batch that GPU holds; 0 if not even one row."""
-        return self.memory.largest_rows(gpu.memory, self.most_rows)
+    ways: list[tuple[Recipe, float]]  # every size of forward the recipe may have, the largest first; bytes
+
+    def largest(self, gpu: Gpu) -> Recipe | None:
+        """The recipe with the largest forwards that GPU holds; None where not even the smallest fit."""
+        return next((way for way, needed in self.ways if needed <= usable(gpu.memory)), None)
 
     @property
-    def most_rows(self) -> int:
-        """Samples of one update on one GPU."""
-        return max(1, self.recipe.rows_per_update * self.recipe.machine.steps_per_forward // self.num_gpus)
+    def forwards(self) -> str:
+        """Rows and steps of a forward on `gpu`, as assignments, and who chose them."""
+        machine, way = self.recipe.machine, self.largest(self.gpu)
+        if machine.rows_per_forward:
+            rows, steps, why = machine.rows_per_forward, self.recipe.steps_per_forward, "as the recipe says"
+        elif way is None:
+            return f"no forward fits into a {self.gpu.name}"
+        else:
+            rows, steps = way.machine.rows_per_forward, way.machine.steps_per_forward
+            samples = max(1, self.recipe.rows_per_update // self.num_gpus)
+            why = f"chosen at the start of a run, the most that fit; an update has {samples} samples"
+        return f"machine.rows_per_forward={rows} machine.steps_per_forward={steps} ({why})"
 
 
 def make_plan(
@@ -52,14 +64,19 @@ def make_plan(
         raise ValueError(f"--gpus is {num_gpus}; it must be at least 1")
     pipeline = architecture(model)
     counts = count(pipeline, recipe.network)
+
+    def again(other: Recipe) -> Counts:
+        return count(pipeline, other.network)
+
     return Plan(
         recipe=recipe,
         counts=counts,
         step=plan_step(counts, recipe, execution),
-        memory=plan_memory(counts, recipe, execution, num_gpus),
-        levers=levers(counts, recipe, gpu, execution, lambda other: count(pipeline, other.network)),
+        memory=plan_memory(counts, recipe, num_gpus),
+        levers=levers(counts, recipe, gpu, execution, again, num_gpus),
         gpu=gpu,
         num_gpus=num_gpus,
+        ways=[(way, plan_memory(counts, way, num_gpus).total) for way in open_ways(recipe, counts, num_gpus)],
     )
 
 
@@ -73,7 +90,8 @@ def show(plan: Plan, console: Console) -> None:
         f"{kind} ({counts.trained / 1e6:,.1f} of {counts.parameters / 1e6:,.0f} M parameters)\n"
         f"one forward of one row: {work.forward / 1e12:.2f} TFLOP, {work.linear / 1e12:.2f} in weights and "
         f"{(work.forward - work.linear) / 1e12:.2f} in attention; backward "
-        f"{work.backward(counts.trained_share) / 1e12:.2f}",
+        f"{work.backward(counts.trained_share) / 1e12:.2f}\n"
+        f"forwards: {plan.forwards}",
         highlight=False,
     )
     for title, table in (_work(plan), _gpus(plan), _memory(plan), _levers(plan)):
@@ -116,8 +134,9 @@ def _gpus(plan: Plan) -> Titled:
     table = _table(*columns)
     for gpu in GPUS.values():
         seconds = plan.step.floor(gpu)
-        rows = plan.largest_rows(gpu)
-        fits = f"{rows} of {plan.most_rows}" if rows else "does not fit"
+        way = plan.largest(gpu)
+        most = plan.ways[0][0].rollout_rows if plan.ways else 0
+        fits = f"{way.rollout_rows} of {most}" if way else "does not fit"
         each = 1e3 * seconds / plan.step.samples
         style = "bold" if gpu is plan.gpu else ""
         table.add_row(
@@ -127,11 +146,14 @@ def _gpus(plan: Plan) -> Titled:
 
 
 def _memory(plan: Plan) -> Titled:
-    rows = plan.largest_rows(plan.gpu)
-    memory = replace(plan.memory, rows=max(1, min(rows, plan.memory.rows)))
+    way = plan.largest(plan.gpu)
+    rows = way.rollout_rows if way else 1
+    memory = replace(plan.memory, rows=min(rows, plan.memory.rows))
     title = f"Memory of one {plan.gpu.name} at the {memory.heaviest.name}, micro-batch {memory.rows}"
-    if plan.memory.rows > memory.rows:
-        title += f" (the recipe as it stands runs {plan.memory.rows}: set machine.rows_per_forward)"
+    if plan.recipe.machine.rows_per_forward > memory.rows and way:
+        title += (
+            f" (the recipe sets {plan.memory.rows}, which do not fit: set machine.rows_per_forward={rows})"
+        )
     table = _table("part", "GB", "shrinks with", words=("shrinks with",))
     for part in memory.parts:
         table.add_row(part.name, f"{part.bytes / 1e9:.3g}", part.remedy)
@@ -160,12 +182,13 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "model": plan.counts.name,
         "num_gpus": plan.num_gpus,
         "counts": counts,
+        "forwards": plan.forwards,
         "step_flops": as_dict(plan.step),
         "floors": {
             name: {
                 "gpu_seconds": plan.step.floor(gpu),
                 "seconds": plan.step.floor(gpu) / plan.num_gpus,
-                "largest_micro_batch": plan.largest_rows(gpu),
+                "largest_micro_batch": way.rollout_rows if (way := plan.largest(gpu)) else 0,
                 "bf16_flops_a_second": gpu.rate(),
                 "source": gpu.source,
             }

@@ -17,7 +17,7 @@ from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import FlowModel
 
-_MOST_ITERATIONS = 1000  # of a run, over which a moving window is averaged
+MOST_ITERATIONS = 1000  # of a run, over which a moving window is averaged
 # Of a reward's gradient: the images are decoded, decoded again in the backward, and differentiated.
 _DECODES, _REWARDS = 3, 2
 
@@ -26,7 +26,6 @@ _DECODES, _REWARDS = 3, 2
 class Execution:
     """How a trainer runs a recipe. The defaults are what this engine does; others model other trainers."""
 
-    uncond_gradient: bool = False  # the unconditional half goes through autograd, for nothing
     recompute_old_log_prob: bool = False  # one forward more at each trained row
     trained_of_group: int = 0  # finished samples of a group that the update takes; 0: all
     share_first_step: bool = True  # a group's first stochastic step once, where it shares what comes before
@@ -158,11 +157,21 @@ def plan_step(counts: Counts, recipe: Recipe, execution: Execution | None = None
     )
 
 
+def halves(recipe: Recipe) -> int:
+    """Forwards of a velocity, as the policy runs them."""
+    return Policy(FlowModel(), recipe.guidance_scale).halves
+
+
+def differentiated_halves(recipe: Recipe) -> int:
+    """Those of them that go back through the network."""
+    return halves(recipe) if recipe.unconditional_gradient else 1
+
+
 def plans(
     recipe: Recipe, seq_len: int | None = None, execution: Execution | None = None
 ) -> list[tuple[Plan, float]]:
     """The plans of a run that differ, each with its share of the iterations: a plan's size follows its window."""
-    iterations = min(recipe.num_steps, _MOST_ITERATIONS)
+    iterations = min(recipe.num_steps, MOST_ITERATIONS)
     first: dict[object, int] = {}
     times: Counter[object] = Counter()
     for iteration in range(iterations):
@@ -173,7 +182,9 @@ def plans(
     return [
         (
             # A group whose members an update may split has its first stochastic step member by member.
-            recipe.topology.plan(recipe.course(iteration, seq_len)._replace(whole_groups=False))
+            recipe.topology.plan(
+                recipe.course(iteration, seq_len)._replace(whole_groups=False, some_edges=False)
+            )
             if apart
             else recipe.plan(iteration, seq_len),
             times[window] / iterations,
@@ -187,8 +198,8 @@ def evaluations(
 ) -> Evaluations:
     """What one training step along a plan evaluates, if every group teaches something."""
     execution, walks, num_prompts = execution or Execution(), recipe.experience.walks, recipe.num_prompts
-    objective, machine = recipe.objective, recipe.machine
-    halves = Policy(FlowModel(), recipe.guidance_scale).halves
+    objective = recipe.objective
+    both, differentiated = halves(recipe), differentiated_halves(recipe)
     learnt = plan if walks.full else recipe.scout_plan(walks.scout_steps, recipe.group_size, seq_len)
     scouts = 0
     if walks.num_scouts:
@@ -197,26 +208,28 @@ def evaluations(
     kept = sum(step.kept_of(num_prompts)[0] for step in plan.steps) * walks.full
     previews = sum(len(plan.steps[place].parent) for place, cut in plan.cuts if cut.score == "reward")
     costs = objective.costs(learnt, num_prompts)
-    rows = costs.rows * (execution.trained_of_group or recipe.group_size) / recipe.group_size
+    learnt_rows = costs.rows
+    if not recipe.splits_contiguously and objective.requires.log_probs:
+        # A row that members share is asked in every optimiser step that takes some of them.
+        kept_steps = (step.kept_of(num_prompts) for step in learnt.steps)
+        shared = sum(heads for heads, edges in kept_steps if edges > heads)
+        learnt_rows += shared * (recipe.optimizer.num_updates - 1)
+    rows = learnt_rows * (execution.trained_of_group or recipe.group_size) / recipe.group_size
+    rows *= recipe.optimizer.num_epochs
     passes = 2 if objective.couples else 1  # a coupled loss is measured once for its slopes alone
     trained = rows * costs.trained
-    update = halves * (passes * (trained + rows * costs.frozen) + rows * execution.recompute_old_log_prob)
-    if (
-        halves == 2
-        and machine.reuse_unconditional
-        and objective.requires.log_probs
-        and not execution.uncond_gradient
-    ):
+    update = both * (passes * (trained + rows * costs.frozen) + rows * execution.recompute_old_log_prob)
+    if both == 2 and recipe.reuses_unconditional:
         # Until the first optimiser step the rollout's own unconditional half serves.
-        update -= passes * trained / recipe.optimizer.num_updates
+        update -= passes * trained / (recipe.optimizer.num_updates * recipe.optimizer.num_epochs)
     return Evaluations(
-        kept=halves * kept,
-        others=halves * (asked - kept),
-        scouts=halves * scouts,
+        kept=both * kept,
+        others=both * (asked - kept),
+        scouts=both * scouts,
         update=update,
-        backwards=trained * (halves if execution.uncond_gradient else 1),
+        backwards=trained * differentiated,
         previews=num_prompts * previews,
-        rewarded=costs.rewarded,
+        rewarded=costs.rewarded * recipe.optimizer.num_epochs,
     )
 
 

@@ -20,5 +20,7 @@ def flow_opd() -> Recipe:
         num_prompts=16,
         credit=(),
         objective=Distillation(mode="gkd", regularizers=(TransitionKL(beta=0.04),)),
-        optimizer=Optimizer(lr=1e-4, num_updates=2, ema_decay=0.9, ema_every=8),
+        optimizer=Optimizer(
+            lr=1e-4, num_updates=2, partition="shuffled", ema_decay=0.9, ema_every=8, ema_warm_up=True
+        ),
     )

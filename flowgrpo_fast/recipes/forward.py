@@ -35,7 +35,7 @@ def diffusion_nft() -> Recipe:
         num_prompts=48,
         credit=(Normalise(std="batch", aggregate="sum"), Bound()),
         objective=NFT(beta=1.0, kl_beta=1e-4),
-        optimizer=Optimizer(lr=3e-4, ema_decay=0.9),
+        optimizer=Optimizer(lr=3e-4, partition="shuffled", ema_decay=0.9, ema_warm_up=True),
     )
 
 
@@ -93,5 +93,5 @@ def awm() -> Recipe:
                 VelocityKL(beta=1.0, to="followed", rule=Ramp(rate=1e-3, most=0.3)),
             ),
         ),
-        optimizer=Optimizer(lr=3e-4, ema_decay=0.99),
+        optimizer=Optimizer(lr=3e-4, partition="shuffled", ema_decay=0.99, ema_warm_up=True),
     )

@@ -41,11 +41,20 @@ def flow_grpo() -> Recipe:
         dynamics=FlowSDE(noise_level=0.7),
         topology=Independent(at=AllSteps()),
         guidance_scale=4.5,
+        unconditional_gradient=True,
         group_size=24,
         num_prompts=48,
-        credit=(Normalise(std="batch", aggregate="sum"), Bound(), DropIdle()),
+        credit=(Normalise(std="batch", aggregate="sum"), Bound(), DropIdle(mode="filtered")),
         objective=PolicyGradient(trust=Clip(range=1e-4), regularizers=(TransitionKL(beta=0.04),)),
-        optimizer=Optimizer(lr=3e-4, num_updates=2, ema_decay=0.9, ema_every=8),
+        optimizer=Optimizer(
+            lr=3e-4,
+            num_updates=2,
+            partition="shuffled",
+            ema_decay=0.9,
+            ema_every=8,
+            ema_warm_up=True,
+            ema_calls=2,
+        ),
     )
 
 
@@ -80,9 +89,9 @@ def dance_grpo() -> Recipe:
         topology=SharedStart(at=FractionOfSteps(fraction=0.6)),
         group_size=12,
         num_prompts=16,
-        credit=(Normalise(eps=1e-8), Bound(), DropIdle()),
+        credit=(Normalise(eps=1e-8, ddof=1), Bound(), DropIdle(mode="kept")),
         objective=PolicyGradient(trust=Clip(range=1e-4)),
-        optimizer=Optimizer(lr=1e-5, num_updates=3),
+        optimizer=Optimizer(lr=1e-5, num_updates=3, partition="across_groups"),
     )
 
 
@@ -95,9 +104,9 @@ def mix_grpo() -> Recipe:
         topology=SharedStart(at=SlidingWindow(size=4, every=25, stride=1)),
         group_size=12,
         num_prompts=32,
-        credit=(Normalise(), Bound(), DropIdle()),
+        credit=(Normalise(eps=1e-8, ddof=1, unit_weights=True), Bound(), DropIdle(mode="kept")),
         objective=PolicyGradient(trust=Clip(range=1e-4)),
-        optimizer=Optimizer(lr=1e-5, num_updates=4),
+        optimizer=Optimizer(lr=1e-5, num_updates=4, partition="across_groups"),
     )
 
 
@@ -138,6 +147,7 @@ def tree_grpo() -> Recipe:
         dynamics=FlowSDE(noise_level=0.7),
         topology=Tree(at=SlidingWindow(size=4, every=50, stride=1), fan=2),
         guidance_scale=4.5,
+        unconditional_gradient=True,
         group_size=16,
         num_prompts=16,
         credit=(Normalise(aggregate="sum", eps=1e-8), Bound(), TreeBackup(edges="summed")),
@@ -153,7 +163,7 @@ def gcpo() -> Recipe:
         name="gcpo",
         sigmas=Sigmas(num_inference_steps=17, shift=3.0),
         topology=SharedStart(at=AllSteps()),
-        credit=(Normalise(eps=1e-8, ddof=1), Bound(), DropIdle()),
+        credit=(Normalise(eps=1e-8, ddof=1), Bound(), DropIdle(mode="kept")),
         objective=ChunkRatio(sizes=(2, 3, 4, 7), trust=Clip(range=1e-4)),
     )
 

@@ -21,6 +21,8 @@ class Policy:
     model: FlowModel
     guidance_scale: float = 1.0
     precision: Precision = "fp32"  # of the network's matrix products
+    # Whether the unconditional half of guidance goes back through the network, too; False holds it constant.
+    unconditional_gradient: bool = False
 
     @property
     def halves(self) -> int:
@@ -47,11 +49,10 @@ class Policy:
     ) -> Predicted:
         """The velocity of `latents [B, *S]` at `sigma [B]` or `[]` fp32; gradient as the caller's mode says.
 
-        The unconditional half carries no gradient: its backward would double the update's work.
-
         Args:
             conditioning: B rows.
-            unconditional: `[B, *S]`, that half where it has been computed before under the same weights.
+            unconditional: `[B, *S]`, the half of guidance without the prompt, where it has been computed before under
+                the same weights and carries no gradient.
         """
         sigma, model = sigma.expand(latents.shape[0]), self.model
         autocast = torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
@@ -59,7 +60,7 @@ class Policy:
             velocity = model.velocity(latents, sigma, conditioning).contiguous()
             if self.halves == 1:
                 return Predicted(velocity)
-            with torch.no_grad():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.unconditional_gradient):
                 if unconditional is None:
                     negative = model.velocity(latents, sigma, conditioning.negative()).contiguous()
                 else:

@@ -40,6 +40,8 @@ class Course(NamedTuple):
     keeps: bool = True  # whether the objective replays transitions at all
     # Whether an optimiser step takes whole groups: where it does not, members cannot share what they are trained on.
     whole_groups: bool = True
+    # Whether it may take some edges of a row that members share, and leave the others to another optimiser step.
+    some_edges: bool = False
 
 
 class Topology(Protocol):
@@ -147,7 +149,8 @@ class SharedStart:
     """One start noise for a group, which is one row until its first stochastic step.
 
     One velocity then serves the whole group at that step too, in rollout and update alike, where every sample trains
-    on all stochastic steps and an optimiser step takes whole groups. The numbers are those of `share_prefix=False`.
+    on all stochastic steps and an optimiser step takes whole groups, or some members of each. The numbers are those of
+    `share_prefix=False`.
     """
 
     at: Window = field(default_factory=AllSteps)
@@ -175,7 +178,7 @@ class SharedStart:
         trains_all = course.keeps and window.num_trained == len(window.stochastic) == len(window.kept)
         # The group becomes rows of its own at its first stochastic step, or one step before where that step's velocity
         # has to be each member's own.
-        splits = first if trains_all and course.whole_groups else first - 1
+        splits = first if trains_all and (course.whole_groups or course.some_edges) else first - 1
         width = 1 if self.share_prefix and splits >= 0 else size
         start = width
         for step in rows:
@@ -222,7 +225,8 @@ class Tree:
         )
         require(
             course.whole_groups,
-            "Tree: an optimiser step takes whole trees; make num_updates divide num_prompts",
+            "Tree: an optimiser step takes whole trees; set optimizer.partition=groups, and make num_updates divide "
+            "num_prompts",
         )
         builder, rows = _lanes(course, window)
         width = 1
@@ -277,7 +281,8 @@ class Comb:
         )
         require(
             course.whole_groups,
-            "Comb: an optimiser step takes whole combs; make num_updates divide num_prompts",
+            "Comb: an optimiser step takes whole combs; set optimizer.partition=groups, and make num_updates divide "
+            "num_prompts",
         )
         # A solver may shorten the steps after the last branch has landed, which all branches take.
         sigmas = course.solver.tail(course.sigmas, leaving[-1] + self.merge, course.shift)

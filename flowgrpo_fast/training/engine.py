@@ -145,7 +145,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         forwards=recipe.forwards,
         outside=in_low_precision(low_precision),
         graphs=graphs,
-        keeps_unconditional=machine.reuse_unconditional and recipe.objective.requires.log_probs,
+        keeps_unconditional=recipe.reuses_unconditional,
         keeps_next=recipe.requires.log_probs,
     )
     stage = Stage(
@@ -236,14 +236,16 @@ def _learner(recipe: Recipe, model: FlowModel, scorer: Scorer) -> Learner:
         fused=True,
     )
     return Learner(
-        policy=Policy(model, recipe.guidance_scale, machine.precision),
+        policy=Policy(model, recipe.guidance_scale, machine.precision, recipe.unconditional_gradient),
         objective=recipe.objective,
         optimizer=optimizer,
         max_grad_norm=part.max_grad_norm,
         updates_per_step=part.num_updates,
+        partition=part.partition,
+        epochs=part.num_epochs,
         rows=recipe.rollout_rows,
         replay_rows=machine.replay_rows,
-        steps_per_forward=machine.steps_per_forward,
+        steps_per_forward=recipe.steps_per_forward,
         reward_gradient=reward_gradient,
         snapshots={name: _snapshot(recipe, model, name, rule) for name, rule in recipe.snapshots.items()},
         rules=recipe.snapshots,

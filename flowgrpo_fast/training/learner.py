@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_fast.objectives.objective import Objective, Point
@@ -14,7 +16,7 @@ from flowgrpo_fast.objectives.snapshots import Moment, SnapshotRule
 from flowgrpo_fast.ops import Guidance
 from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.training.snapshots import Snapshot, View
-from flowgrpo_fast.types import Batch, Conditioning, Predicted, PromptSet
+from flowgrpo_fast.types import Batch, Conditioning, Partition, Predicted, PromptSet
 
 # Rewards `[R]` with gradient, of finished latents `[R, *S]` and what was asked of each.
 RewardGradient = Callable[[Tensor, PromptSet], Tensor]
@@ -34,21 +36,31 @@ class Learner:
 
     policy: Policy
     objective: Objective
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer  # a fused one, which steps or not as the device says
     max_grad_norm: float
-    updates_per_step: int  # optimiser steps a training step, each on its own share of the samples
+    updates_per_step: int  # optimiser steps an epoch over the batch, each on its own share of the samples
     rows: int  # samples of a forward
     snapshots: dict[str, View] = field(default_factory=dict)
     rules: dict[str, SnapshotRule] = field(default_factory=dict)
     replay_rows: int = 0  # samples of a forward of the update; 0 = as in the rollout
     steps_per_forward: int = 1  # trained steps of a sample that one forward takes
     reward_gradient: RewardGradient | None = None
+    partition: Partition = "groups"
+    epochs: int = 1  # over the batch of a training step
     num_updates: int = 0  # finished optimiser steps
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """Those with gradient, in the module's order: the optimiser holds them, and no tree of modules is walked."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def shares(self, batch: Batch) -> list[slice | NDArray[np.int64]]:
+        """The samples of each optimiser step of a training step, as of `Batch.shares`."""
+        return [
+            share
+            for epoch in range(self.epochs)
+            for share in batch.shares(self.updates_per_step, self.partition, epoch)
+        ]
 
     def rows_at(self, point: Point) -> int:
         """Rows of a point that one forward takes: the rollout's own, so that the first ratio is exactly 1."""
@@ -59,9 +71,17 @@ class Learner:
         )
 
     def step(self) -> Tensor:
-        """Clips the gradient, steps, and lets the snapshots follow; returns the gradient's norm before the clip."""
+        """Clips the gradient, steps, and lets the snapshots follow; returns the gradient's norm before the clip.
+
+        Where the norm is not finite no weight and no moment changes: the optimiser learns it on the device, so nothing
+        waits. A step none of whose samples has a gradient is one with a gradient of 0, which its moments move.
+        """
+        if all(parameter.grad is None for parameter in self.parameters):
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.num_updates += 1  # first: from here on the weights may have moved
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.follow(Moment(step=0, num_updates=self.num_updates, ends_step=False, metrics={}))
@@ -91,7 +111,7 @@ class Networks:
 
     def at(self, point: Point) -> Networks:
         """Bound to the rows of a point."""
-        self._samples = point.samples_host[:: point.fan, 0]
+        self._samples = point.owners
         first, last = int(self._samples[0]), int(self._samples[-1])
         neighbours = last - first + 1 == len(self._samples) and bool(
             (self._samples[1:] > self._samples[:-1]).all()
@@ -99,7 +119,9 @@ class Networks:
         if neighbours:
             self._conditioning = self.batch.conditioning.rows(slice(first, last + 1))
         else:
-            self._conditioning = self.batch.conditioning.rows(point.samples[:: point.fan, 0].contiguous())
+            index = torch.from_numpy(np.ascontiguousarray(self._samples))
+            index = index.to(point.samples.device, non_blocking=True)
+            self._conditioning = self.batch.conditioning.rows(index)
         self._level = point.level
         return self
 
@@ -107,7 +129,8 @@ class Networks:
         """As of `Evaluator`."""
         policy = self.learner.policy
         self.counts.evaluations += len(latents) * (policy.halves - (unconditional is not None))
-        self.counts.backwards += len(latents) * torch.is_grad_enabled()
+        with_gradient = policy.halves if policy.unconditional_gradient else 1
+        self.counts.backwards += len(latents) * with_gradient * torch.is_grad_enabled()
         assert self._conditioning is not None
         return policy.at(self._level).predict(latents, sigma, self._conditioning, unconditional)
 
@@ -146,7 +169,7 @@ class Networks:
         """As of `Evaluator`; forward and backward run inside one swap of weights, which a recompute must see, too."""
         snapshot, policy = self.learner.snapshots[name], self.learner.policy
         self.counts.evaluations += len(latents) * policy.halves
-        self.counts.backwards += len(latents)
+        self.counts.backwards += len(latents) * (policy.halves if policy.unconditional_gradient else 1)
         assert self._conditioning is not None
         with torch.enable_grad(), snapshot.changed():
             moving = latents.detach().requires_grad_()

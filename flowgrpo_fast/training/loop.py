@@ -54,7 +54,7 @@ def train_step(engine: Engine) -> StepReport:
         report.metrics |= reward_metrics(scored) | gathered.measures(scored.scores)
     with report.phase("credit"):
         batch = make_batch(engine, scored)
-        report.metrics["idle_groups"] = 1 - float(batch.live.mean())
+        report.metrics["idle_groups"] = batch.idle_share
     if engine.step == 0 and recipe.objective.requires.log_probs:
         with report.phase("self_test"):
             report.metrics["ratio_self_test"] = ratio_self_test(
@@ -99,14 +99,22 @@ def make_batch(engine: Engine, scored: Scored) -> Batch:
     """Joins samples with their credit; which of them carry weight is read here, once, for the host to know."""
     draws, credit = scored.samples.draws, assign(engine.recipe.credit, scored)
     weight = credit.weight if credit.weight.ndim == 1 else credit.weight.amax(1)
+    none = credit.advantages == 0
+    none = none.flatten(1).all(1) if none.ndim > 1 else none
+    idle = torch.zeros_like(none) if credit.idle is None else credit.idle
+    counted, zero, idle = torch.stack([weight > 0, none, idle]).cpu().numpy()
+    silent = engine.recipe.objective.requires.silent_at_zero
     num_samples = len(draws.group_id)
     return Batch(
         samples=scored.samples,
         conditioning=engine.stage.conditioning.rows(draws.prompt_index[draws.group_id]),
         credit=credit,
-        live=(weight > 0).cpu().numpy(),
+        live=counted & ~zero if silent else counted,
         choices=Choices(engine.recipe.seed, engine.step, slice(0, num_samples), num_samples),
         prompts=engine.prompts.rows(draws.prompt_index[draws.group_id]),
+        counted=counted,
+        idle=idle,
+        refills=credit.refills,
     )
 
 

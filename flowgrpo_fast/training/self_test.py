@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flowgrpo_fast.training.learner import Counts, Learner, networks
-from flowgrpo_fast.training.update import micro_batches
+from flowgrpo_fast.training.update import measured, micro_batches
 from flowgrpo_fast.types import Batch
 
 
@@ -24,11 +24,11 @@ def ratio_self_test(learner: Learner, batch: Batch, limit: float = 0.0) -> float
     """
     errors, objective = [], learner.objective
     batch = batch.without_unconditional()  # both halves, afresh
-    for rows in batch.shares(learner.updates_per_step):
+    for rows in learner.shares(batch):
         share = batch.of_samples(rows)
         evaluator = networks(learner, share, Counts())
         for _, point in micro_batches(learner, share, objective.points(share)):
-            log_ratio = objective.log_ratio(objective.measure(point, evaluator.at(point)))
+            log_ratio = objective.log_ratio(measured(learner, point, evaluator))
             if log_ratio is not None:
                 errors.append((torch.exp(log_ratio.detach()) - 1).abs().max())
     error = float(torch.stack(errors).max()) if errors else 0.0

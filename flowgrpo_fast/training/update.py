@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,9 @@ from flowgrpo_fast.objectives.objective import Objective, Points, Stats, Terms
 from flowgrpo_fast.objectives.surrogates import PathLogProb
 from flowgrpo_fast.sampling.step import row_slices
 from flowgrpo_fast.training.learner import Counts, Learner, Networks, networks
-from flowgrpo_fast.types import Batch
+from flowgrpo_fast.types import Batch, Credit
+
+_LEAST_WEIGHT = 1e-9  # behind an edge, below any that a sample has
 
 # The scalar that one micro-batch pulls the weights by: of column(s) k of the points, the point, its statistics.
 Pull = Callable[[Any, Any, Stats], Tensor]
@@ -53,11 +56,17 @@ class Tally:
         values = {name: torch.cat(parts).mean() for name, parts in self.shown.items()}
         values |= {name: torch.cat(parts).max() for name, parts in self.worst.items()}
         if self.grad_norm:
-            values["grad_norm"] = torch.stack(self.grad_norm).mean()
+            norms = torch.stack(self.grad_norm)
+            finite = torch.isfinite(norms)
+            values["grad_norm"] = norms.where(finite, 0.0).sum() / finite.sum()
+            values["skipped_updates"] = (~finite).sum()
         if self.first_ratios:
             values |= self._mismatch(batch)
         numbers = torch.stack([value.float() for value in values.values()]).tolist() if values else []
-        named = dict(zip(values, numbers, strict=True))
+        # A number that is none is left out: of a step that was skipped, or of a loss that is on its way there.
+        named = {name: number for name, number in zip(values, numbers, strict=True) if math.isfinite(number)}
+        if not named.get("skipped_updates", 1.0):
+            del named["skipped_updates"]
         named["network_evaluations"] = float(batch.samples.evaluations + self.counts.evaluations)
         named["network_backwards"] = float(self.counts.backwards)
         return named
@@ -78,16 +87,17 @@ class Tally:
 
 
 def update(learner: Learner, batch: Batch) -> dict[str, float]:
-    """One pass of optimiser steps over the batch, each on its own share of the samples.
+    """Passes of optimiser steps over the batch, each on its own share of the samples.
 
     Every point of a share is measured in micro-batches, each of which goes back through the network at once: memory is
     that of one. Their gradients add up to one optimiser step.
     """
     tally = Tally()
-    for rows in batch.shares(learner.updates_per_step):
-        if not batch.live[rows].any():
-            continue  # every group of it had equal rewards
-        accumulate(learner, batch.of_samples(rows), tally)
+    for rows in learner.shares(batch):
+        share = batch.of_samples(rows)
+        if not share.teaches:
+            continue  # every group of it had equal rewards, and its mean counts none of them
+        accumulate(learner, share, tally)
         tally.grad_norm.append(learner.step())
         # What the rollout kept of guidance is of the weights before.
         batch = batch.without_unconditional()
@@ -95,7 +105,9 @@ def update(learner: Learner, batch: Batch) -> dict[str, float]:
 
 
 def accumulate(learner: Learner, share: Batch, tally: Tally) -> None:
-    """Adds the gradient of one optimiser step to the parameters' own."""
+    """Adds the gradient of one optimiser step to the parameters' own; none where no sample has one."""
+    if not share.live.any():
+        return
     points, evaluator = learner.objective.points(share), networks(learner, share, tally.counts)
     if learner.objective.couples:
         share = replace(share, live=_live_groups(share))
@@ -103,8 +115,7 @@ def accumulate(learner: Learner, share: Batch, tally: Tally) -> None:
     else:
         pull = separable(learner.objective, share, points, tally)
     for column, point in micro_batches(learner, share, points):
-        stats = learner.objective.measure(point, evaluator.at(point))
-        pull(column, point, stats).backward()
+        pull(column, point, measured(learner, point, evaluator)).backward()
 
 
 @torch.no_grad()
@@ -124,12 +135,27 @@ def rescored(learner: Learner, batch: Batch) -> Batch:
     return replace(batch, samples=replace(batch.samples, transitions=tuple(transitions)))
 
 
+def measured(learner: Learner, point: Any, evaluator: Networks) -> Stats:
+    """Statistics of the edges of a micro-batch.
+
+    The last one of a share that is no whole number of the rollout's forwards is filled up to one, so that where a ratio
+    is taken it is exactly 1 before the first update.
+    """
+    rows = learner.rows_at(point)
+    if point.row is None or point.num_heads >= rows or learner.replay_rows:
+        return learner.objective.measure(point, evaluator.at(point))
+    full, num_edges = point.filled(rows), len(point.row)
+    stats = learner.objective.measure(full, evaluator.at(full))
+    return {name: values[:num_edges] for name, values in stats.items()}
+
+
 def micro_batches(learner: Learner, share: Batch, points: Points) -> Iterator[tuple[int | Tensor, Any]]:
     """Every point in parts that go through the network at once, with the number(s) of its place among the points.
 
     Parts in which no sample carries weight are passed over, which the host knows since the rewards were read. With
     `steps_per_forward` several points of one expert stand side by side, as many rows a forward as one had alone.
     """
+    columns: int | Tensor
     place = 0
     while place < len(points):
         point = points[place]
@@ -150,10 +176,11 @@ def micro_batches(learner: Learner, share: Batch, points: Points) -> Iterator[tu
             if not share.live[pieces[0].samples_host].any():
                 continue
             if num_beside == 1:
-                yield place, pieces[0]
+                columns, piece = place, pieces[0]
             else:
-                columns = torch.arange(place, place + num_beside, device=point.samples.device)
-                yield columns.repeat_interleave(part.stop - part.start), point.side_by_side(pieces)
+                numbers = torch.arange(place, place + num_beside, device=point.samples.device)
+                columns, piece = numbers.repeat_interleave(part.stop - part.start), point.side_by_side(pieces)
+            yield columns, piece
         place += num_beside
 
 
@@ -161,14 +188,14 @@ def separable(objective: Objective, share: Batch, points: Points, tally: Tally) 
     """The pull of a loss that is taken edge by edge: its weighted mean over samples and their trained steps."""
     credit, imported = share.credit, share.samples.weight
     per_column = credit.weight.shape[1] if credit.weight.ndim > 1 else 1
-    total = credit.weight.sum() * points.per_sample
+    total = _total_weight(share) * points.per_sample
     total = total if per_column == 1 else total / per_column
 
     def pull(column: int | Tensor, point: Any, stats: Stats) -> Tensor:
-        terms = objective.loss(stats, _at(credit.advantages, point.samples[:, 0], column))
+        terms = objective.loss(stats, _advantages(credit, point.samples, column))
         tally.add(objective, point, stats, terms)
         loss = terms.loss.flatten(1).mean(1) if terms.loss.ndim > 1 else terms.loss
-        # An edge reads the credit of one sample and counts for all that are behind it, each as much as it weighs.
+        # An edge counts for all the samples that are behind it, each as much as it weighs.
         weight = _at(credit.weight, point.samples, column if isinstance(column, int) else column[:, None])
         weight = weight if imported is None else weight * imported[point.samples]
         return (loss * weight.sum(1)).sum().div(total)
@@ -188,7 +215,7 @@ def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networ
     with torch.no_grad():
         for column, point in micro_batches(learner, share, points):
             columns = column if isinstance(column, int) else column[:, None]
-            for name, values in objective.measure(point, evaluator.at(point)).items():
+            for name, values in measured(learner, point, evaluator).items():
                 if name not in tables:
                     tables[name] = values.new_zeros(len(share), len(points), *values.shape[1:])
                 wide = values[:, None].expand(point.samples.shape[:2] + values.shape[1:])
@@ -201,7 +228,7 @@ def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networ
         own = {name: values[rows] for name, values in tables.items()}
     leaves = {name: values.requires_grad_() for name, values in own.items()}
     terms = objective.loss(leaves, advantages)
-    mean = (terms.loss * weight).sum() / credit.weight.sum()
+    mean = (terms.loss * weight).sum() / _total_weight(share)
     slopes = torch.autograd.grad(mean, list(leaves.values()), allow_unused=True)
     slope_of = {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
     if not share.live.all():
@@ -226,10 +253,27 @@ def linearised(learner: Learner, share: Batch, points: Points, evaluator: Networ
 
 def _live_groups(share: Batch) -> NDArray[np.bool_]:
     """`[B]` host: which samples are of a group that carries weight; each by itself where a share splits groups."""
-    group_size = share.samples.plan.group_size
-    if len(share) % group_size:
+    if not share.whole_groups:
         return share.live
+    group_size = share.samples.plan.group_size
     return share.live.reshape(-1, group_size).any(1).repeat(group_size)
+
+
+def _total_weight(share: Batch) -> Tensor:
+    """What its mean divides by: samples that have no gradient may count, and be left out all the same."""
+    return share.credit.weight.sum() if share.total_weight is None else share.total_weight
+
+
+def _advantages(credit: Credit, samples: Tensor, column: int | Tensor) -> Tensor:
+    """What edges `[E]` are worth, by the samples `[E, m]` behind each.
+
+    The mean over those that weigh anything; where every step has its credit, all samples behind an edge have the same,
+    and the first is read.
+    """
+    if samples.shape[1] == 1 or credit.advantages.ndim > 1:
+        return _at(credit.advantages, samples[:, 0], column)
+    weight = _at(credit.weight, samples, column if isinstance(column, int) else column[:, None])
+    return (credit.advantages[samples] * weight).sum(1) / weight.sum(1).clamp_min(_LEAST_WEIGHT)
 
 
 def _at(values: Tensor, samples: Tensor, column: int | Tensor) -> Tensor:

@@ -270,3 +270,43 @@ def test_refusals_name_value_and_remedy(make, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("aggregate", ["sum", "per_objective", "separate"])
+def test_weights_may_be_shares_of_one(scored, aggregate: str, masked: bool) -> None:
+    """MixGRPO divides the rewards' weights by their sum."""
+    a, b = torch.from_numpy(np.random.default_rng(2).normal(size=(2, 8)))
+    ids, valid = torch.arange(2).repeat_interleave(4), torch.ones(8, dtype=torch.bool) if masked else None
+    given, shares = {"a": 3.0, "b": 1.0}, {"a": 0.75, "b": 0.25}
+    found = assign(
+        (Normalise(aggregate=aggregate, unit_weights=True),),
+        scored(3 * a + b, ids, {"a": a, "b": b}, given, valid=valid),
+    )
+    expected = assign(
+        (Normalise(aggregate=aggregate),),
+        scored(0.75 * a + 0.25 * b, ids, {"a": a, "b": b}, shares, valid=valid),
+    )
+    torch.testing.assert_close(found.advantages, expected.advantages, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"Normalise.unit_weights .* which is 0: give them a positive one"):
+        assign((Normalise(unit_weights=True),), scored(a, ids, {"a": a, "b": b}, {"a": 1.0, "b": -1.0}))
+
+
+def test_what_becomes_of_idle_groups(scored) -> None:
+    rewards = torch.tensor([1.0, 1, 1, 1, 0, 1, 2, 1])
+    ids = torch.arange(2).repeat_interleave(4)
+    chains = {mode: (Normalise(), DropIdle(mode=mode)) for mode in ("dropped", "kept", "filtered")}
+    found = {mode: assign(chain, scored(rewards, ids)) for mode, chain in chains.items()}
+    live = [0.0] * 4 + [1.0] * 4
+    assert found["dropped"].weight.tolist() == live
+    assert found["kept"].weight.tolist() == [1.0] * 8
+    assert found["filtered"].weight.tolist() == [0, 0, 0, 0, 1, 0, 1, 0]  # any sample of advantage 0
+    assert [found[mode].refills for mode in chains] == [False, False, True]
+    for mode in ("dropped", "kept"):
+        assert found[mode].idle.tolist() == [True] * 4 + [False] * 4
+    assert found["filtered"].idle.tolist() == [True] * 4 + [False, True, False, True]
+    assert found["kept"].advantages[:4].tolist() == [0.0] * 4
+    valid = torch.tensor([True, False, True, True] * 2)
+    unscored = assign(chains["filtered"], scored(rewards * valid, ids, valid=valid))
+    assert unscored.idle.tolist() == [True, False, True, True, False, False, False, True]
+    assert unscored.weight.tolist() == [0, 0, 0, 0, 1, 0, 1, 0]  # one is the mean of those that have a score

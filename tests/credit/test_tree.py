@@ -103,6 +103,50 @@ def test_a_dead_tree_is_dropped_whole(scored) -> None:
     assert credit.weight.tolist() == [[0, 0]] * 4 + [[0.5, 1]] * 4
 
 
+@pytest.mark.parametrize("shares", ["uniform", "probability"])
+@pytest.mark.parametrize("edges", ["mean", "summed", "by_samples"])
+def test_a_leaf_without_a_score_counts_nowhere(scored, shares: str, edges: str) -> None:
+    """Of two trees of 8 leaves the first lacks leaf 1, and both below one node: the rest is as the recursion says."""
+    rng = np.random.default_rng(8)
+    leaf = rng.normal(size=16).astype(np.float32)
+    valid = torch.ones(16, dtype=torch.bool)
+    valid[[1, 4, 5]] = False
+    leaf[~valid.numpy()] = 0
+    log_probs = [rng.normal(size=2 * 2**level).astype(np.float32) for level in (1, 2, 3)]
+    steps = tree(2, 2, 3, [torch.from_numpy(values) for values in log_probs])
+    ids = torch.arange(2).repeat_interleave(8)
+    credit = assign(
+        (TreeBackup(shares=shares, edges=edges),),
+        scored(torch.from_numpy(leaf), ids, valid=valid, transitions=steps),
+    )
+
+    def worth(level: int, edge: int) -> float | None:
+        if level == 2:
+            return float(leaf[edge]) if valid[edge] else None
+        children = [
+            (worth(level + 1, child), log_probs[level + 1][child]) for child in (2 * edge, 2 * edge + 1)
+        ]
+        here = [
+            (value, 1.0 if shares == "uniform" else math.exp(raw))
+            for value, raw in children
+            if value is not None
+        ]
+        return sum(v * w for v, w in here) / sum(w for _, w in here) if here else None
+
+    times = 2 if edges == "summed" else 1
+    for level, step in enumerate(steps):
+        for edge, behind in enumerate(step.samples):
+            expected = worth(level, edge)
+            weights = credit.weight[behind] if edges == "by_samples" else credit.weight[behind, level]
+            assert weights[~valid[behind]].eq(0).all()
+            if expected is None:
+                continue
+            for value in credit.advantages[behind, level].tolist():
+                assert value == pytest.approx(times * expected, rel=1e-5, abs=1e-6)
+            counted = int(valid[behind].sum()) if edges == "by_samples" else 1
+            assert float(weights.sum()) == pytest.approx(counted, rel=1e-6)
+
+
 def test_a_sample_without_an_edge_is_worth_nothing_there() -> None:
     (step,) = tree(1, 2, 1, [torch.zeros(2)])
     assert over_samples(step, torch.tensor([3.0, 4.0]), 4).tolist() == [3.0, 4.0, 0.0, 0.0]

@@ -130,6 +130,27 @@ VARIANTS = {
     "diffusion_nft+fraction": ("objective.fraction=0.5", "objective.beta=0.5", "optimizer.num_updates=1"),
 }
 
+# What recipes of the first edition meant by an update: their curves are those of today's code with these fields, to the
+# bit, so that nothing but fields has changed.
+CONTIGUOUS = ("optimizer.partition=groups",)
+CONSTANT_AVERAGE = ("optimizer.ema_warm_up=false", "optimizer.ema_calls=1")
+DROPPED = ("credit.2.mode=dropped",)
+POPULATION = ("credit.0.ddof=0",)
+FIRST_EDITION = {
+    "flow_grpo+first_edition": (*CONTIGUOUS, *CONSTANT_AVERAGE, *DROPPED),
+    "flow_grpo+first_edition_guidance": (
+        *CONTIGUOUS,
+        *CONSTANT_AVERAGE,
+        *DROPPED,
+        "guidance_scale=2",
+        "unconditional_gradient=false",
+    ),
+    "dance_grpo+first_edition": (*CONTIGUOUS, *DROPPED, *POPULATION),
+    "mix_grpo+first_edition": (*CONTIGUOUS, *DROPPED, *POPULATION, "credit.0.unit_weights=false"),
+    "diffusion_nft+first_edition": (*CONTIGUOUS, "optimizer.ema_warm_up=false"),
+}
+VARIANTS |= FIRST_EDITION
+
 NAMES = (*RECIPES, *VARIANTS)
 
 
@@ -142,7 +163,8 @@ def overrides(name: str) -> tuple[str, ...]:
 def num_steps(name: str) -> int:
     """Of training. A window that slides at a pace of its own is followed as far as a named recipe's."""
     slides = any(text.startswith("topology.at.pace=") for text in VARIANTS.get(name, ()))
-    return NUM_STEPS if name in RECIPES or slides else NUM_STEPS_OF_VARIANTS
+    first = name.endswith("+first_edition")
+    return NUM_STEPS if name in RECIPES or slides or first else NUM_STEPS_OF_VARIANTS
 
 
 def make(name: str) -> Recipe:

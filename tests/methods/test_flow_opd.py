@@ -238,18 +238,21 @@ def test_a_teacher_is_asked_about_its_own_rows_alone(taught, monkeypatch, guidan
     assert stats["drift/teacher"].shape == (8,)
 
 
+@pytest.mark.parametrize("constant", [False, True], ids=["", "constant"])
 @pytest.mark.parametrize(("guidance", "anchored"), [(1.0, True), (1.0, False), (2.0, True)])
-def test_network_evaluations(taught, guidance: float, anchored: bool) -> None:
+def test_network_evaluations(taught, guidance: float, anchored: bool, constant: bool) -> None:
     """A sample: T and, at each of T - 1 steps, its own, a teacher's and the anchor's; twice that under guidance.
 
-    Under guidance one forward of each step is saved: the unconditional half that the rollout has computed.
+    Under guidance, where the unconditional half is constant, one forward of each step is saved, that half which the
+    rollout has computed; else it goes back through the network, too.
     """
     changes = [f"guidance_scale={guidance}"] + ([] if anchored else ["objective.regularizers=[]"])
+    changes += ["unconditional_gradient=false"] if constant else []
     metrics = train_step(build_engine(student(taught, *changes), CPU)).metrics
     halves = 1 if guidance == 1 else 2
-    each = halves * (10 + 9 * (2 + anchored)) - (9 if halves == 2 else 0)
+    each = halves * (10 + 9 * (2 + anchored)) - (9 if halves == 2 and constant else 0)
     assert metrics["network_evaluations"] == 8 * each
-    assert metrics["network_backwards"] == 8 * 9
+    assert metrics["network_backwards"] == 8 * 9 * (1 if constant else halves)
 
 
 def test_kl_only_has_no_gradient_on_average(taught) -> None:

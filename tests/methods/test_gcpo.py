@@ -54,8 +54,8 @@ def test_the_recipe_has_the_paper_s_defaults() -> None:
     assert recipe.sigmas.num_inference_steps == 17
     assert (recipe.dynamics, recipe.group_size) == (DanceSDE(noise_level=0.3), 12)
     # DanceGRPO's group statistics: the sample's standard deviation, rewards normalised apart.
-    assert recipe.credit == (Normalise(eps=1e-8, ddof=1), Bound(limit=5.0), DropIdle())
-    assert recipe.optimizer.lr == 1e-5
+    assert recipe.credit == (Normalise(eps=1e-8, ddof=1), Bound(limit=5.0), DropIdle(mode="kept"))
+    assert (recipe.optimizer.lr, recipe.optimizer.partition) == (1e-5, "across_groups")
 
 
 def test_worked_case(methods) -> None:
@@ -246,8 +246,9 @@ def test_draws_follow_the_weights() -> None:
 def test_equal_rewards_teach_nothing(toy_recipe) -> None:
     engine = build_engine(small(toy_recipe, 2, 3, credit=(Normalise(eps=1e-8, ddof=1), Bound())), CPU)
     batch = make_batch(engine, replace(scored(engine), scores=Scores(total=torch.full((32,), 0.25))))
+    assert not batch.live.any()
     move(engine)
-    loss, found = gradient(engine, batch)
+    loss, found = gradient(engine, replace(batch, live=batch.counted))  # asked all the same
     assert loss == 0
     assert all(not one.any() for one in found)
 

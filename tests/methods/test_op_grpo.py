@@ -84,7 +84,9 @@ def test_worked_case(methods) -> None:
     # The update's own pull, a step at a time.
     advantages = torch.tensor(expected["A"], dtype=torch.float64)
     share = SimpleNamespace(
-        credit=Credit(advantages, torch.ones(4, dtype=torch.float64)), samples=SimpleNamespace(weight=weight)
+        credit=Credit(advantages, torch.ones(4, dtype=torch.float64)),
+        samples=SimpleNamespace(weight=weight),
+        total_weight=None,
     )
     objective, tally = PolicyGradient(trust=Clip(range=given["clip"])), Tally()
     pull = separable(objective, share, SimpleNamespace(per_sample=3), tally)

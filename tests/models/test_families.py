@@ -309,9 +309,9 @@ def test_prompts_too_many_for_memory_are_read_from_disk(tiny_recipe, tmp_path, m
     for family in (SD3, QWEN_IMAGE):
         length = 16 if family is SD3 else 400  # characters are tokens here, and Qwen's come in a template
         recipe = tiny_recipe(family, text_cache=str(tmp_path / "text"), max_sequence_length=length)
-        monkeypatch.setattr("flowgrpo_fast.models.pipeline._MEMORY_BYTES", 1 << 31)
+        monkeypatch.setattr("flowgrpo_fast.models.pipeline.MOST_EMBEDDINGS", 1 << 31)
         whole = build_engine(recipe, CPU)
-        monkeypatch.setattr("flowgrpo_fast.models.pipeline._MEMORY_BYTES", 1)
+        monkeypatch.setattr("flowgrpo_fast.models.pipeline.MOST_EMBEDDINGS", 1)
         stored = build_engine(recipe, CPU)
         assert type(stored.stage.conditioning) is not type(whole.stage.conditioning)
         index = torch.tensor([2, 0, 2, 1])

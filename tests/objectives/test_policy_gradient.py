@@ -215,6 +215,7 @@ def test_what_was_sampled_is_replayed_at_a_ratio_of_exactly_one(evaluator, trans
     ("make", "message"),
     [
         (lambda: Clip(range=0), "Clip.range is 0; it must be above 0"),
+        (lambda: Clip(upper=-1), "Clip.upper is -1; it must be at least 0"),
         (lambda: TransitionKL(beta=-1), "TransitionKL.beta is -1; it must be at least 0"),
         (lambda: VelocityKL(beta=-1), "VelocityKL.beta is -1; it must be at least 0"),
     ],
@@ -223,3 +224,16 @@ def test_refusals_name_value_and_remedy(make, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("upper", [0.0, 0.3])
+def test_a_clip_may_reach_further_up_than_down(upper: float) -> None:
+    ratio = torch.tensor([0.8, 0.95, 1.05, 1.2, 1.4], dtype=torch.float64)
+    for advantage in (1.0, -1.0):
+        worth = torch.full((5,), advantage, dtype=torch.float64)
+        loss, _, clipped = Clip(range=0.1, upper=upper)(ratio.log(), worth)
+        high = 1 + (upper or 0.1)
+        expected = [max(-advantage * r, -advantage * min(max(r, 0.9), high)) for r in ratio.tolist()]
+        torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64))
+        acts = [(r > high if advantage > 0 else r < 0.9) for r in ratio.tolist()]
+        assert clipped.bool().tolist() == acts

@@ -34,6 +34,23 @@ def test_an_average_follows_every_few_optimiser_steps(every: int) -> None:
         assert rule.keep(after_step(n)) is None
 
 
+@pytest.mark.parametrize(("every", "calls", "left"), [(8, 1, 0.1396), (8, 2, 0.0195), (1, 1, 0.0)])
+def test_an_average_warms_up_as_the_published_one(every: int, calls: int, left: float) -> None:
+    """Flow-GRPO's: due where `every` divides n + 1, at `min((1 + n) / (10 + n), decay)`; 0.02 of the start weights are
+    left after 40 updates at two calls a global step, where a constant 0.9 leaves 0.59."""
+    rule = EMA(decay=0.9, every=every, warm_up=True, calls=calls)
+    due, start = [], 1.0
+    for n in range(1, 41):
+        kept = rule.keep(after_update(n))
+        assert rule.keep(after_step(n)) is None
+        if kept is not None:
+            due.append(n)
+            assert kept == pytest.approx(min((1 + n) / (10 + n), 0.9) ** calls, rel=1e-12)
+            start *= kept
+    assert due == ([7, 15, 23, 31, 39] if every == 8 else list(range(1, 41)))
+    assert start == pytest.approx(left, abs=1e-4)
+
+
 def test_a_ramp_follows_at_the_end_of_a_step() -> None:
     rule = Ramp(start=3, rate=0.25, most=0.6)
     assert rule.moves

@@ -287,7 +287,7 @@ def test_plan_prints_tables(capsys, monkeypatch) -> None:
         "RTX 4090",
         "18 of 18",
         "set network.checkpointing=selective",
-        "unconditional half under no_grad",
+        "unconditional half held constant",
     ):
         assert part in shown
 

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from flowgrpo_fast.data.draws import draw
-from flowgrpo_fast.models import pipeline
 from flowgrpo_fast.planner import memory as planned
 from flowgrpo_fast.planner.architectures import Counts, architecture, count
 from flowgrpo_fast.planner.counting import Activations, Work
 from flowgrpo_fast.planner.memory import Memory, Part, Phase, plan_memory, usable
-from flowgrpo_fast.planner.step import Execution
 from flowgrpo_fast.recipe import (
     EMA,
     NFT,
@@ -65,6 +63,10 @@ COUNTS = Counts(
 RECIPE = Recipe(name="r", group_size=8, num_prompts=4, machine=Machine(precision="bf16"))
 
 
+def divisors(number: int) -> list[int]:
+    return [rows for rows in range(number, 0, -1) if number % rows == 0]
+
+
 def parts(counts=COUNTS, recipe=RECIPE, phase="update", **more) -> dict[str, float]:
     """Of what is always there and of one phase, at one row."""
     memory = plan_memory(counts, recipe, **more)
@@ -89,11 +91,6 @@ def test_parts_of_a_lora_by_hand() -> None:
     assert parts(num_gpus=4)["latents kept for the update"] == 8 * 12 * 4e6
     assert parts(recipe=with_changes(RECIPE, precision="fp32"))["autoencoder"] == 4e8
     assert parts(replace(COUNTS, vae_in_fp32=True))["autoencoder"] == 4e8
-
-
-def test_the_memory_limits_are_those_of_the_models() -> None:
-    assert planned.DECODED_PIXELS == pipeline._DECODED_PIXELS
-    assert planned.MOST_EMBEDDINGS == pipeline._MEMORY_BYTES
 
 
 def test_prompts_are_in_memory_unless_a_cache_holds_more_than_fit(tmp_path) -> None:
@@ -171,12 +168,12 @@ def test_the_heaviest_phase_decides() -> None:
     many = with_changes(RECIPE, rows_per_forward=1, task=Task(num_eval_samples=5000))
     memory = plan_memory(COUNTS, many)
     assert memory.heaviest.name == "evaluation"
-    line = memory.refusal(40e9, "cuda:0", 32)
+    line = memory.refusal(40e9, "cuda:0", divisors(32))
     assert line is not None
     assert "the largest part is latents of the evaluation, 40.0 GB: lower task.num_eval_samples" in line
     assert "even machine.rows_per_forward=1 does not fit" in line
     assert plan_memory(COUNTS, RECIPE).heaviest.name == "update"
-    heavy = plan_memory(replace(COUNTS, parameters=3 * 10**10), many).refusal(60e9, "cuda:0", 32)
+    heavy = plan_memory(replace(COUNTS, parameters=3 * 10**10), many).refusal(60e9, "cuda:0", divisors(32))
     assert heavy is not None
     assert (
         "transformer weights, 60.0 GB: choose a smaller model or a GPU with more memory; then latents"
@@ -238,7 +235,7 @@ def test_compiled_blocks_keep_what_selective_checkpointing_keeps() -> None:
 
 def test_uncond_in_autograd_doubles_the_activations() -> None:
     guided = with_changes(RECIPE, guidance_scale=4.0)
-    doubled = parts(recipe=guided, execution=Execution(uncond_gradient=True))["activations"]
+    doubled = parts(recipe=replace(guided, unconditional_gradient=True))["activations"]
     assert doubled == 2 * parts(recipe=guided)["activations"]
 
 
@@ -252,13 +249,13 @@ def test_the_largest_micro_batch_divides_an_update() -> None:
     assert memory.total == fixed + 32 * 4.25e9
     for fits, rows in ((0.9, 0), (1.1, 1), (7.5, 4), (8.0, 8), (31.0, 16), (1000.0, 32)):
         capacity = (fixed + fits * 4.25e9) / 0.95 + 1.5e9
-        assert memory.largest_rows(capacity * (1 + 1e-9), 32) == rows, fits
+        assert memory.largest_rows(capacity * (1 + 1e-9), divisors(32)) == rows, fits
         assert usable(capacity) == pytest.approx(fixed + fits * 4.25e9)
 
 
 def test_what_does_not_fit_is_one_line_with_the_largest_part() -> None:
     memory = plan_memory(COUNTS, RECIPE)
-    line = memory.refusal(80e9, "cuda:0 (80 GB)", 32)
+    line = memory.refusal(80e9, "cuda:0 (80 GB)", divisors(32))
     assert line is not None
     assert "\n" not in line
     for part in (
@@ -268,9 +265,12 @@ def test_what_does_not_fit_is_one_line_with_the_largest_part() -> None:
         "(machine.rows_per_forward=16 fits)",
     ):
         assert part in line
-    assert plan_memory(COUNTS, with_changes(RECIPE, rows_per_forward=16)).refusal(80e9, "x", 32) is None
+    assert (
+        plan_memory(COUNTS, with_changes(RECIPE, rows_per_forward=16)).refusal(80e9, "x", divisors(32))
+        is None
+    )
     full = with_changes(RECIPE, network=Network(train=FullFineTuning()), rows_per_forward=1)
-    heavy = plan_memory(replace(COUNTS, trained=10**9), full).refusal(10e9, "x", 32)
+    heavy = plan_memory(replace(COUNTS, trained=10**9), full).refusal(10e9, "x", divisors(32))
     assert heavy is not None
     assert (
         "the largest part is optimiser state, 8.0 GB: set network.train=LoRA (even machine.rows_per" in heavy
@@ -281,12 +281,12 @@ def test_published_sizes_fit_where_people_train_them() -> None:
     """SD3.5-M LoRA at 9 rows on 80 GB (Flow-GRPO's own); FLUX LoRA on 80 GB; FLUX whole only across GPUs."""
     recipe = with_changes(RECIPE, num_prompts=48, group_size=24, guidance_scale=4.5)
     medium = plan_memory(count(architecture("sd3.5-medium"), Network()), recipe)
-    assert 9 <= medium.largest_rows(80e9, 72) <= 36
+    assert 9 <= medium.largest_rows(80e9, divisors(72)) <= 36
     each = next(part.bytes for part in medium.phases[0].each_row if part.name == "activations") / 1e9
     assert each == pytest.approx(2.7, rel=0.25)  # the notes' own estimate of a sample's activations
     flux = count(architecture("flux.1-dev"), Network())
     distilled = with_changes(recipe, guidance_scale=1.0)
-    assert plan_memory(flux, distilled).largest_rows(80e9, 72) >= 4
+    assert plan_memory(flux, distilled).largest_rows(80e9, divisors(72)) >= 4
     # What guidance adds to what waits for the update: half an fp32 latent in bf16 for each stochastic step.
     waiting = [
         part.bytes
@@ -298,7 +298,7 @@ def test_published_sizes_fit_where_people_train_them() -> None:
     assert waiting[0] - waiting[1] == 48 * 24 * 9 * 16 * 64 * 64 * half
     whole = with_changes(recipe, network=Network(train=FullFineTuning(), checkpointing="full"))
     trained = count(architecture("flux.1-dev"), whole.network)
-    assert plan_memory(trained, whole).largest_rows(180e9, 72) == 0
+    assert plan_memory(trained, whole).largest_rows(180e9, divisors(72)) == 0
 
 
 def test_snapshots_are_those_of_the_parts() -> None:
@@ -390,6 +390,15 @@ def test_steps_side_by_side_are_copies_of_rows() -> None:
     assert parts(recipe=with_changes(guided, guidance_scale=1.0))[name] == 2 * 4e6 + 2e5
     assert parts(recipe=guided)[name] == 2.5 * 4e6 + 2e5
     assert parts(recipe=guided)["activations"] == parts()["activations"]
+
+
+def test_a_share_that_is_no_run_of_neighbours_gathers_its_rows() -> None:
+    name, guided = "rows gathered of the samples", with_changes(RECIPE, guidance_scale=2.0)
+    for partition, found in (("groups", False), ("shuffled", True), ("across_groups", True)):
+        two = replace(guided, optimizer=Optimizer(num_updates=2, partition=partition))
+        assert (parts(recipe=two).get(name) == 2.5 * 4e6 + 2e5) == found
+        assert (name in parts(recipe=two)) == found
+    assert name not in parts(recipe=replace(guided, optimizer=Optimizer(partition="shuffled")))
 
 
 def test_two_leaps_keep_two_forwards() -> None:

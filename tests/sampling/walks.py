@@ -82,12 +82,12 @@ def learner_of(model: FlowModel, recipe: Recipe) -> Learner:
     return Learner(
         policy=Policy(model, recipe.guidance_scale, recipe.machine.precision),
         objective=recipe.objective,
-        optimizer=torch.optim.SGD(model.module.parameters(), lr=1e-3),
+        optimizer=torch.optim.SGD(model.module.parameters(), lr=1e-3, fused=True),
         max_grad_norm=1.0,
         updates_per_step=recipe.optimizer.num_updates,
         rows=recipe.rollout_rows,
         replay_rows=recipe.machine.replay_rows,
-        steps_per_forward=recipe.machine.steps_per_forward,
+        steps_per_forward=recipe.steps_per_forward,
     )
 
 

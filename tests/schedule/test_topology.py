@@ -675,7 +675,7 @@ def test_a_users_own_window_is_used_like_ours(topology, group_size: int) -> None
         ),
         (
             lambda: Tree(at=FrozenWindow(size=2)).plan(course(whole_groups=False)),
-            "Tree: an optimiser step takes whole trees; make num_updates divide num_prompts",
+            "Tree: an optimiser step takes whole trees; set optimizer.partition=groups, and make",
         ),
         (lambda: Comb(at=Deterministic()).plan(course()), "Comb.at leaves no step stochastic"),
         (
@@ -688,7 +688,7 @@ def test_a_users_own_window_is_used_like_ours(topology, group_size: int) -> None
         ),
         (
             lambda: Comb(at=FrozenWindow(size=2)).plan(course(whole_groups=False)),
-            "Comb: an optimiser step takes whole combs; make num_updates divide num_prompts",
+            "Comb: an optimiser step takes whole combs; set optimizer.partition=groups, and make",
         ),
         (lambda: OneStepEach(at=Deterministic()).plan(course()), "OneStepEach.at leaves no step stochastic"),
         (

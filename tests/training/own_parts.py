@@ -84,7 +84,7 @@ class GroupCoupled(MyObjective):
     """The members of a group compete: cross entropy between softmaxes of their advantages and mean log-ratios."""
 
     group_size: int = 8
-    requires: ClassVar[Requires] = Requires(log_probs=True, all_steps=True)
+    requires: ClassVar[Requires] = Requires(log_probs=True, all_steps=True, whole_groups=True)
     couples: ClassVar[bool] = True
 
     def loss(self, stats: Any, advantages: Tensor) -> Terms:

@@ -10,10 +10,10 @@ from flowgrpo_fast.experience.experience import in_chunks
 from flowgrpo_fast.objectives.objective import Stats
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.schedule.plan import Plan
+from flowgrpo_fast.training import update
 from flowgrpo_fast.training.engine import Engine
 from flowgrpo_fast.training.learner import Counts, networks
 from flowgrpo_fast.training.loop import make_batch
-from flowgrpo_fast.training.update import micro_batches
 from flowgrpo_fast.types import Batch, Draws, Trajectory
 
 CPU = torch.device("cpu")
@@ -54,8 +54,8 @@ def measured(engine: Engine, batch: Batch) -> list[Stats]:
     evaluator = networks(learner, batch, Counts())
     with torch.no_grad():
         return [
-            learner.objective.measure(point, evaluator.at(point))
-            for _, point in micro_batches(learner, batch, learner.objective.points(batch))
+            update.measured(learner, point, evaluator)
+            for _, point in update.micro_batches(learner, batch, learner.objective.points(batch))
         ]
 
 

@@ -85,14 +85,15 @@ PROMISES = {
     "naive_scaling": (96 * 10, 3 * 24 * 9, 24 * 9),
     "naive_quantized": (96 * 10, 3 * 24 * 9, 24 * 9),
     "tree_grpo": (2 * (1 + 2 + 4 + 8 + 16 * 6), 2 * (1 + 2 + 4 + 8), 1 + 2 + 4 + 8),  # a row for each node
-    # Updates of 8 samples split groups of 12, which then share no row; the loss joins steps: each is measured twice.
-    "gcpo": (12 * 17, 2 * 12 * 16, 12 * 16),
+    # The first step's row is asked in each of three updates; the loss joins steps: each is measured twice.
+    "gcpo": (1 + 12 * 16, 2 * (3 + 12 * 15), 3 + 12 * 15),
     "op_grpo": (2 * 24 * 10, 2 * 2 * 24 * 6, 24 * 6),  # a stored trajectory costs what a fresh one does
     "awm": (24 * 14, 3 * 24 * 6, 24 * 6),  # new, start, followed
 }
 
 
-# What of it the first of two optimiser steps takes from the rollout: the policy's unconditional half.
+# What of it the first of two optimiser steps takes from the rollout where the policy's unconditional half is constant;
+# else that half goes back through the network as well.
 REUSED = {
     "flow_grpo": 24 * 9 // 2,
     "pro_grpo": 12 * 9 // 2,
@@ -102,11 +103,18 @@ REUSED = {
 }
 
 
-@pytest.mark.parametrize("reuse", [False, True], ids=["", "reused"])
+@pytest.mark.parametrize(
+    ("constant", "reuse"), [(False, True), (True, False), (True, True)], ids=["", "constant", "reused"]
+)
 @pytest.mark.parametrize("name", PROMISES)
-def test_network_evaluations_are_the_methods_promise(toy_recipe, name, reuse, monkeypatch) -> None:
+def test_network_evaluations_are_the_methods_promise(toy_recipe, name, constant, reuse, monkeypatch) -> None:
     recipe = replace(RECIPES[name].make(), num_prompts=2, task=toy_recipe().task, num_steps=2)
-    recipe = replace(recipe, machine=replace(recipe.machine, reuse_unconditional=reuse))
+    assert recipe.unconditional_gradient == (name in REUSED)
+    recipe = replace(
+        recipe,
+        machine=replace(recipe.machine, reuse_unconditional=reuse),
+        unconditional_gradient=recipe.unconditional_gradient and not constant,
+    )
     if isinstance(recipe.experience, Scouts):  # the toy's layers are too small for a low precision
         recipe = replace(recipe, experience=replace(recipe.experience, precision=TrainingPrecision()))
     engine = build_engine(recipe, CPU)
@@ -114,7 +122,8 @@ def test_network_evaluations_are_the_methods_promise(toy_recipe, name, reuse, mo
     spy = Spy(monkeypatch)
     metrics = train_step(engine).metrics
     rollout, update, backward = (2 * count for count in PROMISES[name])
-    reused = 2 * reuse * REUSED.get(name, 0)
+    reused = 2 * (constant and reuse) * REUSED.get(name, 0)
+    backward *= 2 if recipe.unconditional_gradient else 1
     assert spy.rows == metrics["network_evaluations"] == rollout + update - reused
     assert spy.with_gradient == metrics["network_backwards"] == backward
 

@@ -67,6 +67,22 @@ CASES = {
         ("flow_grpo", "topology=Comb", "topology.at.size=6", "topology.fan=2"),
         ("2 branches at 6 steps", "12 samples a prompt; group_size is 8", "set group_size=12"),
     ),
+    "a penalty of transitions that nobody measures": (
+        ("flow_grpo", "objective.surrogate=ForwardError", "objective.surrogate.times=3"),
+        ("TransitionKL measures the means of stored transitions", "ForwardError does not", "use VelocityKL"),
+    ),
+    "a group-wise loss whose update splits groups": (
+        ("flow_grpo", f"objective={HERE}:GroupCoupled"),
+        (
+            "GroupCoupled joins the samples of a group",
+            "'shuffled' with num_updates=2 splits",
+            "partition=groups",
+        ),
+    ),
+    "a tree that an update would split": (
+        ("flow_grpo", "topology=Tree", "topology.at.size=3", "group_size=8"),
+        ("Tree: an optimiser step takes whole trees", "set optimizer.partition=groups"),
+    ),
     "pairs without pairs": (
         ("flow_grpo", f"objective={HERE}:NeedsPairs"),
         ("NeedsPairs learns from pairs", "Prompts gives none", "use a source of pairs"),

@@ -17,6 +17,7 @@ from flowgrpo_fast.recipe import (
     Clip,
     Cuts,
     DPMSolver2M,
+    DropIdle,
     FractionOfSteps,
     FrozenWindow,
     Independent,
@@ -209,7 +210,9 @@ def test_groups_that_teach_nothing_cost_no_backward(toy_recipe, monkeypatch) -> 
         batch = make(*arguments)
         weight = batch.credit.weight.clone()
         weight[8:24] = 0
-        return replace(batch, credit=replace(batch.credit, weight=weight), live=(weight > 0).numpy())
+        return replace(
+            batch, credit=replace(batch.credit, weight=weight), live=(weight > 0).numpy(), counted=None
+        )
 
     monkeypatch.setattr(loop, "make_batch", idle)
     metrics = train_step(engine).metrics
@@ -219,7 +222,7 @@ def test_groups_that_teach_nothing_cost_no_backward(toy_recipe, monkeypatch) -> 
     def all_idle(*arguments):
         batch = make(*arguments)
         credit = replace(batch.credit, weight=torch.zeros(32))
-        return replace(batch, credit=credit, live=np.zeros(32, dtype=bool))
+        return replace(batch, credit=credit, live=np.zeros(32, dtype=bool), counted=None)
 
     monkeypatch.setattr(loop, "make_batch", all_idle)
     before = [p.detach().clone() for p in engine.model.module.parameters()]
@@ -237,7 +240,7 @@ def test_the_planner_counts_what_the_trainer_runs(toy_recipe, name) -> None:
     trajectory = sampled(engine, drawn(recipe))
     assert plan_step(COUNTS, recipe).forwards == trajectory.evaluations
     halves = 1 if recipe.guidance_scale == 1 else 2
-    updates = metrics["network_backwards"] * (halves - (halves == 2) / recipe.optimizer.num_updates)
+    updates = metrics["network_backwards"]  # both halves of guidance go there and back
     assert metrics["network_evaluations"] == trajectory.evaluations + updates
     # A backward costs a unit beside the forwards' one each: FLOPs of the update are their sum.
     assert plan_step(COUNTS, recipe).update == updates + metrics["network_backwards"]
@@ -247,6 +250,21 @@ def test_the_planner_counts_what_the_trainer_runs(toy_recipe, name) -> None:
     trained = plan.num_trained
     common = first if name == "dance_grpo" else first + 1
     assert trajectory.evaluations == 12 * halves * (common + (steps - common) * group)
-    assert metrics["network_backwards"] == 12 * (
-        group * trained if name == "dance_grpo" else 1 + group * (trained - 1)
+    each = recipe.optimizer.num_updates  # ask about the rows that members share
+    assert metrics["network_backwards"] == 12 * halves * (
+        group * trained if name == "dance_grpo" else each + group * (trained - 1)
     )
+    if 12 % each == 0:
+        whole = replace(
+            recipe,
+            optimizer=replace(recipe.optimizer, partition="groups"),
+            credit=(*recipe.credit[:2], DropIdle()),
+            unconditional_gradient=False,
+        )
+        metrics = train_step(build_engine(whole, CPU)).metrics
+        saved = metrics["network_backwards"] * (halves - (halves == 2) / each)
+        assert metrics["network_evaluations"] == trajectory.evaluations + saved
+        assert plan_step(COUNTS, whole).update == saved + metrics["network_backwards"]
+        assert metrics["network_backwards"] == 12 * (
+            group * trained if name == "dance_grpo" else 1 + group * (trained - 1)
+        )

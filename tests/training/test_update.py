@@ -115,8 +115,12 @@ def at_once(learner: Learner, batch: Batch) -> Tensor:
             first = point.samples[:, 0]
             values = credit.advantages
             if values.ndim > 1:
-                values = values[:, min(column, values.shape[1] - 1)]
-            per_edge = objective.loss(stats, values[first]).loss
+                worth = values[first, min(column, values.shape[1] - 1)]
+            else:  # the mean over the samples behind an edge that weigh anything
+                behind = credit.weight.amax(1) if credit.weight.ndim > 1 else credit.weight
+                behind = behind[point.samples]
+                worth = (values[point.samples] * behind).sum(1) / behind.sum(1).clamp_min(1e-9)
+            per_edge = objective.loss(stats, worth).loss
             per_edge = per_edge.flatten(1).mean(1) if per_edge.ndim > 1 else per_edge
             here = edge >= 0
             loss = loss + (per_edge[edge[here]] * (wide[:, column] * imported)[here]).sum()
@@ -130,7 +134,7 @@ def idle_group(batch: Batch) -> Batch:
     weight = batch.credit.weight.clone()
     weight[8:16] = 0
     live = weight if weight.ndim == 1 else weight.amax(1)
-    return replace(batch, credit=replace(batch.credit, weight=weight), live=(live > 0).numpy())
+    return replace(batch, credit=replace(batch.credit, weight=weight), live=(live > 0).numpy(), counted=None)
 
 
 def holes(batch: Batch) -> Batch:
@@ -138,7 +142,7 @@ def holes(batch: Batch) -> Batch:
     weight = batch.credit.weight.clone()
     weight[::3] = 0
     live = weight if weight.ndim == 1 else weight.amax(1)
-    return replace(batch, credit=replace(batch.credit, weight=weight), live=(live > 0).numpy())
+    return replace(batch, credit=replace(batch.credit, weight=weight), live=(live > 0).numpy(), counted=None)
 
 
 def imported(batch: Batch) -> Batch:
@@ -343,7 +347,7 @@ def test_a_share_without_live_samples_is_no_optimiser_step(wide) -> None:
     alone = replace(
         batch.credit, weight=torch.zeros(32, dtype=torch.float64).index_fill_(0, torch.arange(8, 16), 1.0)
     )
-    update(engine.learner, replace(batch, credit=alone, live=(alone.weight > 0).numpy()))
+    update(engine.learner, replace(batch, credit=alone, live=(alone.weight > 0).numpy(), counted=None))
     assert engine.learner.num_updates == 1
 
 
