@@ -150,7 +150,7 @@ def load_lora(pipe: Any, path: str | Path) -> None:
     file = file / ADAPTER_FILE if file.is_dir() else file
     names = sorted({key.partition(".")[0] for key in load_file(file)})
     for name in names:
-        if getattr(pipe, name, None) is None:
+        if pipe.components.get(name) is None:
             raise ValueError(f"{str(file)!r} holds adapters for {name!r}, which {type(pipe).__name__} lacks")
     for name in names:
         getattr(pipe, name).load_lora_adapter(str(file.parent), prefix=name, weight_name=file.name)

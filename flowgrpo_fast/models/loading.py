@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def _check_arguments(name: str, loader: Callable[..., Any], *given: object) -> N
         signature.bind(*given)
     except TypeError as error:
         raise ValueError(
-            f"{name!r} is {loader.__name__ if hasattr(loader, '__name__') else name}{signature}: {error}; a loader "
+            f"{name!r} takes {signature}: {error}; a loader "
             "is called with two arguments: declare it as load(device, setup)"
         ) from None
 
@@ -101,7 +102,7 @@ def _check_parts(name: str, model: FlowModel) -> None:
     undefined = [
         f"{method!r}"
         for method in ("encode", "velocity", "decode")
-        if getattr(getattr(model, method), "__func__", None) is getattr(FlowModel, method)
+        if getattr(model, method) == MethodType(getattr(FlowModel, method), model)
     ]
     if undefined:
         raise ValueError(

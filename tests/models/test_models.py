@@ -114,10 +114,10 @@ def _fails_inside(device, setup):
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        (_of_one, r"^'loaders:load' is _of_one\(device\): too many .*: declare it as load\(device, setup\)$"),
+        (_of_one, r"^'loaders:load' takes \(device\): too many .*: declare it as load\(device, setup\)$"),
         (
             _of_three,
-            r"^'loaders:load' is _of_three\(device, setup, extra\): missing .* 'extra'; a loader is called",
+            r"^'loaders:load' takes \(device, setup, extra\): missing .* 'extra'; a loader is called",
         ),
         (Least(), "^'loaders:load' is a Least; a loader is a function load"),
     ],
