@@ -11,7 +11,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready-$(TORCH)
 
-NATIVE := $(wildcard csrc/* tests/build/*.cpp $(addprefix tests/cuda_on_host/*., h cpp cu))
+NATIVE := $(wildcard csrc/* tests/building/*.cpp $(addprefix tests/cuda_on_host/*., h cpp cu))
 
 .PHONY: demo test torture sanitize lint format build figures benchmarks levers gpu-check clean
 

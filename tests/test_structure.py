@@ -55,6 +55,10 @@ ASKED = {
         "getattr(found, attribute, None)",
     ): "a class that a run file names, which may not be there",
     ("models/loading.py", "hasattr(model, part)"): "the one check of what a user's loader made",
+    (
+        "models/loading.py",
+        "inspect.signature(loader)",
+    ): "a user's loader that cannot be called is refused by it",
     ("models/pipeline.py", "getattr(pipe, name, None)"): "diffusers' pipelines leave out optional parts",
     ("models/sana.py", "inspect.signature(SanaPipeline.__call__)"): "the published default of an argument",
     (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from flowgrpo_fast.models.loading import one_line
 from flowgrpo_fast.models.network import LoRA
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
+PEFT_FILE = "adapter_model.safetensors"  # the name peft looks for
 _NAME = "default"  # of the one adapter, inside peft
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps an adapter's configuration
 
@@ -84,7 +86,7 @@ def adapters_off(module: nn.Module, layers: Sequence[Any] | None = None) -> Iter
 
 def save_adapter(module: nn.Module, file: Path, values: Sequence[Tensor] | None = None) -> None:
     """Writes the adapters of every transformer in `module`; `values` replace the trained parameters, in order."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    named = _trained(module)
     kept = values if values is not None else [parameter for _, parameter in named]
     tensors = {
         _saved_name(module, name): value.detach().cpu().contiguous()
@@ -102,62 +104,154 @@ def save_adapter(module: nn.Module, file: Path, values: Sequence[Tensor] | None 
 def load_adapter(module: nn.Module, file: Path) -> list[Tensor]:
     """Values of the trained parameters, in their order, from what `save_adapter` wrote; nothing is changed.
 
+    Values alone: the scale stays that of the module, which is the recipe's `LoRA.alpha`, whatever the file was trained
+    with. `check_alpha` refuses where that must not be.
+
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
     saved = load_file(file)
+    if not isinstance(module, nn.ModuleDict):
+        saved = {key.removeprefix("transformer."): value for key, value in saved.items()}
+    return _fitting(module, saved, str(file))
+
+
+def check_alpha(module: nn.Module, file: Path) -> None:
+    """Refuses an adapter that says another scale than this module's: its shapes would fit, its effect would not.
+
+    Raises:
+        ValueError: a file without a configuration where alpha is not the rank, as diffusers reads one; another
+            alpha; an alpha or a rank of some layers' own; DoRA or a bias.
+    """
+    settings, described = _settings(file)
+    for prefix, transformer in _transformers(module):
+        own = transformer.peft_config[_NAME]
+        settings_here = {
+            key.removeprefix(f"{prefix}."): value
+            for key, value in settings.items()
+            if key.startswith(f"{prefix}.")
+        }
+        _check_scale(settings_here, own.r, own.lora_alpha, described)
+
+
+def load_lora(pipe: Any, path: str | Path) -> None:
+    """Puts a saved adapter beside every transformer of a diffusers pipeline that it was trained for.
+
+    What `pipe.load_lora_weights` does, which knows one transformer at a time: of Wan 2.2's two it fills the first.
+
+    Args:
+        pipe: a diffusers pipeline, of the class that was trained.
+        path: a checkpoint's folder, or a file of one, such as `average.safetensors`.
+
+    Raises:
+        ValueError: the file was trained for a transformer that the pipeline lacks.
+    """
+    file = Path(path)
+    file = file / ADAPTER_FILE if file.is_dir() else file
+    names = sorted({key.partition(".")[0] for key in load_file(file)})
+    for name in names:
+        if pipe.components.get(name) is None:
+            raise ValueError(f"{str(file)!r} holds adapters for {name!r}, which {type(pipe).__name__} lacks")
+    for name in names:
+        getattr(pipe, name).load_lora_adapter(str(file.parent), prefix=name, weight_name=file.name)
+
+
+def _check_scale(settings: dict[str, Any], rank: int, alpha: float, described: bool) -> None:
+    """Of one transformer: `settings` is peft's configuration of its adapter, `described` whether there was one."""
+    if not described:
+        if alpha != rank:
+            raise ValueError(
+                f"it says no alpha, which diffusers reads as the rank; set LoRA.alpha to {rank}, not {alpha}"
+            )
+        return
+    for name in ("use_dora", "lora_bias", "alpha_pattern", "rank_pattern"):
+        if settings.get(name):
+            raise ValueError(f"it was trained with {name} {settings[name]}, which LoRA does not have")
+    theirs = settings.get("lora_alpha", alpha)
+    if settings.get("use_rslora"):
+        # alpha / sqrt(rank) instead of alpha / rank: the same scale under another alpha.
+        same = theirs * math.sqrt(settings.get("r", rank))
+        if not math.isclose(same, alpha, rel_tol=1e-6):
+            raise ValueError(
+                f"it was trained with alpha {theirs} and use_rslora; the same scale is LoRA.alpha={same!r}, "
+                f"not {alpha}"
+            )
+    elif theirs != alpha:
+        raise ValueError(f"it was trained with alpha {theirs}; LoRA.alpha is {alpha}")
+
+
+def _settings(file: Path) -> tuple[dict[str, Any], bool]:
+    """The configuration in a file's header, and whether there is one."""
+    with safe_open(file, framework="pt") as handle:
+        text = (handle.metadata() or {}).get(_METADATA)
+    settings: dict[str, Any] = {} if text is None else json.loads(text)
+    return settings, text is not None
+
+
+def _start_from(transformer: Any, part: LoRA, prefix: str) -> None:
+    try:
+        saved, settings, described = _read(Path(part.path), prefix)
+        values = _fitting(transformer, saved, part.path)
+        _check_scale(settings, part.rank, part.alpha, described)
+        beyond = sorted(set(saved) - {name.replace(f".{_NAME}.", ".") for name, _ in _trained(transformer)})
+        if beyond:
+            raise ValueError(
+                f"it also holds {beyond[0]!r}{f' and {len(beyond) - 1} more' if beyond[1:] else ''}, which would be "
+                "left out; name these layers in LoRA.targets, if they are the transformer's"
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"LoRA.path {part.path!r} is no adapter for these layers: {one_line(error)}"
+        ) from error
+    for (_, parameter), value in zip(_trained(transformer), values, strict=True):
+        parameter.data.copy_(value)
+
+
+def _read(path: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
+    """One transformer's adapter by the names of its own layers, its configuration, and whether it has one.
+
+    A file that diffusers wrote, a folder with one, or peft's `adapter_model.safetensors` beside its configuration;
+    of a family with two transformers, each has a folder of its name there.
+    """
+    if (path / PEFT_FILE).exists() or (path / prefix / PEFT_FILE).exists():
+        path = path / prefix / PEFT_FILE if (path / prefix / PEFT_FILE).exists() else path / PEFT_FILE
+    if path.name == PEFT_FILE:
+        if prefix != "transformer" and path.parent.name != prefix:
+            raise ValueError(f"it is one transformer's; put {prefix!r}'s in a folder of this name")
+        config = path.with_name("adapter_config.json")
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        tensors, own = load_file(path), "base_model.model."
+        described = True
+    else:
+        file = path / ADAPTER_FILE if path.is_dir() else path
+        tensors, own = load_file(file), f"{prefix}."
+        everything, described = _settings(file)
+        settings = {key.removeprefix(own): value for key, value in everything.items() if key.startswith(own)}
+        tensors = {
+            key: value
+            for key, value in tensors.items()
+            if key.startswith(own) or not key.startswith(("transformer.", "transformer_2."))
+        }
+    saved = {key.removeprefix(own): value for key, value in tensors.items()}
+    return saved, settings, described
+
+
+def _fitting(module: nn.Module, saved: dict[str, Tensor], source: str) -> list[Tensor]:
+    """The values of the trained parameters, in their order, by the names of `_saved_name` without a prefix."""
     values = []
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        key = _saved_name(module, name)
+    for name, parameter in _trained(module):
+        key = name.replace(f".{_NAME}.", ".")
         if key not in saved or saved[key].shape != parameter.shape:
             have = list(saved[key].shape) if key in saved else "nothing"
             raise ValueError(
-                f"{str(file)!r} holds {have} for {key!r}; this adapter needs {list(parameter.shape)}"
+                f"{source!r} holds {have} for {key!r}; this adapter needs {list(parameter.shape)}"
             )
         values.append(saved[key].to(parameter.device, parameter.dtype))
     return values
 
 
-def check_alpha(module: nn.Module, file: Path) -> None:
-    """Refuses an adapter whose configuration has another scale: its shapes would fit, its effect would not.
-
-    Raises:
-        ValueError: it was trained with another alpha.
-    """
-    with safe_open(file, framework="pt") as handle:
-        settings = json.loads((handle.metadata() or {}).get(_METADATA, "{}"))
-    for prefix, transformer in _transformers(module):
-        own = transformer.peft_config[_NAME].lora_alpha
-        alpha = settings.get(f"{prefix}.lora_alpha", own)
-        if alpha != own:
-            raise ValueError(f"it was trained with alpha {alpha}; LoRA.alpha is {own}")
-
-
-def _start_from(transformer: Any, part: LoRA, prefix: str) -> None:
-    file = Path(part.path)
-    file = file / ADAPTER_FILE if file.is_dir() else file
-    try:
-        with safe_open(file, framework="pt") as handle:
-            settings = json.loads((handle.metadata() or {}).get(_METADATA, "{}"))
-        values = _prefixed_values(transformer, file, prefix)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"LoRA.path {part.path!r} is no adapter for these layers: {one_line(error)}"
-        ) from error
-    alpha = settings.get(f"{prefix}.lora_alpha", part.alpha)
-    if alpha != part.alpha:
-        raise ValueError(
-            f"LoRA.path {part.path!r} was trained with alpha {alpha}; LoRA.alpha is {part.alpha}"
-        )
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    for parameter, value in zip(trained, values, strict=True):
-        parameter.data.copy_(value)
-
-
-def _prefixed_values(transformer: nn.Module, file: Path, prefix: str) -> list[Tensor]:
-    return load_adapter(nn.ModuleDict({prefix: transformer}), file)
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
 def _targets(transformer: nn.Module, part: LoRA, family_targets: Sequence[str]) -> list[str]:

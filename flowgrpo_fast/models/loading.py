@@ -5,10 +5,12 @@ What cannot be one is refused in one clear line.
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,9 +30,13 @@ def load_model(name: str, device: torch.device, setup: ModelSetup) -> FlowModel:
         name: `sd3` is `flowgrpo_fast.models.sd3:load`; `package.module:function` is taken as it stands.
 
     Raises:
-        ValueError: a name that does not resolve, or a loader that made no `FlowModel`.
+        ValueError: a name that does not resolve, a loader that does not take two arguments, or one that made no
+            `FlowModel`, or one with a part missing or of the wrong kind.
     """
     loader = resolve(name if ":" in name else f"flowgrpo_fast.models.{name}:load")
+    if not callable(loader):
+        raise ValueError(f"{name!r} is a {type(loader).__name__}; a loader is a function load(device, setup)")
+    _check_arguments(name, loader, device, setup)
     model = loader(device, setup)
     needed = ("latent_shape", "module", "encode", "velocity", "decode")
     missing = [f"{part!r}" for part in needed if not hasattr(model, part)]
@@ -45,7 +51,64 @@ def load_model(name: str, device: torch.device, setup: ModelSetup) -> FlowModel:
             f"{name!r} made a {type(model).__name__} that compares by its values; models are told apart by "
             "identity: declare it with @dataclass(eq=False)"
         )
+    _check_parts(name, model)
     return model
+
+
+def _check_arguments(name: str, loader: Callable[..., Any], *given: object) -> None:
+    """Refuses a loader that cannot be called as one; a TypeError from inside of it stays its own."""
+    try:
+        signature = inspect.signature(loader)
+    except (TypeError, ValueError):
+        return  # one that cannot say what it takes
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        raise ValueError(
+            f"{name!r} takes {signature}: {error}; a loader "
+            "is called with two arguments: declare it as load(device, setup)"
+        ) from None
+
+
+def _check_parts(name: str, model: FlowModel) -> None:
+    """Refuses what a model's author gets wrong, before a run finds out in its middle."""
+    shape, patterns = model.latent_shape, model.sensitive
+    of_sizes = isinstance(shape, tuple) and all(isinstance(size, int) and size > 0 for size in shape)
+    length, grid = model.image_seq_len, model.latent_grid
+    of_names = isinstance(patterns, tuple) and all(isinstance(pattern, str) for pattern in patterns)
+    of_grid = isinstance(grid, tuple) and all(isinstance(size, int) and size > 0 for size in grid)
+    methods = ("encode", "velocity", "decode", "decode_with_grad", "guided", "expert", "own_prompts")
+    checks = [
+        (bool(shape) and of_sizes, "latent_shape", "a tuple of sizes above 0, without the batch"),
+        (isinstance(model.module, nn.Module), "module", "a torch.nn.Module, what is trained"),
+        (isinstance(model.transformer, nn.Module), "transformer", "a torch.nn.Module, a part of module"),
+        (
+            length is None or (isinstance(length, int) and length > 0),
+            "image_seq_len",
+            "a number of tokens or None",
+        ),
+        (grid is None or of_grid, "latent_grid", "a tuple of sizes above 0, or None"),
+        (of_names, "sensitive", "a tuple of regular expressions"),
+        (isinstance(model.takes_images, bool), "takes_images", "True or False"),
+        (isinstance(model.mixes_guidance, bool), "mixes_guidance", "True or False"),
+        *((callable(getattr(model, method)), method, "a method") for method in methods),
+    ]
+    for fits, part, wanted in checks:
+        if not fits:
+            raise ValueError(
+                f"{name!r} made a {type(model).__name__} whose {part} is {_named(getattr(model, part))}; "
+                f"it must be {wanted}"
+            )
+    undefined = [
+        f"{method!r}"
+        for method in ("encode", "velocity", "decode")
+        if getattr(model, method) == MethodType(getattr(FlowModel, method), model)
+    ]
+    if undefined:
+        raise ValueError(
+            f"{name!r} made a {type(model).__name__} that does not define {', '.join(undefined)}; a FlowModel defines "
+            "encode, velocity and decode"
+        )
 
 
 def pipeline_folder(path: str, wanted: type, family: str) -> Path:
@@ -99,6 +162,11 @@ def load_parts(
 def one_line(error: BaseException) -> str:
     """The first line of what a library said."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _named(value: object) -> str:
+    """A value in one short line; of a module or a tensor its type."""
+    return type(value).__name__ if isinstance(value, nn.Module | torch.Tensor) else repr(value)[:80]
 
 
 def freeze(module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -112,6 +112,8 @@ class ModelSetup:
     network: Network
     precision: str  # "fp32" or "bf16", of matrix products
     seed: int  # of fresh adapters
+    # Told how many prompts are encoded, and of how many; a loader may leave it alone.
+    progress: Callable[[int, int], None] | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,7 @@ are embedded, how its latents are laid out, how its transformer is called and ho
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from flowgrpo_fast.models.execution import check_kernel, prepare
 from flowgrpo_fast.models.loading import freeze, load_parts, pipeline_folder
 from flowgrpo_fast.models.network import ModelSetup, Network
-from flowgrpo_fast.models.text_cache import Embedding, Encoder, embed, fill, fingerprint
+from flowgrpo_fast.models.text_cache import Embedding, Encoder, Progress, embed, fill, fingerprint
 from flowgrpo_fast.types import Conditioning, FlowModel, PromptRows
 
 DECODED_PIXELS = 1 << 22  # at once: 16 images of 512 x 512
@@ -51,6 +51,7 @@ class PipelineModel(FlowModel, ABC):
     def __init__(self, folder: Path, pipe: Any, setup: ModelSetup) -> None:
         self.folder, self.pipe, self.network = folder, pipe, setup.network
         self.dtype = setup.dtype
+        self.progress = setup.progress
         self.device = torch.device("cpu")
         parts = {name: getattr(pipe, name) for name in self.transformer_parts if getattr(pipe, name, None)}
         # One transformer is trained as it stands; several by their names.
@@ -166,7 +167,7 @@ class PipelineModel(FlowModel, ABC):
         """
         self.check_images(images)
         wanted = [*prompts, self.network.negative_prompt]
-        *rows, negative = embed(wanted, self._load_encoder, self.network.text_cache, self._text_identity)
+        *rows, negative = embed(wanted, *self._text_cache)
         return self._assemble(rows, negative)
 
     def prompt_rows(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> PromptRows:
@@ -177,12 +178,16 @@ class PipelineModel(FlowModel, ABC):
         """
         self.check_images(images)
         if self.network.text_cache:
-            cache = (self._load_encoder, self.network.text_cache, self._text_identity)
-            fill([*prompts, self.network.negative_prompt], *cache)
-            (first,) = embed(prompts[:1], *cache)
+            fill([*prompts, self.network.negative_prompt], *self._text_cache)
+            (first,) = embed(prompts[:1], *self._text_cache)
             if len(prompts) * sum(value.nbytes for value in first.values()) > MOST_EMBEDDINGS:
                 return StoredPrompts(self, list(prompts), list(images))
         return self.encode(prompts, images)
+
+    @property
+    def _text_cache(self) -> tuple[Callable[[], Encoder], str, str, Progress | None]:
+        """What `embed` and `fill` are given besides prompts."""
+        return self._load_encoder, self.network.text_cache, self._text_identity, self.progress
 
     def _load_encoder(self) -> Encoder:
         parts = ("vae", *self.transformer_parts)

@@ -22,12 +22,17 @@ from torch import Tensor
 
 Embedding: TypeAlias = dict[str, Tensor]  # name -> one prompt's tensor, without a batch axis, on the CPU
 Encoder: TypeAlias = Callable[[str], Embedding]
+Progress: TypeAlias = Callable[[int, int], None]  # how many prompts are encoded, and of how many
 
 _SAMPLED_BYTES = 1 << 20  # of each end of a weights file
 
 
 def embed(
-    prompts: Sequence[str], load_encoder: Callable[[], Encoder], folder: str, identity: str
+    prompts: Sequence[str],
+    load_encoder: Callable[[], Encoder],
+    folder: str,
+    identity: str,
+    progress: Progress | None = None,
 ) -> list[Embedding]:
     """One embedding per prompt, from `folder` where it is there; the encoder is loaded only if one is missing.
 
@@ -36,6 +41,7 @@ def embed(
         load_encoder: makes the encoder; it is dropped, and its memory freed, before this returns.
         folder: where to keep them; empty = nowhere.
         identity: what else the embedding depends on, from `fingerprint`.
+        progress: told once the encoder is loaded and after each prompt that had to be encoded.
 
     Raises:
         ValueError: the folder cannot be written.
@@ -46,29 +52,41 @@ def embed(
         if found is not None:
             known[prompt] = found
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-    for prompt, embedding in _encoded(missing, load_encoder):
+    for prompt, embedding in _encoded(missing, load_encoder, progress):
         known[prompt] = embedding
         if folder:
             _write(_file(folder, identity, prompt), embedding)
     return [known[prompt] for prompt in prompts]
 
 
-def fill(prompts: Sequence[str], load_encoder: Callable[[], Encoder], folder: str, identity: str) -> None:
+def fill(
+    prompts: Sequence[str],
+    load_encoder: Callable[[], Encoder],
+    folder: str,
+    identity: str,
+    progress: Progress | None = None,
+) -> None:
     """Puts into `folder` what is missing there, and holds none of it. Arguments and errors as of `embed`."""
     missing = [p for p in dict.fromkeys(prompts) if _read(_file(folder, identity, p)) is None]
-    for prompt, embedding in _encoded(missing, load_encoder):
+    for prompt, embedding in _encoded(missing, load_encoder, progress):
         _write(_file(folder, identity, prompt), embedding)
 
 
-def _encoded(prompts: Sequence[str], load_encoder: Callable[[], Encoder]) -> Iterator[tuple[str, Embedding]]:
+def _encoded(
+    prompts: Sequence[str], load_encoder: Callable[[], Encoder], progress: Progress | None
+) -> Iterator[tuple[str, Embedding]]:
     """Each prompt with its embedding; the encoder lives as long as the iteration, and is never loaded for nothing."""
     if not prompts:
         return
     encoder = load_encoder()
-    for prompt in prompts:
+    if progress is not None:
+        progress(0, len(prompts))
+    for done, prompt in enumerate(prompts, 1):
         with torch.no_grad():
             embedding = {name: value.cpu() for name, value in encoder(prompt).items()}
         yield prompt, embedding
+        if progress is not None:
+            progress(done, len(prompts))
     del encoder
     _free()
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from flowgrpo_fast.models.adapters import save_adapter
-from flowgrpo_fast.models.loading import load_parts
+from flowgrpo_fast.models.loading import load_model, load_parts
+from flowgrpo_fast.models.network import ModelSetup
 from flowgrpo_fast.recipe import LoRA, Prompts
 from flowgrpo_fast.training.engine import build_engine
 from tests.models import tiny
@@ -183,6 +184,19 @@ def test_a_damaged_embedding_is_made_again(tiny_recipe, tmp_path) -> None:
     again = loaded(recipe).encode(tiny.PROMPTS)
     assert torch.equal(first.prompt_embeds, again.prompt_embeds)
     assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 4
+
+
+def test_progress_counts_the_prompts_that_are_encoded(tiny_recipe, tmp_path) -> None:
+    recipe = tiny_recipe(SD3, text_cache=str(tmp_path / "text"))
+    seen = []
+    setup = ModelSetup(
+        network=recipe.network, precision="fp32", seed=0, progress=lambda done, of: seen.append((done, of))
+    )
+    load_model("sd3", CPU, setup).prompt_rows(["sun", "moon", "sun"])  # and the negative prompt
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    seen.clear()
+    load_model("sd3", CPU, setup).prompt_rows(["sun", "rain"])
+    assert seen == [(0, 1), (1, 1)]
 
 
 def test_other_settings_are_other_embeddings(tiny_recipe, tmp_path, tiny_path) -> None:

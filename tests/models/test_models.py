@@ -36,6 +36,21 @@ class Words(Least):
         return Conditioning(torch.tensor([[[float(len(prompt))]] for prompt in prompts]))
 
 
+class Whole(Words):
+    """A model with all that it must define; keywords replace its parts."""
+
+    def __init__(self, **parts) -> None:
+        super().__init__()
+        for name, value in parts.items():
+            setattr(self, name, value)
+
+    def velocity(self, latents, sigma, conditioning):
+        return latents
+
+    def decode(self, latents):
+        return latents.view(-1, 1, 1, 2)
+
+
 @pytest.fixture
 def load(monkeypatch):
     """What `load_model` makes of a loader's result."""
@@ -53,8 +68,72 @@ def load(monkeypatch):
 
 
 def test_a_loader_is_given_the_device_and_the_setup(load) -> None:
-    model = Least()
+    model = Whole()
     assert load(model) is model
+    # What is defined on the instance counts as well.
+    own = Words()
+    own.velocity, own.decode = model.velocity, model.decode
+    assert load(own) is own
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"latent_shape": [2]}, r"whose latent_shape is \[2\]; it must be a tuple of sizes above 0"),
+        ({"latent_shape": (2, 0)}, r"whose latent_shape is \(2, 0\); "),
+        ({"latent_shape": ()}, r"whose latent_shape is \(\); "),
+        ({"module": {"a": 1}}, r"whose module is {'a': 1}; it must be a torch.nn.Module"),
+        ({"image_seq_len": "256"}, "whose image_seq_len is '256'; it must be a number of tokens or None"),
+        ({"latent_grid": 8}, "whose latent_grid is 8; it must be a tuple"),
+        ({"sensitive": "norm"}, "whose sensitive is 'norm'; it must be a tuple of regular expressions"),
+        ({"takes_images": None}, "whose takes_images is None; it must be True or False"),
+        ({"mixes_guidance": 1}, "whose mixes_guidance is 1; it must be True or False"),
+        ({"decode": torch.zeros(2)}, "whose decode is Tensor; it must be a method"),
+        ({"expert": "high"}, "whose expert is 'high'; it must be a method"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_part_of_the_wrong_kind_is_named(load, parts, message) -> None:
+    with pytest.raises(ValueError, match=f"^'loaders:load' made a Whole {message}") as caught:
+        load(Whole(**parts))
+    assert "\n" not in str(caught.value)
+
+
+def _of_one(device):
+    return Whole()
+
+
+def _of_three(device, setup, extra):
+    return Whole()
+
+
+def _fails_inside(device, setup):
+    return len(3)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (_of_one, r"^'loaders:load' takes \(device\): too many .*: declare it as load\(device, setup\)$"),
+        (
+            _of_three,
+            r"^'loaders:load' takes \(device, setup, extra\): missing .* 'extra'; a loader is called",
+        ),
+        (Least(), "^'loaders:load' is a Least; a loader is a function load"),
+    ],
+    ids=["one argument", "three", "no function"],
+)
+def test_what_is_no_loader_is_refused_in_one_line(monkeypatch, loader, message) -> None:
+    monkeypatch.setitem(sys.modules, "loaders", SimpleNamespace(load=loader))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model("loaders:load", CPU, SETUP)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_inside_a_loader_is_its_own(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "loaders", SimpleNamespace(load=_fails_inside))
+    with pytest.raises(TypeError, match="'int' has no len"):
+        load_model("loaders:load", CPU, SETUP)
 
 
 def test_a_family_goes_by_the_name_of_its_file() -> None:
@@ -90,9 +169,13 @@ class Compared(Least):
         (Stranger(), "made a Stranger; .* it lacks 'module', 'encode', 'decode'$"),
         (Near(), "made a Near; .* a subclass of .*FlowModel$"),
         (FlowModel(), "made a FlowModel; .* it lacks 'latent_shape', 'module'$"),
+        (
+            Words(),
+            "made a Words that does not define 'velocity', 'decode'; a FlowModel defines encode, velocity",
+        ),
         (Compared(), r"a Compared that compares by its values; .* @dataclass\(eq=False\)"),
     ],
-    ids=["nothing", "parts", "all but the class", "no module", "by value"],
+    ids=["nothing", "parts", "all but the class", "no module", "a part undefined", "by value"],
 )
 def test_what_is_no_model_is_refused_in_one_line(load, result, message) -> None:
     with pytest.raises(ValueError, match=message) as caught:

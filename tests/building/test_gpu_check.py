@@ -151,7 +151,8 @@ E   ModuleNotFoundError: No module named 'diffusers'</error></testcase>{more}
             ["a::three"],
         ),
         (
-            '<testcase classname="" name="b"><error message="c">No module named \'flowgrpo_fast.new\'</error></testcase>',
+            '<testcase classname="" name="b"><error message="c">'
+            "No module named 'flowgrpo_fast.new'</error></testcase>",
             "failed",
             ["::b"],
         ),
