@@ -172,7 +172,9 @@ def quantize_whole(x: Tensor) -> Fp8Rows:
 
     The bits of `quantize_fp8_rows` on one long row, which on a GPU would be the work of one block of threads.
     """
-    scale = x.abs().amax().float().clamp(min=2.0**-100) / 448
+    # By a number on the host CUDA would multiply with its rounded reciprocal; the kernels divide.
+    most = torch.full((), 448.0, device=x.device, dtype=torch.float32)
+    scale = x.abs().amax().float().clamp(min=2.0**-100) / most
     return Fp8Rows((x.float() / scale).clamp(-448, 448).to(FP8), scale.view(1, 1))
 
 
