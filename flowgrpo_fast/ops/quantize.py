@@ -44,9 +44,11 @@ def as_bytes(op: str, argument: str, tensor: Tensor, dtype: torch.dtype) -> Tens
     require_tensor(op, argument, tensor)
     if tensor.dtype is not dtype:
         raise ValueError(f"{op}: {argument} has dtype {tensor.dtype}, must have {dtype}")
+    if torch.compiler.is_compiling():
+        return tensor.view(torch.uint8)
     if tensor.layout is not torch.strided:
         raise ValueError(f"{op}: {argument} has layout {tensor.layout}, must be a dense tensor")
-    if not torch.compiler.is_compiling() and tensor.is_neg():
+    if tensor.is_neg():
         raise ValueError(f"{op}: {argument} is a negative view, must be resolved: {dtype} has no negation")
     return tensor.view(torch.uint8)
 
