@@ -280,6 +280,14 @@ def test_a_package_older_than_the_project_needs_is_taken_from_the_wheels(tmp_pat
     assert gpu_check.install(tmp_path).numbers["installed"] == []
 
 
+@pytest.mark.parametrize(("part", "name"), [("first", "tests"), ("checks", "large")])
+def test_without_diffusers_the_tests_of_the_ops_run(tmp_path, part, name):
+    """One conftest that cannot be imported ends pytest before its first test."""
+    for lacking, folder in (({}, "tests"), ({"rich": ""}, "tests"), ({"diffusers": "", "peft": ""}, "tests/ops")):
+        stages = {each.name: each for each in gpu_check.commands(part, tmp_path, "90", lacking)}
+        assert stages[name].arguments[-1] == folder
+
+
 def test_versions_are_compared_as_numbers():
     assert gpu_check.numbers_of("77") < gpu_check.numbers_of("84.2.1") < gpu_check.numbers_of("100.0+cu129")
     assert gpu_check.needed("setuptools") == "77"
