@@ -63,9 +63,10 @@ levers: build
 	$(BIN)/python benchmarks/report.py
 
 # on a machine with a GPU, torch and nvcc, without a network: builds, tests and measures with its own Python;
-# what that lacks is taken from ./wheels. Results go to benchmarks/results, or to OUT=folder.
+# what that lacks is taken from ./wheels. Results go to benchmarks/results, or to OUT=folder. Four parts of seven
+# minutes: PART=first, checks, tables or levers is that one alone.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--output $(OUT))
+	$(PYTHON) benchmarks/gpu_check.py $(PART) $(if $(OUT),--output $(OUT))
 
 $(READY): pyproject.toml install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -25,6 +25,7 @@ NEEDED = {  # import name: what goes without it
     "sklearn": "the digits' data and judge",
     "scipy": "tests of distributions",
     "pynvml": "the energy of a run",
+    "xdist": "tests side by side",
     "pytest_benchmark": "pytest benchmarks/ (the measurements here do without)",
     "triton": "torch.compile on the GPU, so the speed-ups over it",
     "rich": "coloured tables",
@@ -47,13 +48,13 @@ class Stage:
 def read_tests(junit: Path) -> Callable[[Stage, str], None]:
     """Counts of a JUnit report. A file that cannot be imported for a missing package counts as skipped, by name."""
 
-    def read(stage: Stage, _: str) -> None:
+    def read(stage: Stage, text: str) -> None:
         passed, skips, failed, lacking = 0, 0, [], {}
         for case in ElementTree.parse(junit).iter("testcase") if junit.exists() else ():
             name = f"{case.get('classname')}::{case.get('name')}"
             problem = next((child for child in case if child.tag in ("failure", "error")), None)
-            text = "" if problem is None else (problem.get("message") or "") + (problem.text or "")
-            package = re.search(r"No module named '(\w+)", text)
+            said = "" if problem is None else (problem.get("message") or "") + (problem.text or "")
+            package = re.search(r"No module named '(\w+)", said)
             if package and package[1] in NEEDED:
                 lacking[name] = f"needs {package[1]}"
             elif problem is not None:
@@ -62,6 +63,8 @@ def read_tests(junit: Path) -> Callable[[Stage, str], None]:
                 skips += 1
             else:
                 passed += 1
+        if not junit.exists():  # which is written at the end, and the stage was stopped before
+            passed, failed, skips = read_lines(text)
         counts = {"passed": passed, "failed": len(failed), "skipped": skips + len(lacking)}
         stage.numbers = counts | {"failed_tests": failed[:50], "skipped_for_packages": lacking}
         if stage.status == "failed" and lacking and passed and not failed:
@@ -72,15 +75,26 @@ def read_tests(junit: Path) -> Callable[[Stage, str], None]:
     return read
 
 
+def read_lines(text: str) -> tuple[int, list[str], int]:
+    """Tests passed, failed by name, and skipped, of pytest's lines: alone, or from workers."""
+    outcomes = "PASSED|FAILED|ERROR|SKIPPED"
+    alone = re.findall(rf"^(\S+::.*?) ({outcomes})\b", text, re.MULTILINE)
+    workers = re.findall(rf"^\[gw\d+\].*?({outcomes}) (\S+::.*?) *$", text, re.MULTILINE)
+    found = [*alone, *((name, outcome) for outcome, name in workers)]
+    failed = [name for name, outcome in found if outcome in ("FAILED", "ERROR")]
+    counts = [sum(outcome == each for _, outcome in found) for each in ("PASSED", "SKIPPED")]
+    return counts[0], failed, counts[1]
+
+
 def read_sanitizer(stage: Stage, text: str) -> None:
     """The errors compute-sanitizer counted; where it was stopped before it could, those it named and what had run."""
     found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
     stage.numbers = {"errors": sum(int(a or b) for a, b in found) if found else None}
     if stage.status == "timed out":
         named = re.findall(r"^=+ (?:Invalid|Misaligned|Error:|Program hit|Potential)", text, re.MULTILINE)
-        ran = len(re.findall(r"^\S+::.* PASSED", text, re.MULTILINE))
-        stage.numbers = {"errors": len(named), "tests": ran}
-        stage.detail += f", after {ran} tests and {len(named)} errors"
+        ran = len(re.findall(r"^(?:ok  |DIFF|FAIL) ", text, re.MULTILINE))
+        stage.numbers = {"errors": len(named), "lines": ran}
+        stage.detail += f", after {ran} lines of the smoke test and {len(named)} errors"
     elif "Device not supported" in text:
         stage.status, stage.detail = "skipped", "compute-sanitizer: device not supported"
     elif stage.status == "passed" and (not found or stage.numbers["errors"]):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import lever_report, loops, report, suite  # noqa: E402
+from benchmarks import lever_report, report, suite  # noqa: E402
 from benchmarks.cases import SIZES, Case  # noqa: E402
 from benchmarks.rows import Row, machine, machine_afterwards, measured_row, rounded  # noqa: E402
 from benchmarks.timing import Roof, host_seconds, interleaved  # noqa: E402
@@ -56,14 +56,19 @@ class Options:
 
 
 def cases_of(level: str, options: Options) -> Iterator[tuple[str, Callable[[], Case]]]:
-    """Names of a level's cases, and what makes each: it frees the one before. Those to be compiled come last."""
+    """Names of a level's cases, and what makes each: it frees the one before.
+
+    Those to be compiled come first where some are named: of all rows they say most, and a measurement may be cut short.
+    """
     if level == "ops":
         make = suite.Maker(options.device)
         requests = suite.requests(device=options.device)
-        for request in sorted(requests, key=lambda request: options.compiled in request.name):
+        for request in sorted(requests, key=lambda request: options.compiled not in request.name):
             if options.only in request.name:
                 yield request.name, partial(make, request)
         return
+    from benchmarks import loops  # which needs diffusers and peft
+
     for case in loops.LEVELS[level](options.device):
         if options.only in case.group:
             yield case.group, partial(replace, case)
@@ -92,14 +97,27 @@ def call_overhead(options: Options) -> dict[str, dict[str, float]]:
     return found
 
 
-def measure(level: str, options: Options) -> dict[str, Any]:
-    """Machine, rows and, for ops, the cost of a call; what could not be measured, and why."""
+def measure(level: str, options: Options, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Machine, rows and, for ops, the cost of a call; what could not be measured, and why.
+
+    `keep` is given what there is, after every row.
+    """
     device = options.device
     before, roof, start = machine(device), Roof(device), time.perf_counter()
     seconds = options.seconds if level == "ops" else LOOP_SECONDS
     rows: list[Row] = []
     failed: dict[str, str] = {}
     left: list[str] = []
+    calls = {}
+    if level == "ops" and not options.only:
+        calls = {"call_overhead_us": call_overhead(options)}
+
+    def whole() -> dict[str, Any]:
+        order = {name: place for place, name in enumerate(SIZE_NAMES)}
+        ordered = sorted(rows, key=lambda row: order.get(row["size"], len(order)))
+        found = {"machine": machine_afterwards(before, roof), "rows": ordered, "failed": failed, "left": left}
+        return found | calls
+
     for name, make in cases_of(level, options):
         if time.perf_counter() - start > options.seconds_of_rows:
             left.append(name)
@@ -109,14 +127,9 @@ def measure(level: str, options: Options) -> dict[str, Any]:
             rows.append(measured_row(fitted(make(), options), device, seconds, roof))
         except Exception as error:  # the other cases are worth having
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        keep(whole())
     print(f"\r{'':70}\r", end="", file=sys.stderr)
-    rows.sort(key=lambda row: SIZE_NAMES.index(row["size"]) if row["size"] in SIZE_NAMES else len(SIZE_NAMES))
-    result = {"machine": machine_afterwards(before, roof), "rows": rows, "failed": failed, "left": left}
-    return (
-        result | {"call_overhead_us": call_overhead(options)}
-        if level == "ops" and not options.only
-        else result
-    )
+    return whole()
 
 
 def levers(options: Options, command: str, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -203,7 +216,7 @@ def main() -> int:
             result = levers(options, command, write)
             failed |= any(job["failed"] for job in result["jobs"]) and device.type == "cpu"
         else:
-            result = measure(level, options)
+            result = measure(level, options, write)
             failed |= bool(result["failed"])
             if not (result["rows"] or result["failed"] or result["left"]):
                 parser.exit(2, f"error: no case of {level} has {arguments.only!r} in its name\n")

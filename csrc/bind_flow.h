@@ -13,6 +13,7 @@ void flow_step(const py::tuple& fields, const Tensor& seed, const py::tuple& out
   const TransitionParser parsed("flow_step", fields);
   parsed.per_sample("seed", seed);
   parsed.check.int64("seed", seed);
+  has_fields(parsed.check, "outputs", outputs, 4);
   FlowStepArgs args{};
   args.transition = parsed.transition;
   args.seed = seed.data<int64_t>();
@@ -50,12 +51,14 @@ Reference reference_of(const TransitionParser& parsed, const Tensor& velocity, c
 void flow_log_prob(const py::tuple& fields, const Tensor& next_latents, const py::tuple& outputs,
                    const py::tuple& extras, int num_threads) {
   const TransitionParser parsed("flow_log_prob", fields);
+  has_fields(parsed.check, "outputs", outputs, 2);
   FlowLogProbArgs args{};
   args.transition = parsed.transition;
   args.next_latents = parsed.per_element("next_latents", next_latents);
   args.log_prob = parsed.per_sample_real("log_prob", tensor_at(outputs, 0));
   args.partials = parsed.workspace(tensor_at(outputs, 1));
   if (!extras.empty()) {
+    has_fields(parsed.check, "extras", extras, 7);
     args.mean = parsed.optional_per_element("mean", tensor_at(extras, 0), parsed.real);
     args.reference = reference_of(parsed, tensor_at(extras, 1), tensor_at(extras, 2));
     if (args.reference.velocity.data) {
@@ -73,6 +76,7 @@ void flow_log_prob(const py::tuple& fields, const Tensor& next_latents, const py
 void flow_log_prob_backward(const py::tuple& fields, const Tensor& next_latents, const py::tuple& gradients,
                             const py::tuple& extras, int num_threads) {
   const TransitionParser parsed("flow_log_prob_backward", fields);
+  has_fields(parsed.check, "gradients", gradients, 3);
   const Tensor grad_log_prob = tensor_at(gradients, 0), grad_velocity = tensor_at(gradients, 1);
   const Tensor grad_negative = tensor_at(gradients, 2);
   const DType dtype = parsed.transition.velocity.dtype;
@@ -83,6 +87,7 @@ void flow_log_prob_backward(const py::tuple& fields, const Tensor& next_latents,
   if (!grad_velocity.is_none()) args.grad_velocity = parsed.per_element("grad_velocity", grad_velocity, dtype);
   if (!grad_negative.is_none()) args.grad_negative = parsed.per_element("grad_negative", grad_negative, dtype);
   if (!extras.empty()) {
+    has_fields(parsed.check, "extras", extras, 6);
     const Tensor grad_drift = tensor_at(extras, 3);
     args.grad_mean = parsed.optional_per_element("grad_mean", tensor_at(extras, 0), parsed.real);
     args.reference = reference_of(parsed, tensor_at(extras, 1), tensor_at(extras, 2));

@@ -57,6 +57,7 @@ void index_vector(const Checker& check, const char* argument, const Tensor& tens
 
 // options = (num_groups, weights or None, aggregate, batch_scale, eps, clip, soft_clip)
 void parse_options(const Checker& check, const py::tuple& options, GroupAdvantagesArgs* args) {
+  has_fields(check, "options", options, 7);
   args->num_groups = options[0].cast<int64_t>();
   if (args->num_groups < 1) check.fail("num_groups", "is " + std::to_string(args->num_groups), "be at least 1");
   const int64_t most = args->batch > kMaxGroups ? args->batch : kMaxGroups;
@@ -111,6 +112,7 @@ void group_advantages(const Tensor& rewards, const Tensor& group_id, const py::t
   check.shape("group_id", group_id, {args.batch});
   args.group_id = group_id.data<int64_t>();
   parse_options(check, options, &args);
+  has_fields(check, "workspaces", workspaces, 2);
   in_range(check, "group_id", group_id, args.num_groups, "that many groups");
   check.dense("advantages", advantages);
   const DType real = args.rewards.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;

@@ -17,6 +17,7 @@ class ResidualParser {
  public:
   ResidualParser(const char* op, const py::tuple& fields, const std::optional<double>& beta)
       : check(op), velocity(tensor_at(fields, kVelocity)) {
+    has_fields(check, "inputs", fields, kNumFields);
     check.dense("velocity", velocity);
     if (velocity.ndim() < 2) {
       check.fail("velocity", "has " + std::to_string(velocity.ndim()) + " dimension(s)", "be [batch, ...]");
@@ -117,9 +118,7 @@ void matching(const py::tuple& inputs, const std::optional<double>& beta, const 
   MatchingArgs args{};
   args.residuals = parsed.residuals;
   const int count = num_means(parsed.residuals);
-  if (means.size() != static_cast<size_t>(count)) {
-    parsed.check.fail("means", "has " + std::to_string(means.size()) + " tensors", "have " + std::to_string(count));
-  }
+  has_fields(parsed.check, "means", means, static_cast<size_t>(count));
   for (int mean = 0; mean < count; ++mean) args.means[mean] = parsed.per_sample("means", tensor_at(means, mean));
   args.partials = parsed.workspace(workspace);
   run(parsed.velocity, args, num_threads, cpu::matching, FLOWGRPO_ON_CUDA(matching));
@@ -129,6 +128,7 @@ void matching(const py::tuple& inputs, const std::optional<double>& beta, const 
 void matching_backward(const py::tuple& inputs, const std::optional<double>& beta, const py::tuple& grads,
                        const Tensor& grad_velocity, int num_threads) {
   const ResidualParser parsed("matching_backward", inputs, beta);
+  has_fields(parsed.check, "grads", grads, 5);
   const Residuals& residuals = parsed.residuals;
   MatchingBackwardArgs args{};
   args.residuals = residuals;

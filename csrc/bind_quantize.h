@@ -71,6 +71,7 @@ class QuantizeParser {
 
 // fields = (values, lora_a or None, lora_b or None, lora_scale)
 Matrix parse_matrix(const QuantizeParser& parsed, const py::tuple& fields) {
+  has_fields(parsed.check, "matrix", fields, 4);
   const Tensor &values = parsed.where, lora_a = tensor_at(fields, 1), lora_b = tensor_at(fields, 2);
   Matrix matrix{};
   matrix.values = parsed.values(parsed.name, values);
@@ -118,6 +119,7 @@ std::array<int64_t, 2> scale_shape(int64_t rows, int64_t columns, bool swizzle) 
 void quantize_nvfp4(const py::tuple& fields, const py::tuple& outputs, bool is_static, bool swizzle, int num_threads) {
   const Tensor values = tensor_at(fields, 0), workspace = tensor_at(outputs, 3);
   const QuantizeParser parsed(op_of(fields, "quantize_nvfp4"), input_of(fields), values);
+  has_fields(parsed.check, "outputs", outputs, 4);
   QuantizeNvfp4Args args{};
   args.matrix = parse_matrix(parsed, fields);
   parsed.whole_blocks(parsed.name, args.matrix.columns, kBlockSize);
@@ -148,6 +150,7 @@ void dequantize_fp8_rows(const Tensor& codes, const Tensor& scale, const Tensor&
 void dequantize_nvfp4(const py::tuple& fields, const Tensor& out, bool swizzle, int num_threads) {
   const Tensor codes = tensor_at(fields, 0);
   const QuantizeParser parsed("dequantize_nvfp4", "codes", codes);
+  has_fields(parsed.check, "fields", fields, 3);
   DequantizeNvfp4Args args{};
   args.columns = 2 * columns_of(codes);
   args.rows = codes.numel() / columns_of(codes);

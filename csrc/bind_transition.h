@@ -13,7 +13,7 @@ enum Field { kLatents, kVelocity, kCoeffs, kStep, kStepIndex, kNegative, kScale,
 class TransitionParser {
  public:
   TransitionParser(const char* op, const py::tuple& fields) : check(op), latents(tensor_at(fields, kLatents)) {
-    if (fields.size() != kNumFields) check.fail("transition", "has the wrong number of fields", "have 8");
+    has_fields(check, "transition", fields, kNumFields);
     parse_states(fields);
     parse_coeffs(tensor_at(fields, kCoeffs));
     parse_step(tensor_at(fields, kStepIndex), fields[kStep]);

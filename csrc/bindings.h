@@ -13,7 +13,20 @@ namespace flowgrpo_fast {
 
 namespace py = pybind11;
 
-inline Tensor tensor_at(const py::tuple& fields, size_t index) { return Tensor(PyTuple_GET_ITEM(fields.ptr(), index)); }
+inline Tensor tensor_at(const py::tuple& fields, size_t index) {
+  if (index >= fields.size()) {
+    throw py::value_error("a tuple of arguments has " + std::to_string(fields.size()) +
+                          " item(s), must have at least " + std::to_string(index + 1));
+  }
+  return Tensor(PyTuple_GET_ITEM(fields.ptr(), index));
+}
+
+// A tuple of the arguments or the results of a kernel has so many fields.
+inline void has_fields(const Checker& check, const char* argument, const py::tuple& fields, size_t size) {
+  if (fields.size() != size) {
+    check.fail(argument, "has " + std::to_string(fields.size()) + " field(s)", "have " + std::to_string(size));
+  }
+}
 
 // Runs an op where its tensors are, without holding the interpreter.
 template <typename Args, typename OnCuda>

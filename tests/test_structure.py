@@ -22,6 +22,7 @@ FLOORS = {
     "names": 1,
     "json_files": 1,
     "field_types": 1,
+    "device": 1,
     "schedule": 2,
     "run_files": 2,
     "types": 3,

@@ -14,8 +14,7 @@ from benchmarks.cases import SD3, TOY, Case, Run, Selection, Size, nbytes
 from benchmarks.cases.group import NUM_PROMPTS, NUM_REWARDS, advantages_by_prompt
 from benchmarks.cases.matching import Predictions, make_predictions, mean_of
 from flowgrpo_fast.ops import Guidance, compact, flow_step, group_advantages, matching, reference
-from flowgrpo_fast.recipe import DPMSolver2M
-from flowgrpo_fast.schedule.dynamics import coefficients
+from flowgrpo_fast.schedule.dynamics import DPMSolver2M, coefficients
 
 SELECTION: Selection = ((SD3, torch.float32), (TOY, torch.float32))
 SCALE = 4.5

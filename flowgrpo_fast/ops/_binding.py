@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowgrpo_fast.ops._layout import on_stored, refuse_tangents
+
 Forward = Callable[..., Any]
 
 _library = torch.library.Library("flowgrpo_fast", "FRAGMENT")
@@ -140,6 +142,11 @@ def real_dtype(latents: Tensor) -> torch.dtype:
     return torch.float64 if latents.dtype is torch.float64 else torch.float32
 
 
+def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous, whatever the strides of what it is like."""
+    return tensor.new_empty(tensor.shape, dtype=dtype)
+
+
 def per_sample(latents: Tensor, dtype: torch.dtype) -> Tensor:
     """An output of one value a sample."""
     batch = latents.shape[0] if latents.ndim else 1  # the kernel's check names latents without a batch
@@ -152,6 +159,29 @@ def workspace(latents: Tensor, chunk: int) -> Tensor | None:
         return None
     elements = latents.numel() // max(latents.shape[0], 1)
     return latents.new_empty((latents.shape[0], max(-(-elements // chunk), 1)), dtype=torch.float64)
+
+
+def allocated(op: str, allocate: Callable[..., Any], *arguments: Any) -> Any:
+    """What `allocate` makes. More than a CPU can give is one ``ValueError``; a GPU's error keeps torch's type."""
+    try:
+        return allocate(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        shapes = ", ".join(str(list(value.shape)) for value in arguments if isinstance(value, Tensor))
+        message = f"{op}: the results of inputs {shapes} cannot be allocated, must fit into memory"
+        raise ValueError(message) from error
+
+
+def filled(op: str, allocate: Callable[..., Any], fill: Callable[..., None]) -> Forward:
+    """The forward of an op that allocates its outputs, then has ``_C`` fill them: ``fill(outputs, *flat)``."""
+
+    def forward(*flat: Any) -> Any:
+        outputs = allocated(op, allocate, *flat)
+        fill(outputs, *flat)
+        return outputs
+
+    return forward
 
 
 def _has_subclass(values: tuple[Any, ...]) -> bool:
@@ -180,6 +210,19 @@ def _needs_grad(flat: tuple[Any, ...]) -> bool:
     return False
 
 
+class _Last(torch.autograd.Function):
+    """A gradient as it is, whose own gradient is an error: without it, that of a constant, which is to say none."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Tensor) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise ValueError(f"{ctx.op}: its gradient is differentiated, must be differentiated once only")
+
+
 def bind(
     name: str,
     schema: str,
@@ -187,23 +230,36 @@ def bind(
     fake: Forward,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    says: str = "",
 ) -> Forward:
     """Builds the callable of an op whose flat arguments follow `schema`.
 
     `forward` calls ``_C``; `fake` makes outputs of the same shapes and dtypes without data. With `setup_context` and
-    `backward` (as ``torch.library.register_autograd`` takes them) the op is differentiable, once.
+    `backward` (as ``torch.library.register_autograd`` takes them) the op is differentiable, once. Errors are those of
+    `says`, the function that users call, where it has another name.
     """
+    op = says or name
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    forward = on_stored(op, getattr(torch.ops.flowgrpo_fast, name).default._schema, forward)
     for key in ("CPU", "CUDA"):
         _library.impl(name, forward, key)
     torch.library.register_fake(f"flowgrpo_fast::{name}", fake, lib=_library)
     traced = getattr(torch.ops.flowgrpo_fast, name)
-    if setup_context is None or backward is None:
-        return lambda *flat: traced(*flat) if _is_traced(flat) else forward(*flat)
 
-    torch.library.register_autograd(
-        f"flowgrpo_fast::{name}", backward, setup_context=setup_context, lib=_library
-    )
+    def undifferentiable(*flat: Any) -> Any:
+        refuse_tangents(op, flat)
+        return traced(*flat) if _is_traced(flat) else forward(*flat)
+
+    if setup_context is None or backward is None:
+        return undifferentiable
+
+    def once(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
+        gradients = backward(ctx, *incoming)
+        if not torch.is_grad_enabled() or _is_traced(gradients):
+            return gradients
+        return tuple(g if g is None else _Last.apply(op, g.detach().requires_grad_()) for g in gradients)
+
+    torch.library.register_autograd(f"flowgrpo_fast::{name}", once, setup_context=setup_context, lib=_library)
 
     def forward_in_context(ctx: Any, *flat: Any) -> Any:
         # With setup_context on its own, apply() inspects signatures at every call, which costs more than a small op.
@@ -211,15 +267,19 @@ def bind(
         setup_context(ctx, flat, outputs)
         return outputs
 
-    members = {
-        "forward": staticmethod(forward_in_context),
-        "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
-    }
+    members = {"forward": staticmethod(forward_in_context), "backward": staticmethod(once)}
     function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*flat: Any) -> Any:
+        refuse_tangents(op, flat)
         if _is_traced(flat):
             return traced(*flat)
-        return function.apply(*flat) if _needs_grad(flat) else forward(*flat)
+        if not _needs_grad(flat):
+            return forward(*flat)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ValueError(
+                f"{op}: is called under a torch.func transform, must be differentiated by torch.autograd"
+            )
+        return function.apply(*flat)
 
     return call

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_tensor
+from flowgrpo_fast.ops._binding import bind, filled, require_tensor
 
 
 def _allocate(indices: Tensor, buffers: Sequence[Tensor]) -> list[Tensor]:
@@ -16,14 +16,12 @@ def _allocate(indices: Tensor, buffers: Sequence[Tensor]) -> list[Tensor]:
     return [buffer.new_empty(num_rows, *buffer.shape[1:]) for buffer in buffers]
 
 
-def _forward(indices: Tensor, buffers: Sequence[Tensor]) -> list[Tensor]:
-    out = _allocate(indices, buffers)
-    _forward_out(indices, buffers, out)
-    return out
-
-
-def _forward_out(indices: Tensor, buffers: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def _fill(out: Sequence[Tensor], indices: Tensor, buffers: Sequence[Tensor]) -> None:
     _C.compact(indices, tuple(buffers), tuple(out), torch.get_num_threads())
+
+
+def _write(indices: Tensor, buffers: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    _fill(out, indices, buffers)
     torch.autograd.graph.increment_version(out)
 
 
@@ -31,12 +29,18 @@ def _allocate_nothing(indices: Tensor, buffers: Sequence[Tensor], out: Sequence[
     return None
 
 
-_op = bind("compact", "(Tensor indices, Tensor[] buffers) -> Tensor[]", _forward, _allocate)
+_op = bind(
+    "compact",
+    "(Tensor indices, Tensor[] buffers) -> Tensor[]",
+    filled("compact", _allocate, _fill),
+    _allocate,
+)
 _op_out = bind(
     "compact_out",
     "(Tensor indices, Tensor[] buffers, Tensor(a!)[] out) -> ()",
-    _forward_out,
+    _write,
     _allocate_nothing,
+    says="compact",
 )
 
 
@@ -48,7 +52,7 @@ def compact(indices: Tensor, *buffers: Tensor, out: Sequence[Tensor] | None = No
 
     Args:
         indices: ``[K]`` int64, K at least 1, rows of every buffer, in any order and possibly repeated.
-        buffers: ``[N, ...]`` each, contiguous, of any dtype.
+        buffers: ``[N, ...]`` each, of any dtype.
         out: where to write, one ``[K, ...]`` a buffer, for example the static buffers of a CUDA graph; must not share
             memory with the other arguments. None allocates.
 
@@ -65,10 +69,6 @@ def compact(indices: Tensor, *buffers: Tensor, out: Sequence[Tensor] | None = No
     for name, tensors in (("buffers", buffers), ("out", out or ())):
         for number, tensor in enumerate(tensors):
             require_tensor("compact", f"{name}[{number}]", tensor)
-            if not torch.compiler.is_compiling() and (tensor.is_conj() or tensor.is_neg()):
-                raise ValueError(
-                    f"compact: {name}[{number}] is a conjugate or negative view, must be resolved (call .clone())"
-                )
             if name == "buffers" and tensor.ndim == 0:
                 raise ValueError(f"compact: buffers[{number}] has 0 dimensions, must be [rows, ...]")
     if out is None:

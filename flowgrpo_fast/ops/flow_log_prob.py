@@ -13,6 +13,8 @@ from flowgrpo_fast.ops._binding import (
     Guidance,
     Transition,
     bind,
+    empty_like,
+    filled,
     per_sample,
     real_dtype,
     require_bool,
@@ -51,12 +53,10 @@ def _allocate(*flat: Any) -> Tensor:
     return per_sample(flat[0], real_dtype(flat[0]))
 
 
-def _forward(*flat: Any) -> Tensor:
+def _fill(log_prob: Tensor, *flat: Any) -> None:
     transition, (next_latents,) = split_flat(flat)
-    log_prob = _allocate(*flat)
     written = (log_prob, workspace(transition.latents, CHUNK))
     _C.flow_log_prob(transition, next_latents, written, (), torch.get_num_threads())
-    return log_prob
 
 
 def _map_shape(latents: Tensor, axis: int) -> tuple[int, ...]:
@@ -75,11 +75,11 @@ def _allocate_extras(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _forward_extras(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fill_extras(outputs: tuple[Tensor, Tensor, Tensor, Tensor], *flat: Any) -> None:
     transition, (next_latents, return_mean, reference_velocity, reference_negative, map_axis) = split_flat(
         flat
     )
-    log_prob, mean, drift, log_prob_map = outputs = _allocate_extras(*flat)
+    log_prob, mean, drift, log_prob_map = outputs
     with_drift = reference_velocity is not None
     extras = (
         mean if return_mean else None,
@@ -92,19 +92,17 @@ def _forward_extras(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
     written = (log_prob, workspace(transition.latents, CHUNK))
     _C.flow_log_prob(transition, next_latents, written, extras, torch.get_num_threads())
-    return outputs
 
 
 def _allocate_gradients(*flat: Any) -> list[Tensor]:
-    return [torch.empty_like(flat[1]) for needed in flat[-2:] if needed]
+    return [empty_like(flat[1]) for needed in flat[-2:] if needed]
 
 
-def _backward_forward(*flat: Any) -> list[Tensor]:
+def _backward_fill(outputs: list[Tensor], *flat: Any) -> None:
     transition, rest = split_flat(flat)
     next_latents, *incoming, reference_velocity, reference_negative, map_axis = rest[:-2]
     need_velocity, need_negative = rest[-2:]
-    grad_log_prob, grad_mean, grad_drift, grad_map = (g if g is None else g.contiguous() for g in incoming)
-    outputs = _allocate_gradients(*flat)
+    grad_log_prob, grad_mean, grad_drift, grad_map = incoming
     gradients = (
         grad_log_prob,
         outputs[0] if need_velocity else None,
@@ -114,15 +112,15 @@ def _backward_forward(*flat: Any) -> list[Tensor]:
     if not (grad_mean is None and grad_drift is None and grad_map is None):
         extras = (grad_mean, reference_velocity, reference_negative, grad_drift, grad_map, map_axis)
     _C.flow_log_prob_backward(transition, next_latents, gradients, extras, torch.get_num_threads())
-    return outputs
 
 
 _backward_op = bind(
     "flow_log_prob_backward",
     f"({TRANSITION_SCHEMA}, Tensor next_latents, Tensor? grad_log_prob, Tensor? grad_mean, Tensor? grad_drift, "
     f"Tensor? grad_map, {_EXTRAS_SCHEMA}, bool need_velocity, bool need_negative) -> Tensor[]",
-    _backward_forward,
+    filled("flow_log_prob", _allocate_gradients, _backward_fill),
     _allocate_gradients,
+    says="flow_log_prob",
 )
 
 
@@ -177,7 +175,7 @@ def _backward_extras(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
 _op = bind(
     "flow_log_prob",
     f"({TRANSITION_SCHEMA}, Tensor next_latents) -> Tensor",
-    _forward,
+    filled("flow_log_prob", _allocate, _fill),
     _allocate,
     _setup_context,
     _backward,
@@ -187,10 +185,11 @@ _op_extras = bind(
     "flow_log_prob_extras",
     f"({TRANSITION_SCHEMA}, Tensor next_latents, bool return_mean, {_EXTRAS_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _forward_extras,
+    filled("flow_log_prob", _allocate_extras, _fill_extras),
     _allocate_extras,
     _setup_context_extras,
     _backward_extras,
+    says="flow_log_prob",
 )
 
 
@@ -289,7 +288,7 @@ def flow_log_prob(
     are treated as constants), and the backward is not differentiable again.
 
     Args:
-        latents: ``[B, *S]``, contiguous; float32, bfloat16, float16 or float64.
+        latents: ``[B, *S]``; float32, bfloat16, float16 or float64.
         velocity: ``[B, *S]``; any of these (float64 only if all tensors are).
         next_latents: ``[B, *S]``, the stored next latents; any of these.
         coeffs: ``[T, 8]`` float32, rows ``(sigma, a, b, c, d, inv_var, log_norm, 0)``.

@@ -13,6 +13,8 @@ from flowgrpo_fast.ops._binding import (
     Guidance,
     Transition,
     bind,
+    empty_like,
+    filled,
     per_sample,
     real_dtype,
     require_bool,
@@ -38,17 +40,15 @@ def _allocate(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     latents, return_x0_pred = flat[0], flat[-1]
     real = real_dtype(latents)
     return (
-        torch.empty_like(latents),
+        empty_like(latents),
         per_sample(latents, real),
-        torch.empty_like(latents, dtype=real)
-        if return_x0_pred
-        else torch.empty(0, dtype=real, device=latents.device),
+        empty_like(latents, real) if return_x0_pred else torch.empty(0, dtype=real, device=latents.device),
     )
 
 
-def _forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fill(outputs: tuple[Tensor, Tensor, Tensor], *flat: Any) -> None:
     transition, (seed, return_x0_pred) = split_flat(flat)
-    next_latents, log_prob, x0_pred = outputs = _allocate(*flat)
+    next_latents, log_prob, x0_pred = outputs
     written = (
         next_latents,
         log_prob,
@@ -56,13 +56,12 @@ def _forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
         workspace(transition.latents, CHUNK),
     )
     _C.flow_step(transition, seed, written, torch.get_num_threads())
-    return outputs
 
 
 _op = bind(
     "flow_step",
     f"({TRANSITION_SCHEMA}, Tensor seed, bool return_x0_pred) -> (Tensor, Tensor, Tensor)",
-    _forward,
+    filled("flow_step", _allocate, _fill),
     _allocate,
 )
 
@@ -98,8 +97,8 @@ def flow_step(
     differentiable: no gradient flows from any output; replay with `flow_log_prob` for gradients.
 
     Args:
-        latents: ``[B, *S]``, contiguous; float32, bfloat16, float16 or float64.
-        velocity: ``[B, *S]``, contiguous; any of these (float64 only together with float64 latents).
+        latents: ``[B, *S]``; float32, bfloat16, float16 or float64.
+        velocity: ``[B, *S]``; any of these (float64 only together with float64 latents).
         coeffs: ``[T, 8]`` float32, rows ``(sigma, a, b, c, d, inv_var, log_norm, 0)``.
         step_index: row of the table; an int, or an int64 tensor, 0-d or ``[B]``.
         seed: ``[B]`` int64, one a sample.

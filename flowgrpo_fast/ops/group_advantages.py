@@ -11,6 +11,7 @@ from torch import Tensor
 from flowgrpo_fast import _C
 from flowgrpo_fast.ops._binding import (
     bind,
+    filled,
     real_dtype,
     require_int,
     require_number,
@@ -41,19 +42,17 @@ def _allocate(*flat: Any) -> Tensor:
     return rewards.new_empty(shape, dtype=real_dtype(rewards))
 
 
-def _forward(*flat: Any) -> Tensor:
+def _fill(advantages: Tensor, *flat: Any) -> None:
     rewards, group_id = flat[:2]
-    advantages = _allocate(*flat)
     workspaces: tuple[Tensor | None, Tensor | None] = (None, None)
     if rewards.is_cuda:
         batch = rewards.shape[0] if rewards.ndim else 1
         sums = rewards.new_empty(MAX_REWARDS + batch, dtype=torch.float64)
         workspaces = (rewards.new_empty(batch, dtype=torch.int64), sums)
     _C.group_advantages(rewards, group_id, flat[2:], advantages, workspaces, torch.get_num_threads())
-    return advantages
 
 
-_op = bind("group_advantages", _SCHEMA, _forward, _allocate)
+_op = bind("group_advantages", _SCHEMA, filled("group_advantages", _allocate, _fill), _allocate)
 
 
 def _bound(argument: str, value: float | None) -> float:
@@ -121,7 +120,7 @@ def group_advantages(
     Not differentiable.
 
     Args:
-        rewards: ``[B]`` or ``[B, R]``, R at most 16, contiguous; float32, bfloat16, float16 or float64.
+        rewards: ``[B]`` or ``[B, R]``, R at most 16; float32, bfloat16, float16 or float64.
         group_id: ``[B]`` int64 in ``0..num_groups - 1``, in any order; groups of any size, also empty ones.
         num_groups: at most 2^24, or B if that is more; None takes B. On a GPU a block a group runs, so the true number
             is cheaper.

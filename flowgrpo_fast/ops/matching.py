@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, per_sample, real_dtype, require_number, require_tensor
+from flowgrpo_fast.ops._binding import (
+    bind,
+    empty_like,
+    filled,
+    per_sample,
+    real_dtype,
+    require_number,
+    require_tensor,
+)
 from flowgrpo_fast.ops.flow_step import CHUNK
 
 
@@ -59,7 +67,7 @@ def _allocate(
 ) -> tuple[Tensor, ...]:
     first = per_sample(velocity, real_dtype(velocity))
     names = _names(old_velocity, reference_velocity, beta)
-    return (first, *[torch.empty_like(first) for _ in names[1:]])
+    return (first, *[empty_like(first) for _ in names[1:]])
 
 
 def _workspace(velocity: Tensor, num_means: int) -> Tensor | None:
@@ -71,23 +79,18 @@ def _workspace(velocity: Tensor, num_means: int) -> Tensor | None:
     return velocity.new_empty((num_means, batch, chunks), dtype=torch.float64)
 
 
-def _forward(*flat: Any) -> tuple[Tensor, ...]:
+def _fill(means: tuple[Tensor, ...], *flat: Any) -> None:
     velocity, beta = flat[0], flat[-1]
-    means = _allocate(*flat)
     _C.matching(flat[:-1], beta, means, _workspace(velocity, len(means)), torch.get_num_threads())
-    return means
 
 
 def _allocate_gradient(*flat: Any) -> Tensor:
-    return torch.empty_like(flat[0])
+    return empty_like(flat[0])
 
 
-def _backward_forward(*flat: Any) -> Tensor:
+def _backward_fill(gradient: Tensor, *flat: Any) -> None:
     inputs, beta, incoming = flat[:5], flat[5], flat[6:]
-    gradient = _allocate_gradient(*flat)
-    grads = tuple(grad if grad is None else grad.contiguous() for grad in incoming)
-    _C.matching_backward(inputs, beta, grads, gradient, torch.get_num_threads())
-    return gradient
+    _C.matching_backward(inputs, beta, incoming, gradient, torch.get_num_threads())
 
 
 _SCHEMA = (
@@ -98,8 +101,9 @@ _SCHEMA = (
 _backward_op = bind(
     "matching_backward",
     f"({_SCHEMA}, {', '.join(f'Tensor? grad_{name}' for name in _DIFFERENTIABLE)}) -> Tensor",
-    _backward_forward,
+    filled("matching", _allocate_gradient, _backward_fill),
     _allocate_gradient,
+    says="matching",
 )
 
 
@@ -121,7 +125,14 @@ def _backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
     return _backward_op(*inputs, ctx.beta, *wanted), None, None, None, None, None
 
 
-_op = bind("matching", f"({_SCHEMA}) -> Tensor[]", _forward, _allocate, _setup_context, _backward)
+_op = bind(
+    "matching",
+    f"({_SCHEMA}) -> Tensor[]",
+    filled("matching", _allocate, _fill),
+    _allocate,
+    _setup_context,
+    _backward,
+)
 
 
 def matching(
@@ -160,7 +171,7 @@ def matching(
     treated as constants), and it is not differentiable again.
 
     Args:
-        velocity: ``[B, *S]``, contiguous; float32, bfloat16, float16 or float64.
+        velocity: ``[B, *S]``; float32, bfloat16, float16 or float64.
         target: ``[B, *S]``; any of these, as the other velocities (float64 only if all tensors are).
         old_velocity: ``[B, *S]``; asks for ``old_*``.
         reference_velocity: ``[B, *S]``; asks for ``reference_*``. With guidance, the guided one.

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from flowgrpo_fast.ops._binding import require_bool, require_number, require_tensor
+from flowgrpo_fast.ops._binding import refuse_tangents, require_bool, require_number, require_tensor
 from flowgrpo_fast.ops.quantize import FP4, FP8, Fp8Rows, Nvfp4, as_bytes, fp8_op, nvfp4_op
 
 Quantized = TypeVar("Quantized", Fp8Rows, Nvfp4)
@@ -33,7 +33,7 @@ def merge_lora_quantize_(
 
     Args:
         out: ``Fp8Rows`` or ``Nvfp4`` as the quantising op returned it; same pointers afterwards (CUDA graphs).
-        weight: ``[N, K]`` master weight, contiguous; float32, bfloat16 or float16.
+        weight: ``[N, K]`` master weight; float32, bfloat16 or float16.
         lora_a: ``[r, K]``, rank at most 256; any of these.
         lora_b: ``[N, r]``; any of these.
         lora_scale: alpha / r, or alpha / sqrt(r).
@@ -53,6 +53,7 @@ def merge_lora_quantize_(
         require_tensor(op, argument, tensor)
     if weight.ndim != 2:
         raise ValueError(f"{op}: weight has {weight.ndim} dimension(s), must be [rows, columns]")
+    refuse_tangents(op, (weight, lora_a, lora_b))
     scale = require_number(op, "lora_scale", lora_scale)
     matrix = (weight.detach(), lora_a.detach(), lora_b.detach(), scale)
     if isinstance(out, Fp8Rows):

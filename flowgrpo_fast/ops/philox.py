@@ -11,6 +11,7 @@ from torch import Tensor
 from flowgrpo_fast import _C
 from flowgrpo_fast.ops._binding import (
     bind,
+    filled,
     require_int,
     require_ints,
     require_one_of,
@@ -26,14 +27,12 @@ def _allocate(*flat: Any) -> Tensor:
     return seed.new_empty((*seed.shape[:1], *shape), dtype=dtype)
 
 
-def _forward(*flat: Any) -> Tensor:
+def _fill(out: Tensor, *flat: Any) -> None:
     seed, _, step, step_index, stream, _ = flat
-    out = _allocate(*flat)
     _C.philox(seed, step if step_index is None else step_index, stream, out, torch.get_num_threads())
-    return out
 
 
-_op = bind("philox", _SCHEMA, _forward, _allocate)
+_op = bind("philox", _SCHEMA, filled("philox", _allocate, _fill), _allocate)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

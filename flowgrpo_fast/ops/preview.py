@@ -14,6 +14,7 @@ from flowgrpo_fast.ops._binding import (
     Guidance,
     Transition,
     bind,
+    filled,
     real_dtype,
     require_int,
     require_ints,
@@ -52,20 +53,19 @@ def _allocate(*flat: Any) -> tuple[Tensor, Tensor]:
     return latents.new_empty(shape, dtype=real), latents.new_empty(groups, dtype=real)
 
 
-def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
+def _fill(outputs: tuple[Tensor, Tensor], *flat: Any) -> None:
     transition, (pool, grid, group_size) = split_flat(flat)
-    pooled, gram = outputs = _allocate(*flat)
+    pooled, gram = outputs
     num_threads = torch.get_num_threads()
     _C.preview(transition, _view(transition.latents, grid), pool, pooled, num_threads)
     if group_size:
         _C.gram(pooled, torch.empty_like(pooled), gram, num_threads)
-    return outputs
 
 
 _op = bind(
     "preview",
     f"({TRANSITION_SCHEMA}, int[] pool, int[] grid, int group_size) -> (Tensor, Tensor)",
-    _forward,
+    filled("preview", _allocate, _fill),
     _allocate,
 )
 
@@ -136,7 +136,7 @@ def preview(
     scores skip the decoder. Not differentiable.
 
     Args:
-        latents: ``[B, C, H, W]``, ``[B, C, T, H, W]``, or packed ``[B, L, C]`` with `grid`; contiguous; float32,
+        latents: ``[B, C, H, W]``, ``[B, C, T, H, W]``, or packed ``[B, L, C]`` with `grid`; float32,
             bfloat16, float16 or float64.
         velocity: the same shape; any of these (float64 only together with float64 latents).
         coeffs: ``[T, 8]`` float32, rows ``(sigma, a, b, c, d, inv_var, log_norm, 0)``.

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_bool, require_one_of, require_tensor
+from flowgrpo_fast.ops._binding import (
+    allocated,
+    bind,
+    filled,
+    refuse_tangents,
+    require_bool,
+    require_one_of,
+    require_tensor,
+)
 
 FP8 = torch.float8_e4m3fn
 FP4 = torch.float4_e2m1fn_x2
@@ -36,6 +44,12 @@ def as_bytes(op: str, argument: str, tensor: Tensor, dtype: torch.dtype) -> Tens
     require_tensor(op, argument, tensor)
     if tensor.dtype is not dtype:
         raise ValueError(f"{op}: {argument} has dtype {tensor.dtype}, must have {dtype}")
+    if torch.compiler.is_compiling():
+        return tensor.view(torch.uint8)
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{op}: {argument} has layout {tensor.layout}, must be a dense tensor")
+    if tensor.is_neg():
+        raise ValueError(f"{op}: {argument} is a negative view, must be resolved: {dtype} has no negation")
     return tensor.view(torch.uint8)
 
 
@@ -52,6 +66,17 @@ def _scale_shape(rows: int, columns: int, swizzle: bool) -> tuple[int, int]:
     return (-(-rows // 128) * 128, -(-blocks // 4) * 4) if swizzle else (rows, blocks)
 
 
+def _allocate_fp8(x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    codes = torch.empty((rows, columns), dtype=torch.uint8, device=x.device)
+    return codes, torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+
+
+def _allocate_nvfp4(x: Tensor, rows: int, columns: int, swizzle: bool) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.empty((rows, columns // 2), dtype=torch.uint8, device=x.device)
+    scales = torch.empty(_scale_shape(rows, columns, swizzle), dtype=torch.uint8, device=x.device)
+    return codes, scales, torch.empty((), dtype=torch.float32, device=x.device)
+
+
 def _nothing(*flat: Any) -> None:
     """Everything is written in place."""
 
@@ -59,7 +84,7 @@ def _nothing(*flat: Any) -> None:
 _MATRIX_SCHEMA = "Tensor x, Tensor? lora_a, Tensor? lora_b, float lora_scale"
 
 
-def _fp8_forward(*flat: Any) -> None:
+def _write_fp8(*flat: Any) -> None:
     *matrix, codes, scale = flat
     _C.quantize_fp8_rows(tuple(matrix), codes, scale, torch.get_num_threads())
     torch.autograd.graph.increment_version((codes, scale))
@@ -68,12 +93,12 @@ def _fp8_forward(*flat: Any) -> None:
 fp8_op = bind(
     "quantize_fp8_rows",
     f"({_MATRIX_SCHEMA}, Tensor(a!) codes, Tensor(b!) scale) -> ()",
-    _fp8_forward,
+    _write_fp8,
     _nothing,
 )
 
 
-def _nvfp4_forward(*flat: Any) -> None:
+def _write_nvfp4(*flat: Any) -> None:
     *matrix, codes, scales, global_scale, static_scale, swizzle = flat
     x = matrix[0]
     is_static = static_scale is not None
@@ -88,7 +113,7 @@ nvfp4_op = bind(
     "quantize_nvfp4",
     f"({_MATRIX_SCHEMA}, Tensor(a!) codes, Tensor(b!) scales, Tensor(c!)? global_scale, Tensor? static_scale, "
     "bool swizzle) -> ()",
-    _nvfp4_forward,
+    _write_nvfp4,
     _nothing,
 )
 
@@ -108,7 +133,7 @@ def quantize_fp8_rows(x: Tensor, out: Fp8Rows | None = None) -> Fp8Rows:
     Other granularities are views: one scale for all is ``x.view(1, -1)``, 1x128 blocks are ``x.view(-1, 128)``.
 
     Args:
-        x: ``[..., K]``, contiguous; float32, bfloat16 or float16. Leading dimensions are rows: ``M`` together.
+        x: ``[..., K]``; float32, bfloat16 or float16. Leading dimensions are rows: ``M`` together.
         out: where to write, for pointers that stay the same (CUDA graphs); else new tensors.
 
     Returns:
@@ -120,11 +145,12 @@ def quantize_fp8_rows(x: Tensor, out: Fp8Rows | None = None) -> Fp8Rows:
     op = "quantize_fp8_rows"
     rows, columns = _matrix_shape(op, x)
     if out is None:
-        codes = torch.empty((rows, columns), dtype=torch.uint8, device=x.device)
-        out = Fp8Rows(codes.view(FP8), torch.empty((rows, 1), device=x.device))
+        codes, scale = allocated(op, _allocate_fp8, x, rows, columns)
+        out = Fp8Rows(codes.view(FP8), scale)
     else:
         require_fields(op, out, Fp8Rows)
         codes = as_bytes(op, "out.codes", out.codes, FP8)
+    refuse_tangents(op, (x,))
     fp8_op(x.detach() if x.requires_grad else x, None, None, 0.0, codes, out.scale)
     return out
 
@@ -148,7 +174,7 @@ def quantize_nvfp4(
     128 rows and 4 columns, padded with zeros.
 
     Args:
-        x: ``[..., K]``, K a multiple of 16, contiguous; float32, bfloat16 or float16. Leading dimensions are rows:
+        x: ``[..., K]``, K a multiple of 16; float32, bfloat16 or float16. Leading dimensions are rows:
             ``M`` together.
         global_scale: 0-d float32 on x's device, for a scale known before; None takes a pass over `x` for it.
         swizzle: the layout of the scales.
@@ -165,15 +191,15 @@ def quantize_nvfp4(
     require_bool(op, "swizzle", swizzle)
     rows, columns = _matrix_shape(op, x)
     if out is None:
-        codes = torch.empty((rows, columns // 2), dtype=torch.uint8, device=x.device)
-        scales = torch.empty(_scale_shape(rows, columns, swizzle), dtype=torch.uint8, device=x.device)
-        computed = torch.empty((), device=x.device) if global_scale is None else global_scale
+        codes, scales, own = allocated(op, _allocate_nvfp4, x, rows, columns, swizzle)
+        computed = own if global_scale is None else global_scale
         out = Nvfp4(codes.view(FP4), scales.view(FP8), computed)
     else:
         require_fields(op, out, Nvfp4)
         codes = as_bytes(op, "out.codes", out.codes, FP4)
         scales = as_bytes(op, "out.scales", out.scales, FP8)
     target = out.global_scale if global_scale is None else None
+    refuse_tangents(op, (x,))
     source = x.detach() if x.requires_grad else x
     nvfp4_op(source, None, None, 0.0, codes, scales, target, global_scale, swizzle)
     return out if global_scale is None else out._replace(global_scale=global_scale)
@@ -189,16 +215,14 @@ def _allocate_values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
     return torch.empty(codes.shape, dtype=dtype, device=codes.device)
 
 
-def _dequantize_fp8_forward(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    out = _allocate_values(codes, scale, dtype)
+def _fill_values(out: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
     _C.dequantize_fp8_rows(codes, scale, out, torch.get_num_threads())
-    return out
 
 
 _dequantize_fp8_op = bind(
     "dequantize_fp8_rows",
     "(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor",
-    _dequantize_fp8_forward,
+    filled("dequantize_fp8_rows", _allocate_values, _fill_values),
     _allocate_values,
 )
 
@@ -209,18 +233,16 @@ def _allocate_nvfp4_values(
     return torch.empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=dtype, device=codes.device)
 
 
-def _dequantize_nvfp4_forward(
-    codes: Tensor, scales: Tensor, global_scale: Tensor, dtype: torch.dtype, swizzle: bool
-) -> Tensor:
-    out = _allocate_nvfp4_values(codes, scales, global_scale, dtype, swizzle)
+def _fill_nvfp4_values(
+    out: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor, dtype: torch.dtype, swizzle: bool
+) -> None:
     _C.dequantize_nvfp4((codes, scales, global_scale), out, swizzle, torch.get_num_threads())
-    return out
 
 
 _dequantize_nvfp4_op = bind(
     "dequantize_nvfp4",
     "(Tensor codes, Tensor scales, Tensor global_scale, ScalarType dtype, bool swizzle) -> Tensor",
-    _dequantize_nvfp4_forward,
+    filled("dequantize_nvfp4", _allocate_nvfp4_values, _fill_nvfp4_values),
     _allocate_nvfp4_values,
 )
 
@@ -232,7 +254,7 @@ def dequantize_fp8_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch
     """``codes * scale`` in float32, rounded to `dtype`; what `quantize_fp8_rows` wrote.
 
     Args:
-        codes: ``[M, K]`` float8_e4m3fn, contiguous.
+        codes: ``[M, K]`` float8_e4m3fn.
         scale: ``[M, 1]`` float32.
         dtype: float32, bfloat16 or float16.
 
@@ -257,7 +279,7 @@ def dequantize_nvfp4(
     """``codes * (scales * global_scale)`` in float32, rounded to `dtype`; what `quantize_nvfp4` wrote.
 
     Args:
-        codes: ``[M, K / 2]`` float4_e2m1fn_x2, contiguous.
+        codes: ``[M, K / 2]`` float4_e2m1fn_x2.
         scales: float8_e4m3fn, swizzled or ``[M, K / 16]``.
         global_scale: 0-d float32.
         dtype: float32, bfloat16 or float16.

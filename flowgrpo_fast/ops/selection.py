@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast import _C
-from flowgrpo_fast.ops._binding import bind, require_int, require_tensor
+from flowgrpo_fast.ops._binding import bind, filled, require_int, require_tensor
 
 
 def _indices(rewards: Tensor, size: int) -> Tensor:
@@ -19,36 +19,41 @@ def _allocate(rewards: Tensor, size: int) -> Tensor:
     return _indices(rewards, size if 0 <= size <= most else 0)
 
 
-def _subset_forward(rewards: Tensor, k: int) -> Tensor:
-    indices = _allocate(rewards, k)
+def _fill_subset(indices: Tensor, rewards: Tensor, k: int) -> None:
     _C.best_variance_subset(rewards, k, indices, torch.get_num_threads())
-    return indices
 
 
-def _top_bottom_forward(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
-    indices = _allocate(rewards, num_top + num_bottom)
+def _allocate_both(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
+    return _allocate(rewards, num_top + num_bottom)
+
+
+def _fill_both(indices: Tensor, rewards: Tensor, num_top: int, num_bottom: int) -> None:
     _C.top_bottom(rewards, num_top, num_bottom, indices, torch.get_num_threads())
-    return indices
 
 
 def _fronts(objectives: Tensor) -> Tensor:
     return objectives.new_empty(objectives.shape[:2], dtype=torch.int64)
 
 
-def _fronts_forward(objectives: Tensor) -> Tensor:
-    fronts = _fronts(objectives)
+def _fill_fronts(fronts: Tensor, objectives: Tensor) -> None:
     _C.pareto_fronts(objectives, fronts, torch.get_num_threads())
-    return fronts
 
 
-_subset_op = bind("best_variance_subset", "(Tensor rewards, SymInt k) -> Tensor", _subset_forward, _indices)
+_subset_op = bind(
+    "best_variance_subset",
+    "(Tensor rewards, SymInt k) -> Tensor",
+    filled("best_variance_subset", _allocate, _fill_subset),
+    _indices,
+)
 _top_bottom_op = bind(
     "top_bottom",
     "(Tensor rewards, SymInt num_top, SymInt num_bottom) -> Tensor",
-    _top_bottom_forward,
+    filled("top_bottom", _allocate_both, _fill_both),
     lambda rewards, num_top, num_bottom: _indices(rewards, num_top + num_bottom),
 )
-_fronts_op = bind("pareto_fronts", "(Tensor objectives) -> Tensor", _fronts_forward, _fronts)
+_fronts_op = bind(
+    "pareto_fronts", "(Tensor objectives) -> Tensor", filled("pareto_fronts", _fronts, _fill_fronts), _fronts
+)
 
 
 def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
@@ -60,7 +65,7 @@ def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
     Where a prompt has a NaN or infinite reward, its `k` highest are taken, NaN counting as lower than everything.
 
     Args:
-        rewards: ``[P, G]``, G at most 1024, contiguous; float32, bfloat16, float16 or float64.
+        rewards: ``[P, G]``, G at most 1024; float32, bfloat16, float16 or float64.
         k: how many survive, in ``1..G``.
 
     Raises:
@@ -76,7 +81,7 @@ def top_bottom(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
     Of equal rewards those with the lower index come first. NaN counts as lower than everything.
 
     Args:
-        rewards: ``[P, G]``, G at most 1024, contiguous; float32, bfloat16, float16 or float64.
+        rewards: ``[P, G]``, G at most 1024; float32, bfloat16, float16 or float64.
         num_top: how many of the best.
         num_bottom: how many of the worst; together 1 to G.
 
@@ -99,7 +104,7 @@ def pareto_fronts(objectives: Tensor) -> Tensor:
     counts as lower than everything. The fronts of ``-objectives`` begin with the worst samples (POCA's ``P-``).
 
     Args:
-        objectives: ``[P, G, R]``, G at most 64 and R at most 8, contiguous; float32, bfloat16, float16 or float64.
+        objectives: ``[P, G, R]``, G at most 64 and R at most 8; float32, bfloat16, float16 or float64.
 
     Raises:
         ValueError: wrong shape, dtype, device or layout.

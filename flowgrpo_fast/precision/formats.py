@@ -7,6 +7,7 @@ are quantised on the way in, with scales of their own values (dynamic). The prod
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -75,8 +76,12 @@ class Format(ABC):
         """`x @ weight.T + bias`, `[M, N]` of `dtype`, by the device's own low-precision product."""
 
     @abstractmethod
+    def is_promised(self, device: torch.device) -> bool:
+        """Whether `scaled_mm` is said to run there."""
+
     def is_native(self, device: torch.device) -> bool:
-        """Whether `scaled_mm` runs there."""
+        """Whether `scaled_mm` runs there: on a GPU it is tried, once a process."""
+        return self.is_promised(device) and (device.type != "cuda" or _runs(self.name, device))
 
     def multiply(
         self, x: Tensor, stored: Stored, bias: Tensor | None, dtype: torch.dtype, native: bool
@@ -118,6 +123,21 @@ def _bytes(*shape: int, device: torch.device) -> Tensor:
 
 def _nothing(device: torch.device) -> Tensor:
     return _bytes(0, device=device)
+
+
+@functools.cache
+def _runs(name: str, device: torch.device) -> bool:
+    """Whether one small product of a format comes out right: no capability tells which ones a cuBLAS lacks."""
+    form, weight = FORMATS[name], torch.full((BLOCK, BLOCK), 0.5, device=device)
+    x = torch.ones(BLOCK, BLOCK, dtype=torch.bfloat16, device=device)
+    stored = form.empty(BLOCK, BLOCK, device)
+    try:
+        with torch.no_grad():
+            form.write_(stored, weight)
+            product = form.scaled_mm(x, stored, None, torch.bfloat16)
+        return bool((product == BLOCK / 2).all())
+    except RuntimeError:
+        return False
 
 
 class RowScales(Format):
@@ -162,7 +182,7 @@ class RowScales(Format):
             use_fast_accum=x.is_cuda,
         )
 
-    def is_native(self, device: torch.device) -> bool:
+    def is_promised(self, device: torch.device) -> bool:
         """A CPU (exact, not fast), and compute capability 8.9 or above."""
         return device.type == "cpu" or capability(device) >= (8, 9)
 
@@ -172,7 +192,9 @@ def quantize_whole(x: Tensor) -> Fp8Rows:
 
     The bits of `quantize_fp8_rows` on one long row, which on a GPU would be the work of one block of threads.
     """
-    scale = x.abs().amax().float().clamp(min=2.0**-100) / 448
+    # By a number on the host CUDA would multiply with its rounded reciprocal; the kernels divide.
+    most = torch.full((), 448.0, device=x.device, dtype=torch.float32)
+    scale = x.abs().amax().float().clamp(min=2.0**-100) / most
     return Fp8Rows((x.float() / scale).clamp(-448, 448).to(FP8), scale.view(1, 1))
 
 
@@ -255,7 +277,10 @@ class BlockScales(Format):
         return dequantize_fp8_rows(*quantize_fp8_rows(x.view(-1, BLOCK)), dtype).view(x.shape)
 
     def scaled_mm(self, x: Tensor, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """1 x 128 by 128 x 128, whose activation scales lie column after column."""
+        """1 x 128 by 128 x 128, whose activation scales lie column after column.
+
+        cuBLASLt has it with bf16 and fp32 results and without a bias: fp16 is rounded from bf16, a bias is added after.
+        """
         num_rows = x.shape[0]
         if num_rows % 4:  # columns of scales start on 16 bytes
             x = F.pad(x, (0, 0, 0, -num_rows % 4))
@@ -267,12 +292,12 @@ class BlockScales(Format):
             ScalingType.BlockWise1x128,
             stored.scale.view(torch.float32).t(),
             ScalingType.BlockWise128x128,
-            bias=bias,
-            output_dtype=dtype,
+            output_dtype=torch.float32 if dtype is torch.float32 else torch.bfloat16,
         )
-        return product[:num_rows]
+        product = product[:num_rows].to(dtype)
+        return product if bias is None else product + bias
 
-    def is_native(self, device: torch.device) -> bool:
+    def is_promised(self, device: torch.device) -> bool:
         """Hopper alone, with CUDA 12.9 or later."""
         version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
         return capability(device)[0] == 9 and version >= (12, 9)
@@ -329,7 +354,7 @@ class FourBits(Format):
             output_dtype=dtype,
         )
 
-    def is_native(self, device: torch.device) -> bool:
+    def is_promised(self, device: torch.device) -> bool:
         """Blackwell: compute capability 10.0 or above."""
         return capability(device) >= (10, 0)
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowgrpo_fast.device import DEVICE
 from flowgrpo_fast.rewards.terms import Reward, Seen, scored
 from flowgrpo_fast.types import Scores
 
@@ -38,7 +39,7 @@ class RewardWorkers:
             lock = self._locks[term.label]  # one call of a function at a time, as without threads
 
             def call() -> Scores:
-                with lock, torch.no_grad():
+                with lock, DEVICE.shared(), torch.no_grad():
                     return scored(term, seen)
 
             return _in_thread(call)

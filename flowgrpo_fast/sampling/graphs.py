@@ -5,11 +5,14 @@ are static buffers that all shapes share, the smaller ones as leading rows of th
 pool and are copied out before the next replay. Weights are read where they are: an update in place is seen, as is a
 snapshot's, whose own memory the pointers of its capture name.
 
-Without a CUDA device, or where a capture failed, the same function runs on the same buffers, uncaptured.
+A step that waits for the device is found out before it is captured: a capture that fails can leave torch's allocator
+capturing, and every later one failing. Without a CUDA device, or where a step cannot be captured, the same function
+runs on the same buffers, uncaptured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,13 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowgrpo_fast.device import DEVICE
 from flowgrpo_fast.ops import FlowStepOutput, Guidance
 from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.sampling.step import Ask, StepInput, StepResult, Wanted, row_slices, take_step
 from flowgrpo_fast.types import Conditioning, FlowModel
 
 _MOST_LAYOUTS = 8  # say of prompts padded to the longest of a step; the oldest makes room
-_WARM_UP = 3  # runs before a capture: workspaces, autotuning, compilation
+_WARM_UP = 3  # runs before a capture: workspaces, autotuning, compilation; the last one is watched
+_PATIENCE = 60.0  # seconds for rewards in other threads to end before a capture
 
 
 class _Key(NamedTuple):
@@ -71,18 +76,31 @@ class StepGraph:
     result: StepResult | None = None
 
     def capture(self, pool: Any, side: torch.cuda.Stream) -> None:
-        """Records one run, after a few, on a side stream. Other threads, say rewards, may use the device meanwhile."""
+        """Records one run, after a few, on a side stream.
+
+        Raises:
+            RuntimeError: a run waits for the device, or does what else cannot be captured. Later captures may succeed.
+        """
         main = torch.cuda.current_stream(self.given.latents.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
+            for _ in range(_WARM_UP - 1):
                 self.run()
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self.run()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
             # torch's own stream for captures is of whichever device was current first.
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 result = self.run()
+        except BaseException:
+            _end_allocation(self.given.latents.device, pool)
+            raise
         finally:
             torch.cuda.set_stream(main)  # a capture that fails stays on its own
         self.graph, self.result = graph, result
@@ -185,7 +203,10 @@ class Graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._side = self._side or torch.cuda.Stream(given.latents.device)
             try:
-                graph.capture(self._pool, self._side)
+                with DEVICE.exclusive(_PATIENCE) as alone:
+                    if not alone:
+                        raise RuntimeError(f"a reward in another thread did not end within {_PATIENCE:.0f} s")
+                    graph.capture(self._pool, self._side)
             except RuntimeError as error:  # the driver's and torch's own are
                 self._refused = True
                 line = str(_first(error)).strip().splitlines()[0]
@@ -197,6 +218,13 @@ class Graphs:
 def _first(error: BaseException) -> BaseException:
     """What broke a capture, which then broke at its end once more."""
     return error if error.__context__ is None else _first(error.__context__)
+
+
+def _end_allocation(device: torch.device, pool: Any) -> None:
+    """Before torch 2.12 a capture that fails at its end leaves the allocator capturing into its pool."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12):
+        with contextlib.suppress(RuntimeError):  # it had not begun
+            torch._C._cuda_endAllocateToPool(device.index, pool)
 
 
 def _on_cuda(given: StepInput) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -30,13 +31,26 @@ def test_without_a_gpu_it_says_so_in_one_line():
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "gpu-check: no CUDA device\n")
 
 
-def test_the_dry_run_lists_stages_of_less_than_ten_minutes_packages_included(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--dry-run"]
+@pytest.mark.parametrize("part", gpu_check.PARTS)
+def test_the_dry_run_lists_stages_of_seven_minutes_packages_included(tmp_path, part):
+    command = [sys.executable, str(SCRIPT), part, "--dry-run"]
     listed = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, cwd=tmp_path).stdout
-    names = [line.split()[0] for line in listed.splitlines()]
-    stages = ["build", "tests", "memcheck", "racecheck", "ops", "rollout", "train_step", "levers"]
-    assert names == ["packages", *stages]
-    assert sum(int(line.split()[1]) for line in listed.splitlines()) <= gpu_check.BUDGET < 600 - 15
+    names = [line.split()[1] for line in listed.splitlines()]
+    stages = {
+        "first": ["smoke", "numbers", "tests"],
+        "checks": ["capture", "large", "memcheck", "racecheck", "counters"],
+        "tables": ["ops", "rollout", "train_step"],
+        "levers": ["levers"],
+    }[part]
+    assert names == ["packages", "build", *stages]
+    assert {line.split()[0] for line in listed.splitlines()} == {part}
+    assert sum(int(line.split()[2]) for line in listed.splitlines()) <= gpu_check.BUDGET <= 7 * 60
+
+
+def test_a_part_of_another_name_is_one_line():
+    done = subprocess.run([sys.executable, str(SCRIPT), "last"], capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 2
+    assert "part is 'last', must be one of first, checks, tables, levers" in done.stderr
 
 
 def test_a_stage_passes_fails_or_is_stopped(tmp_path):
@@ -57,7 +71,7 @@ def test_a_stage_that_fits_its_work_to_its_limit_is_told_what_is_left(tmp_path):
     assert (fixed.within(60).limit, fixed.within(12.5).limit, fixed.least) == (30, 12, 25)
     assert gpu_check.run(told.within(HANGS + 0.5), tmp_path).status == "passed"
     assert (tmp_path / "levers.log").read_text() == f"['--limit', '{HANGS - 20}']\n"
-    ops, *_, levers = gpu_check.commands(tmp_path, "90")[-4:]
+    ops, levers = (gpu_check.commands(part, tmp_path, "90")[1] for part in ("tables", "levers"))
     assert (ops.told[-2], int(ops.told[-1])) == ("--limit", ops.limit - ops.starting)
     assert levers.stretches
     assert levers.limit - levers.starting >= lever_rows._A_ROW  # or no row would be begun
@@ -65,7 +79,7 @@ def test_a_stage_that_fits_its_work_to_its_limit_is_told_what_is_left(tmp_path):
 
 
 def test_the_page_says_what_is_compiled_on_a_gpu(tmp_path):
-    ops = next(command for command in gpu_check.commands(tmp_path, "90") if command.name == "ops")
+    ops = gpu_check.commands("tables", tmp_path, "90")[1]
     size, dtype = ops.arguments[ops.arguments.index("--compiled") + 1].rsplit(" ", 1)
     assert f"compiles one size alone, {size} in {dtype}" in " ".join(report.INTRODUCTION.split())
 
@@ -93,7 +107,7 @@ def test_stages_share_what_is_left_and_one_without_time_is_skipped(tmp_path, mon
     assert clock[0] == 100 + 145  # all of it and no more
     late = list(gpu_check.run_all([*stages, levers], {}, deadline=clock[0] + 65))
     assert [stage.status for stage in (*done, *late)] == ["passed"] * 5 + ["skipped"] * 4 + ["passed"]
-    assert late[3].detail == "out of time: 5 s are left of 580"
+    assert late[3].detail == "out of time: 5 s are left of 420"
 
 
 def test_rows_measured_before_a_stage_was_stopped_are_kept(tmp_path):
@@ -165,7 +179,7 @@ def test_a_missing_package_skips_its_tests_visibly_and_nothing_else(tmp_path, mo
     assert stage.status == status
     assert stage.numbers["failed_tests"] == failed
     assert (stage.numbers["passed"], stage.numbers["skipped"]) == (1, 2)
-    result = gpu_check.summary({}, [stage])
+    result = gpu_check.summary("first", {}, [stage])
     assert result["skipped"] == {"::tests.models.test_digits": "needs diffusers"}
     assert result["failed"] == (["tests"] if failed else [])
 
@@ -194,19 +208,42 @@ def test_the_sanitizers_summary_decides(text, before, after, errors):
 
 
 def test_a_sanitizer_that_was_stopped_says_what_it_had_run():
-    text = """tests/ops/a.py::test_one[cuda] PASSED  [ 1%]
+    text = """ok   flow_step [3, 41] float32            differing        0 worst 0.00e+00
 ========= Invalid __global__ read of size 4 bytes
 =========     at 0x10 in kernel
-tests/ops/a.py::test_two[cuda-PASSED] FAILED
-tests/ops/a.py::test_three[cuda] PASSED
-tests/ops/a.py::test_four[cuda] """
+DIFF flow_step log_prob [3, 41] float32   differing        1 worst 3.00e-01
+"""
     stage = Stage("memcheck", "timed out", detail="stopped after 45 s")
     gpu_stages.read_sanitizer(stage, text)
-    assert (stage.status, stage.numbers) == ("timed out", {"errors": 1, "tests": 2})
-    assert stage.detail == "stopped after 45 s, after 2 tests and 1 errors"
+    assert (stage.status, stage.numbers) == ("timed out", {"errors": 1, "lines": 2})
+    assert stage.detail == "stopped after 45 s, after 2 lines of the smoke test and 1 errors"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """tests/ops/a.py::test_one[a b-cuda] PASSED  [ 1%]
+tests/ops/a.py::test_two[cuda-PASSED] FAILED [ 2%]
+tests/ops/a.py::test_three SKIPPED (no) [ 3%]
+tests/ops/a.py::test_four[cuda] """,
+        """tests/ops/a.py::test_one[a b-cuda]
+[gw0] [  1%] PASSED tests/ops/a.py::test_one[a b-cuda]
+[gw1] [  2%] FAILED tests/ops/a.py::test_two[cuda-PASSED]
+[gw1] [  3%] SKIPPED tests/ops/a.py::test_three
+tests/ops/a.py::test_four[cuda] """,
+    ],
+    ids=["alone", "workers"],
+)
+def test_tests_that_were_stopped_say_what_they_had_run(tmp_path, text):
+    stage = Stage("tests", "timed out", detail="stopped after 130 s")
+    gpu_stages.read_tests(tmp_path / "none.xml")(stage, text)
+    assert stage.status == "timed out"
+    assert stage.numbers["failed_tests"] == ["tests/ops/a.py::test_two[cuda-PASSED]"]
+    assert [stage.numbers[name] for name in ("passed", "failed", "skipped")] == [1, 1, 1]
 
 
 def wheel(folder, name):
+    """One of version 1.0."""
     path = folder / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr(f"{name}/__init__.py", "")
@@ -234,6 +271,32 @@ def test_wheels_fill_in_what_is_missing_beside_the_machines_own(tmp_path, monkey
     assert (tmp_path / "work/site/not_here_a/__init__.py").exists()
 
 
+def test_a_package_older_than_the_project_needs_is_taken_from_the_wheels(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
+    monkeypatch.setattr(gpu_check, "NEEDED", {})
+    wheel(tmp_path, "torch")
+    monkeypatch.setattr(gpu_check, "needed", lambda name: "9999.1")
+    assert gpu_check.install(tmp_path).numbers["installed"] == ["torch-1.0-py3-none-any.whl"]
+    monkeypatch.setattr(gpu_check, "needed", lambda name: "0.9")
+    assert gpu_check.install(tmp_path).numbers["installed"] == []
+
+
+@pytest.mark.parametrize(("part", "name"), [("first", "tests"), ("checks", "large")])
+def test_without_diffusers_the_tests_of_the_ops_run(tmp_path, part, name):
+    """One conftest that cannot be imported ends pytest before its first test."""
+    for lacking, folder in (({}, "tests"), ({"rich": ""}, "tests"), ({"diffusers": "", "peft": ""}, "tests/ops")):
+        stages = {each.name: each for each in gpu_check.commands(part, tmp_path, "90", lacking)}
+        assert stages[name].arguments[-1] == folder
+
+
+def test_versions_are_compared_as_numbers():
+    assert gpu_check.numbers_of("77") < gpu_check.numbers_of("84.2.1") < gpu_check.numbers_of("100.0+cu129")
+    assert gpu_check.needed("setuptools") == "77"
+    assert gpu_check.needed("nvidia-ml-py") == "12"
+    assert gpu_check.needed("ruff") == "0.17.5"
+    assert gpu_check.needed("unheard") == "0"
+
+
 def test_an_installation_that_hangs_is_a_stage_timed_out(tmp_path, monkeypatch):
     """And what it did install is used."""
     monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
@@ -246,10 +309,12 @@ def test_an_installation_that_hangs_is_a_stage_timed_out(tmp_path, monkeypatch):
 
 
 def test_a_stage_without_its_packages_is_skipped_and_listed(tmp_path):
-    commands = {command.name: command for command in gpu_check.commands(tmp_path, "90")}
+    commands = {command.name: command for command in gpu_check.commands("tables", tmp_path, "90")}
     assert commands["build"].environment["FLOWGRPO_FAST_ARCHS"] == "90"
     assert gpu_check.absent(commands["rollout"], {"diffusers": ""}) == "needs diffusers"
     assert gpu_check.absent(commands["ops"], {"diffusers": ""}) == ""
+    counters = Command("counters", [sys.executable], 1)
+    assert gpu_check.absent(counters, {}) == "ncu not found"
     bare = Command("memcheck", [sys.executable], 1)
     assert gpu_check.absent(bare, {}) == "compute-sanitizer not found"
 
@@ -264,14 +329,52 @@ def test_a_whole_check_goes_on_after_a_failure_and_writes_one_file(tmp_path, mon
         Command("memcheck", ["python"], 1),
         python("ops", "print('measured')"),
     ]
-    monkeypatch.setattr(gpu_check, "commands", lambda folder, arch: stages)
+    monkeypatch.setattr(gpu_check, "commands", lambda part, folder, arch, lacking: stages)
     monkeypatch.setattr(
-        sys, "argv", ["gpu_check.py", "--output", str(tmp_path / "out"), "--wheels", str(tmp_path)]
+        sys, "argv", ["gpu_check.py", "tables", "--output", str(tmp_path / "out"), "--wheels", str(tmp_path)]
     )
     assert gpu_check.main() == 1
-    result = json.loads((tmp_path / "out/gpu_check.json").read_text())
+    result = json.loads((tmp_path / "out/gpu_check_tables.json").read_text())
     assert [stage["status"] for stage in result["stages"][1:]] == ["failed", "skipped", "passed"]
     assert result["failed"] == ["build"]
     assert result["skipped"]["memcheck"] == "compute-sanitizer not found"
     assert {target["verdict"] for target in result["targets"]} == {"not measured"}
     assert "ZeroDivisionError" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "out/gpu_check_tables.tar.gz") as archive:
+        assert {"build.log", "ops.log", "gpu_check_tables.json"} <= set(archive.getnames())
+
+
+def test_what_a_stage_has_is_written_before_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
+    seen = []
+    out = tmp_path / "out"
+
+    def later(command, folder):
+        kept = json.loads((out / "gpu_check_first.json").read_text())
+        with tarfile.open(out / "gpu_check_first.tar.gz") as archive:
+            seen.append(([stage["name"] for stage in kept["stages"]], archive.getnames()))
+        (folder / f"{command.name}.log").write_text("said")
+        return Stage(command.name)
+
+    monkeypatch.setattr(gpu_check, "run", later)
+    monkeypatch.setattr(gpu_check, "commands", lambda *_: [python("smoke", ""), python("numbers", "")])
+    assert gpu_check.check("first", {"arch": "90"}, tmp_path, out) == []
+    assert seen == [
+        (["packages"], ["gpu_check_first.json"]),
+        (["packages", "smoke"], ["gpu_check_first.json", "smoke.log"]),
+    ]
+
+
+@pytest.mark.parametrize("script", ["gpu_smoke.py", "gpu_numbers.py"])
+def test_the_first_scripts_run_on_a_cpu(tmp_path, script):
+    """As a rehearsal: what they print there says nothing of a GPU, but that they run."""
+    command = [sys.executable, str(SCRIPT.with_name(script)), "--device", "cpu"]
+    command += ["--output", str(tmp_path)] if script == "gpu_numbers.py" else []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if script == "gpu_numbers.py":
+        found = json.loads((tmp_path / "numbers_cpu.json").read_text())["numbers"]
+        assert {int(name.split()[0]) for name in found} == set(range(1, 13))
+        assert all(number["us"] > 0 for number in found.values())
+    else:
+        assert done.stdout.splitlines()[-1] == "smoke: 75 lines, all equal"

@@ -196,7 +196,7 @@ def test_compiled_whole_it_gives_the_same_bits(name) -> None:
 def test_what_each_device_has(capability, cuda, native, monkeypatch) -> None:
     monkeypatch.setattr(formats_room, "capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert {name for name in NAMES if FORMATS[name].is_native(torch.device("cuda"))} == native
+    assert {name for name in NAMES if FORMATS[name].is_promised(torch.device("cuda"))} == native
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -69,12 +69,16 @@ def test_stored_bytes_and_activations_are_those_of_the_cpu(name) -> None:
     for update, theirs in ((None, None), (lora, moved)):
         host.write_(source.weight, update)
         device.write_(source.weight.cuda(), theirs)
-        same = [
-            float((a.cpu() == b).float().mean())
-            for a, b in zip(device.stored[:2], host.stored[:2], strict=True)
-        ]
-        # Tensor-wise and block-wise formats merge by the device's own matrix product.
-        assert min(same) > (1 - 1e-2 if update and name in ("fp8_tensor", "fp8_blocks") else 1 - 1e-12)
+        if update and name in ("fp8_tensor", "fp8_blocks"):
+            # These merge by the device's own matrix product: an ulp in a scale moves every byte of it.
+            scales = [each.scale.view(torch.float32).cpu() for each in (device.stored, host.stored)]
+            torch.testing.assert_close(*scales, rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                device.dequantized().cpu(), host.dequantized(), rtol=2**-3, atol=float(scales[1].max())
+            )
+            continue
+        for a, b in zip(device.stored, host.stored, strict=True):
+            assert torch.equal(a.cpu(), b)
     x = torch.randn(9, 640)
     assert torch.equal(
         FORMATS[name].rounded(x.cuda(), torch.float32).cpu(), FORMATS[name].rounded(x, torch.float32)

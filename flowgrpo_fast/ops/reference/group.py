@@ -20,6 +20,19 @@ def _moments(values: Tensor, group_id: Tensor, num_groups: int) -> tuple[Tensor,
     return mean, mean_of((values - mean).square()).sqrt()
 
 
+def _all_equal(values: Tensor, group_id: Tensor, num_groups: int) -> Tensor:
+    """Whether a sample's group has one value, ``[B, C]``: its advantages are 0, which a rounded mean would miss."""
+    index = group_id[:, None].expand_as(values)
+    empty = values.new_zeros(num_groups, values.shape[1])
+    lowest = empty.scatter_reduce(0, index, values, "amin", include_self=False)[group_id]
+    return lowest == empty.scatter_reduce(0, index, values, "amax", include_self=False)[group_id]
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """``above / below``, and 0 where that is nothing by nothing."""
+    return torch.where(below == 0, torch.zeros_like(above), above / below)
+
+
 def group_advantages(
     rewards: Tensor,
     group_id: Tensor,
@@ -38,11 +51,19 @@ def group_advantages(
     mean, scale = _moments(values, group_id, num_groups)
     if std == "batch":
         scale = values.std(0, correction=0)
-    advantages = weight * (values - mean) / (scale + eps)
+    equal = _all_equal(values.detach(), group_id, num_groups)
+    if std == "group":
+        scale = torch.where(equal & scale.isfinite(), torch.zeros_like(scale), scale)
+    centred = torch.where(equal & mean.isfinite(), torch.zeros_like(values), values - mean)
+    advantages = weight * _ratio(centred, scale + eps)
     if aggregate != "separate":
         advantages = advantages.sum(1)
     if aggregate == "gdpo":
-        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + eps)
+        one = torch.zeros_like(group_id)
+        same = _all_equal(advantages.detach()[:, None], one, 1)[:, 0] & advantages.isfinite()
+        centred = torch.where(same, torch.zeros_like(advantages), advantages - advantages.mean())
+        spread = torch.where(same, torch.zeros_like(advantages), advantages.std(correction=0))
+        advantages = _ratio(centred, spread + eps)
     hard, soft = clip
     if hard is not None:
         advantages = advantages.clamp(-hard, hard)
@@ -52,8 +73,9 @@ def group_advantages(
 
 def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
     """Ascending indices of the i lowest and k - i highest rewards for the i of the largest variance, ``[P, k]``."""
-    ascending = rewards.sort(dim=1, stable=True)
-    values = ascending.values.double()
+    finite = rewards.isfinite().all(1)
+    rank = _rank(rewards)
+    values = rewards.where(finite[:, None], rank.to(rewards.dtype)).double().sort(dim=1).values
     values = values - values[:, [rewards.shape[1] // 2]]
     places = torch.arange(k, device=rewards.device)
     num_bottom = torch.arange(k + 1, device=rewards.device)[:, None]
@@ -63,21 +85,31 @@ def best_variance_subset(rewards: Tensor, k: int) -> Tensor:
     score = k * taken.square().sum(2) - taken.sum(2).square()
     rounding = 1e-15 * k**3 * values[:, [0, -1]].square().sum(1, keepdim=True)
     best = (score >= score.amax(1, keepdim=True) - rounding).int().argmax(1)  # the first of equals
-    return _top_bottom_places(rewards, k - best, k).sort(dim=1).values
+    return _top_bottom_places(rank, torch.where(finite, k - best, k), k).sort(dim=1).values
 
 
 def top_bottom(rewards: Tensor, num_top: int, num_bottom: int) -> Tensor:
     """Indices of the highest, highest first, then of the lowest of the others, lowest first."""
     top = rewards.new_full((rewards.shape[0],), num_top, dtype=torch.int64)
-    return _top_bottom_places(rewards, top, num_top + num_bottom)
+    return _top_bottom_places(_rank(rewards), top, num_top + num_bottom)
 
 
-def _top_bottom_places(rewards: Tensor, num_top: Tensor, size: int) -> Tensor:
+def _lower(first: Tensor, second: Tensor) -> Tensor:
+    """Where a value counts as lower than another: NaN does than everything else."""
+    return (first < second) | (first.isnan() & ~second.isnan())
+
+
+def _rank(values: Tensor) -> Tensor:
+    """How many of the others along the last axis are lower, int64."""
+    return _lower(values[..., None, :], values[..., :, None]).sum(-1)
+
+
+def _top_bottom_places(rank: Tensor, num_top: Tensor, size: int) -> Tensor:
     """`top_bottom` of `size` members, of which `num_top`, ``[P]``, are the highest."""
-    descending = rewards.argsort(dim=1, descending=True, stable=True)
+    descending = rank.argsort(dim=1, descending=True, stable=True)
     from_top = descending.argsort(dim=1)
     is_top = from_top < num_top[:, None]
-    from_bottom = rewards.masked_fill(is_top, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)
+    from_bottom = rank.masked_fill(is_top, rank.shape[1]).argsort(dim=1, stable=True).argsort(dim=1)
     place = torch.where(is_top, from_top, num_top[:, None] + from_bottom)
     return place.argsort(dim=1)[:, :size]
 
@@ -86,7 +118,7 @@ def pareto_fronts(objectives: Tensor) -> Tensor:
     """Front 0 is not dominated; then it is taken away and the next one is found, ``[P, G]``."""
     candidates = objectives.shape[1]
     first, second = objectives[:, :, None], objectives[:, None, :]
-    dominates = (first >= second).all(3) & (first > second).any(3)  # [P, i, j]: i dominates j
+    dominates = ~_lower(first, second).any(3) & _lower(second, first).any(3)  # [P, i, j]: i dominates j
     fronts = objectives.new_full(objectives.shape[:2], candidates, dtype=torch.int64)
     for front in range(candidates):
         left = fronts == candidates

@@ -13,10 +13,16 @@ E2M1_MAX = 6.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
+def _divided(x: Tensor, by: float) -> Tensor:
+    """``x / by``, rounded once: by a number on the host CUDA multiplies with its rounded reciprocal instead."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
+
+
 def quantize_fp8_rows(x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Codes ``[M, K]`` float8_e4m3fn and decode scales ``[M, 1]``."""
     x = x.reshape(-1, x.shape[-1]).to(dtype)
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=TINY_AMAX) / E4M3_MAX
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=TINY_AMAX)
+    scale = _divided(scale, E4M3_MAX)
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
@@ -65,9 +71,9 @@ def quantize_nvfp4(
     """Packed codes ``[M, K / 2]`` float4_e2m1fn_x2, scales float8_e4m3fn and the global scale ``[]``."""
     x = x.reshape(-1, x.shape[-1]).to(dtype)
     if global_scale is None:
-        global_scale = x.abs().max().clamp(min=TINY_AMAX) / (E4M3_MAX * E2M1_MAX)
+        global_scale = _divided(x.abs().max().clamp(min=TINY_AMAX), E4M3_MAX * E2M1_MAX)
     blocks = x.unflatten(-1, (-1, 16))
-    scales = blocks.abs().amax(-1) / E2M1_MAX / global_scale
+    scales = _divided(blocks.abs().amax(-1), E2M1_MAX) / global_scale
     scales = scales.clamp(2.0**-6, E4M3_MAX).to(torch.float8_e4m3fn)
     reciprocal = 1 / global_scale / scales.to(dtype)
     codes = e2m1_codes((blocks * reciprocal[..., None]).clamp(-E2M1_MAX, E2M1_MAX)).flatten(-2)
