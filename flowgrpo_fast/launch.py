@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
+from flowgrpo_fast.json_files import check_links, write_whole
 from flowgrpo_fast.monitor.cost import CostMeter, device_name
-from flowgrpo_fast.monitor.figures import sample_grid
-from flowgrpo_fast.monitor.metrics import MetricsLog, TrackerName, make_tracker, read_metrics
+from flowgrpo_fast.monitor.metrics import MetricsLog, Picture, TrackerName, make_tracker, read_metrics
+from flowgrpo_fast.monitor.pictures import picture_of, sample_grid, save_picture, save_samples, still
 from flowgrpo_fast.monitor.progress import TrainingProgress
 from flowgrpo_fast.monitor.report import write_report
 from flowgrpo_fast.planner.live import Floor, check_memory, floor_of, memory_of, out_of_memory_in_one_line
@@ -69,10 +71,10 @@ class Run:
         try:
             with stop, TrainingProgress(self.console, self.recipe.num_steps, engine.step) as progress:
                 if engine.step == 0:
-                    log.write({"step": 0, **self._evaluate(engine)})
+                    log.write({"step": 0, **self._evaluate(engine, log)})
 
                 def on_step(report: StepReport) -> None:
-                    record = self._record(engine, report, floor, last=stop.requested)
+                    record = self._record(engine, report, floor, log, last=stop.requested)
                     log.write(record)
                     progress.show(record)
                     if engine.step % self.checkpoint_every == 0 and engine.step < self.recipe.num_steps:
@@ -89,7 +91,8 @@ class Run:
         report = self._conclude(cost)
         if stop.requested:
             self._say(
-                f"stopped after step {engine.step}; continue with: flowgrpo-fast train --resume {self.folder}"
+                f"stopped after step {engine.step}; "
+                f"continue with: flowgrpo-fast train --resume {escape(str(self.folder))}"
             )
         return report
 
@@ -98,6 +101,7 @@ class Run:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def _prepare_folder(self, engine: Engine) -> None:
+        check_links(self.folder)
         if self.resume:
             checkpoint = latest_checkpoint(self.folder)
             if checkpoint is None:
@@ -117,40 +121,58 @@ class Run:
         recipe = self.recipe
         parameters = sum(p.numel() for p in engine.model.module.parameters() if p.requires_grad)
         self._say(
-            f"[bold]{recipe.name}[/] on {recipe.task.model}: {parameters:,} trained parameters, "
+            f"[bold]{escape(recipe.name)}[/] on {escape(recipe.task.model)}: {parameters:,} trained parameters, "
             f"{recipe.num_prompts} prompts x {recipe.group_size} samples a step, {recipe.machine.precision}\n"
             f"{device_name(self.device)}\n{floor or 'floor unknown: the operations of this model cannot be counted'}\n"
-            f"{self.folder}"
+            f"{escape(str(self.folder))}"
         )
         if engine.step >= recipe.num_steps:
             self._say(
                 f"nothing to train: step {engine.step} of {recipe.num_steps} is done; to go on, raise num_steps"
             )
         for copy in engine.copies:
-            self._say(f"low precision: {copy.description}")
+            self._say(f"low precision: {escape(copy.description)}")
 
     def _record(
-        self, engine: Engine, report: StepReport, floor: Floor | None, last: bool
+        self, engine: Engine, report: StepReport, floor: Floor | None, log: MetricsLog, last: bool
     ) -> dict[str, float]:
         """One line of metrics; every `eval_every` steps and at the end with an evaluation."""
         evaluation: dict[str, float] = {}
         if report.step % self.recipe.task.eval_every == 0 or last or report.step == self.recipe.num_steps:
             with report.phase("evaluation"):
-                evaluation = self._evaluate(engine)
+                evaluation = self._evaluate(engine, log)
         return {
             "step": report.step,
             **report.metrics,
+            "lr": engine.learner.optimizer.param_groups[0]["lr"],
             **evaluation,
             **{f"seconds/{name}": round(value, 4) for name, value in report.seconds.items()},
             "seconds_step": round(sum(report.seconds.values()), 4),
             **({"time_over_floor": round(floor.over(report.seconds), 3)} if floor else {}),
         }
 
-    def _evaluate(self, engine: Engine) -> dict[str, float]:
-        result = evaluate(engine)
-        grid = sample_grid(result.images, result.prompts, result.correct)
-        grid.save(self.folder / "samples" / f"step_{engine.step:06d}.png")
-        return result.metrics
+    def _evaluate(self, engine: Engine, log: MetricsLog) -> dict[str, float]:
+        """A look's numbers; its pictures go to the folder and the tracker."""
+        look = evaluate(engine)
+        grid = sample_grid(look.images, look.prompts, look.rewards, look.correct)
+        name, few = f"step_{engine.step:06d}", slice(self.recipe.task.evaluation.num_saved)
+        images, prompts, rewards = look.images[few], look.prompts[few], look.rewards[few]
+        try:
+            save_picture(grid, self.folder / "samples" / f"{name}.png")
+            save_samples(images, prompts, self.folder / "samples" / name, rewards)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {str(self.folder / 'samples')!r}: {error.strerror}; finished checkpoints are intact, "
+                "free some space, then continue with --resume"
+            ) from None
+        captions = [
+            f"{prompt} [{reward:+.3f}]" for prompt, reward in zip(prompts, rewards.tolist(), strict=True)
+        ]
+        shown = [
+            Picture(picture_of(still(image)), text) for image, text in zip(images, captions, strict=True)
+        ]
+        log.show(engine.step, Picture(grid, f"step {engine.step}"), shown)
+        return look.metrics
 
     def _conclude(self, cost: CostMeter) -> Path:
         """Summary and report from whatever was recorded."""
@@ -174,7 +196,7 @@ class Run:
             "ratio_self_test": next((r["ratio_self_test"] for r in steps if "ratio_self_test" in r), None),
             "cost": cost.read(),
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return write_report(self.folder)
 
 

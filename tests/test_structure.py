@@ -24,6 +24,7 @@ FLOORS = {
     "field_types": 1,
     "schedule": 2,
     "run_files": 2,
+    "confirm": 2,
     "types": 3,
     "objectives": 4,
     "precision": 4,
