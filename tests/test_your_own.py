@@ -18,7 +18,9 @@ from flowgrpo_fast.recipe_io import load_recipe
 PAGE = (Path(__file__).parents[1] / "docs" / "your_own.md").read_text(encoding="utf-8")
 # No flag can be changed here: the commands are run as they stand on the page, and a few more words after them.
 LESS = ["num_steps=2", "task.num_eval_samples=4", "task.eval_every=1", "sigmas.num_inference_steps=6"]
-PROGRAM = "import shlex, sys; from flowgrpo_fast.cli import main; [main(shlex.split(w)) for w in sys.argv[1:]]"
+PROGRAM = (
+    "import shlex, sys; from flowgrpo_fast.cli import main; [main(shlex.split(w)) for w in sys.argv[1:]]"
+)
 
 
 def block(kind: str) -> str:
@@ -49,7 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     words = [shlex.join(line) for line in (train, sample, there)]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *words], cwd=folder, env=environment, capture_output=True, timeout=1800
+        [sys.executable, "-c", PROGRAM, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr.decode()
     return folder

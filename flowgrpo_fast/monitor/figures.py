@@ -140,7 +140,9 @@ def _panel(
     """A small chart of one metric; one that never changes is a number, which tells more than a flat line."""
     if len(set(values)) > 1:
         axes = _axes(figure, "training step", "", place)
-        axes.set_title(name, fontsize=9, color=INK, parse_math=False, loc="right")  # a power of ten is at the left
+        axes.set_title(
+            name, fontsize=9, color=INK, parse_math=False, loc="right"
+        )  # a power of ten is at the left
         axes.yaxis.get_offset_text().set_fontsize(7)
         axes.tick_params(labelsize=8)
         axes.xaxis.label.set_fontsize(8)
