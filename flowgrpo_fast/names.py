@@ -15,7 +15,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return _close(name, names, 0.5) or f"known: {', '.join(names)}"
 
 
-def _close(name: str, names: Iterable[str], cutoff: float = 0.7) -> str:
+def _close(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The question alone, empty where nothing is close."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else ""
