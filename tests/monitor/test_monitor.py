@@ -113,7 +113,10 @@ def test_the_grid_frames_what_the_judge_misread() -> None:
     images = torch.zeros(4, 1, 8, 8)
     images[1] = 1.0
     grid = sample_grid(images, ["a", "a", "b", "b"], correct=torch.tensor([True, False, True, True]))
-    assert grid.size == (4 * 104 + 8, 96 + CAPTION + 8 + 8)  # 8 pixels shown as 96; two prompts fit into a row
+    assert grid.size == (
+        4 * 104 + 8,
+        96 + CAPTION + 8 + 8,
+    )  # 8 pixels shown as 96; two prompts fit into a row
     assert grid.getpixel((20, 20)) == (0, 0, 0)
     assert grid.getpixel((104 + 20, 20)) == (255, 255, 255)
     assert grid.getpixel((104 + 6, 20)) == RED
