@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
 from flowgrpo_fast import cli
 from flowgrpo_fast.confirm import confirm_code, remember
 from flowgrpo_fast.json_files import check_links, write_whole
+from flowgrpo_fast.launch import Run
 from flowgrpo_fast.recipe import Optimizer, RewardTerm
 from flowgrpo_fast.recipe_io import load_recipe, override, save_recipe, to_dict
 from flowgrpo_fast.recipes.trajectory import mix_grpo
@@ -166,6 +169,17 @@ def test_a_run_folder_with_a_link_is_refused(tmp_path: Path, capsys) -> None:
         cli.main(["train", "num_steps=1", "group_size=2", "--device", "cpu", "--out", str(tmp_path / "run")])
     assert "samples' is a link" in capsys.readouterr().err
     assert not list((tmp_path / "precious").iterdir())
+
+
+def test_markup_in_names_is_text(toy_recipe, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "toy[red]", sys.modules["toy_job"])
+    recipe = toy_recipe(num_steps=1)
+    recipe = replace(recipe, name="a[red]b[/nope]", task=replace(recipe.task, model="toy[red]:load"))
+    console = Console(file=io.StringIO(), width=200)
+    Run(recipe=recipe, folder=tmp_path / "run[bold]", device=torch.device("cpu"), console=console).start()
+    text = console.file.getvalue()
+    assert "a[red]b[/nope] on toy[red]:load" in text
+    assert "run[bold]" in text
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ def _write(engine: Engine, folder: Path) -> None:
     torch.save(learner.optimizer.state_dict(), folder / "optimizer.pt")
     if engine.stage.memory:
         torch.save(engine.stage.memory, folder / "memory.pt")
-    (folder / "state.json").write_text(json.dumps({"step": engine.step, "num_updates": learner.num_updates}))
+    counters = {"step": engine.step, "num_updates": learner.num_updates}
+    (folder / "state.json").write_text(json.dumps(counters), encoding="utf-8")
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -147,7 +148,7 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
             memory = torch.load(folder / "memory.pt", map_location="cpu", weights_only=True)
             engine.stage.memory.clear()
             engine.stage.memory.update(memory)
-        counters = json.loads((folder / "state.json").read_text())
+        counters = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         engine.step, learner.num_updates = int(counters["step"]), int(counters["num_updates"])
         engine.refresh()
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
