@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json as json_text
+import os
 import platform
 import subprocess
 import sys
@@ -19,6 +21,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from flowgrpo_fast.confirm import confirm_code, remember
+from flowgrpo_fast.data.prompts import Prompts
 from flowgrpo_fast.launch import Run, new_folder
 from flowgrpo_fast.monitor.cost import cpu_name
 from flowgrpo_fast.monitor.metrics import TrackerName
@@ -26,7 +30,7 @@ from flowgrpo_fast.monitor.report import write_figures, write_report
 from flowgrpo_fast.names import nearest
 from flowgrpo_fast.ops import build_info
 from flowgrpo_fast.recipe import Recipe
-from flowgrpo_fast.recipe_io import FILES, load_recipe, override
+from flowgrpo_fast.recipe_io import FILES, load_recipe, override, to_dict
 from flowgrpo_fast.recipe_io import show as show_recipe
 from flowgrpo_fast.recipes import RECIPES, digits
 
@@ -44,6 +48,7 @@ def train(
     device: str = "auto",
     tracker: TrackerName = "none",
     checkpoint_every: int = 50,
+    yes: bool = False,
 ) -> None:
     """Trains a model with a recipe; without arguments, MixGRPO on handwritten digits.
 
@@ -56,6 +61,7 @@ def train(
         device: auto, cpu, cuda or cuda:N.
         tracker: also log to this tracker.
         checkpoint_every: steps between two checkpoints.
+        yes: run the code that a recipe from elsewhere names, without a question.
     """
     if resume and from_:
         raise ValueError(f"--from {from_!r} and --resume {resume!r} exclude each other; give one")
@@ -64,8 +70,9 @@ def train(
     if recipe and (resume or from_):
         raise ValueError(f"recipe {recipe!r}: {resume or from_!r} brings its own; leave the name out")
     earlier = resume or from_
-    base = load_recipe(Path(earlier)) if earlier else fitted_recipe(recipe or "mix_grpo", overrides)
+    base = confirmed_recipe(earlier, yes) if earlier else fitted_recipe(recipe or "mix_grpo", overrides)
     resolved = override(base, overrides)
+    remember(to_dict(resolved))
     folder = Path(resume or out) if resume or out else new_folder(resolved.name)
     report = Run(
         recipe=resolved,
@@ -75,7 +82,13 @@ def train(
         checkpoint_every=checkpoint_every,
         tracker=tracker,
     ).start()
-    Console().print(f"report: {report}", highlight=False, soft_wrap=True)
+    Console().print(f"report: {report}", highlight=False, soft_wrap=True, markup=False)
+
+
+def confirmed_recipe(path: str, yes: bool) -> Recipe:
+    """The recipe of a file or run folder, once its user agrees to the code that it names."""
+    confirm_code(Path(path), yes)
+    return load_recipe(Path(path))
 
 
 def fitted_recipe(name: str, overrides: tuple[str, ...]) -> Recipe:
@@ -207,32 +220,79 @@ def report(run: tyro.conf.Positional[str], /, *, figures: str = "") -> None:
 
 
 def sample(
-    run: tyro.conf.Positional[str] = "", /, *, out: str = "samples.png", num_samples: int = 120
+    run: tyro.conf.Positional[str] = "",
+    /,
+    *,
+    prompt: str = "",
+    prompts: str = "",
+    num_samples: int = 0,
+    seed: int | None = None,
+    checkpoint: str = "",
+    out: str = "samples.png",
+    out_dir: str = "",
+    device: str = "auto",
+    yes: bool = False,
 ) -> None:
-    """Samples with a run's final weights, or with the pretrained start, and saves a grid.
+    """Samples with a run's final weights, or with the pretrained start, and saves a grid; no reward is called.
 
     Args:
         run: a run folder; empty samples the pretrained digits.
-        out: the PNG to write.
-        num_samples: how many.
+        prompt: one prompt, in place of the run's.
+        prompts: a file of prompts, in place of the run's.
+        num_samples: how many in all; left out, 120 of the run's prompts, or 4 of each that is given here.
+        seed: of the start noise; left out, that of the run's evaluations.
+        checkpoint: one of the run's, by its step or its folder; left out, the newest.
+        out: the PNG to write: a grid of all samples.
+        out_dir: where each sample goes as a file of its own, in full size.
+        device: auto, cpu, cuda or cuda:N.
+        yes: run the code that a recipe from elsewhere names, without a question.
     """
-    from flowgrpo_fast.monitor.figures import sample_grid
-    from flowgrpo_fast.training.checkpoint import load_checkpoint, newest_whole
+    from flowgrpo_fast.monitor.pictures import sample_grid, save_picture, save_samples
+    from flowgrpo_fast.training.checkpoint import load_checkpoint
     from flowgrpo_fast.training.engine import build_engine
-    from flowgrpo_fast.training.evaluate import evaluate
+    from flowgrpo_fast.training.evaluate import sampled
 
-    recipe = load_recipe(Path(run)) if run else digits(named_recipe("mix_grpo"))
-    recipe = replace(recipe, task=replace(recipe.task, num_eval_samples=num_samples))
-    engine = build_engine(recipe, pick_device("auto"))
-    if run:
-        checkpoint, _ = newest_whole(Path(run))
-        if checkpoint is None:
-            raise ValueError(f"{run!r} holds no checkpoint; give a folder that `train` made")
-        load_checkpoint(engine, checkpoint)
-    with closing(engine):
-        result = evaluate(engine)
-    sample_grid(result.images, result.prompts, result.correct).save(out)
-    print("  ".join([out, *(f"{name.removeprefix('eval/')} {v:.4f}" for name, v in result.metrics.items())]))
+    if prompt and prompts:
+        raise ValueError(f"--prompt {prompt!r} and --prompts {prompts!r} exclude each other; give one")
+    if checkpoint and not run:
+        raise ValueError(f"--checkpoint {checkpoint!r} is one of a run; name the run folder before it")
+    if num_samples < 0 or (seed or 0) < 0:
+        raise ValueError(f"--num-samples {num_samples} and --seed {seed} must not be negative")
+    recipe = confirmed_recipe(run, yes) if run else digits(named_recipe("mix_grpo"))
+    folder = chosen_checkpoint(Path(run), checkpoint) if run else None
+    given = Prompts(path=prompts).load((prompt,)) if prompt or prompts else None
+    with closing(build_engine(recipe, pick_device(device), scored=False)) as engine:
+        if folder is not None:
+            load_checkpoint(engine, folder)
+        images, texts = sampled(engine, given, num_samples or (4 * len(given) if given else 120), seed)
+    save_picture(sample_grid(images, texts), Path(out))
+    for file in save_samples(images, texts, Path(out_dir)) if out_dir else ():
+        print(file)
+    print(out)
+
+
+def chosen_checkpoint(run: Path, name: str) -> Path:
+    """A finished checkpoint of a run, by its step or its folder; the newest without a name.
+
+    Raises:
+        ValueError: there is none, or none of that name; names those there are.
+    """
+    from flowgrpo_fast.training.checkpoint import finished_checkpoints, newest_whole
+
+    found = finished_checkpoints(run)
+    if not found:
+        raise ValueError(f"{str(run)!r} holds no checkpoint; give a folder that `train` made")
+    wanted = f"step_{int(name):06d}" if name.isascii() and name.isdecimal() else Path(name).name
+    newest, passed_over = newest_whole(run)
+    for line in () if name else passed_over:
+        print(line, file=sys.stderr)
+    chosen = [path for path in found if path.name == wanted] if name else [newest]
+    if not chosen:
+        known = ", ".join(path.name for path in found)
+        raise ValueError(f"{str(run)!r} has no checkpoint {name!r}; it has {known}")
+    (checkpoint,) = chosen
+    assert checkpoint is not None
+    return checkpoint
 
 
 def bench(
@@ -305,6 +365,23 @@ def _refuse_fields_as_options(words: list[str], command: Callable[..., None]) ->
             raise ValueError(f"{name} is not an option; write {known}")
 
 
+def _speak_utf8() -> None:
+    """Whatever the locale: a prompt or a name is printed as it is, and no character ends a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _as_utf8(word: str) -> str:
+    """A word of the command line that the locale could not decode, as the UTF-8 that it is."""
+    if word.isprintable():
+        return word
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeDecodeError:
+        return word
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a user's mistake is one line on stderr and exit code 2."""
     commands: dict[str, Callable[..., None]] = {
@@ -317,7 +394,13 @@ def main(arguments: list[str] | None = None) -> None:
         "report": report,
         "pretrain-digits": pretrain_digits,
     }
-    words = _words_first(sys.argv[1:] if arguments is None else arguments, _flags(commands.values()))
+    _speak_utf8()
+    given = [_as_utf8(word) for word in sys.argv[1:]] if arguments is None else arguments
+    words = _words_first(given, _flags(commands.values()))
+    if (
+        os.getcwd() not in sys.path
+    ):  # what the user wrote here; last, so that no file of theirs hides a library
+        sys.path.append(os.getcwd())
     try:
         if words and words[0] in commands:
             _refuse_fields_as_options(words, commands[words[0]])

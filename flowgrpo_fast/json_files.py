@@ -61,19 +61,36 @@ def parse_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_without_duplicates)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file in one piece: a reader, and a crash in the middle, find the old file or the new one.
 
-    A file that holds this text already is left alone.
+    Text goes as UTF-8. A file that holds this content already is left alone. A link under that name is replaced,
+    never written through.
     """
-    if path.exists() and path.read_bytes() == text.encode():
+    data = content.encode() if isinstance(content, str) else content
+    if not path.is_symlink() and path.exists() and path.read_bytes() == data:
         return
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
     try:
-        aside.write_bytes(text.encode())
+        aside.touch(exist_ok=False)  # of a link that somebody put there meanwhile, an error
+        aside.write_bytes(data)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check_links(folder: Path) -> None:
+    """Refuses a run folder in which a link stands where a run writes: what it leads to is somebody's file.
+
+    Raises:
+        ValueError: names the link.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink():
+            raise ValueError(
+                f"{str(path)!r} is a link, and a run writes to what is in its folder; put a file or folder there"
+            )
 
 
 def named_code(recipe: Any) -> list[str]:

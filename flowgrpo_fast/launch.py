@@ -26,10 +26,10 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
-from flowgrpo_fast.json_files import parse_json, write_whole
+from flowgrpo_fast.json_files import check_links, parse_json, write_whole
 from flowgrpo_fast.monitor.cost import CostMeter, device_name
-from flowgrpo_fast.monitor.figures import sample_grid
-from flowgrpo_fast.monitor.metrics import MetricsLog, TrackerName, make_tracker, read_metrics
+from flowgrpo_fast.monitor.metrics import MetricsLog, Picture, TrackerName, make_tracker, read_metrics
+from flowgrpo_fast.monitor.pictures import picture_of, sample_grid, save_picture, save_samples, still
 from flowgrpo_fast.monitor.progress import TrainingProgress, run_console
 from flowgrpo_fast.monitor.report import write_report
 from flowgrpo_fast.planner.live import (
@@ -128,6 +128,7 @@ class Run:
         # The run folder keeps what was chosen: a resumed run has the same forwards, and so the same bits.
         self.recipe = with_forwards(self.recipe, capacity)
         check_memory(self.recipe, self.device, capacity)
+        check_links(self.folder)
         # Checkpoints count, too: a new run would take those of its own steps for its own, and leave them as they are.
         begun = (self.folder / "metrics.jsonl").exists() or bool(finished_checkpoints(self.folder))
         if self.resume and not (begun or (self.folder / "recipe.json").exists()):
@@ -188,14 +189,14 @@ class Run:
                     with suppress(OSError, ValueError):  # a full disk, say; the error on its way tells more
                         self._conclude(cost)
                 if not isinstance(error, Exception):  # a second Ctrl-C, say
-                    self._say(kept)
+                    self._say(escape(kept))
                     raise
                 raise ValueError(f"{self._in_one_line(error, engine)}; {kept}") from error
             finally:
                 log.close()
         report = self._conclude(cost)
         if signals.stop:
-            self._say(f"stopped after step {engine.step}; continue with: {self._resume_command}")
+            self._say(f"stopped after step {engine.step}; continue with: {escape(self._resume_command)}")
         return report
 
     def _steps(self, engine: Engine, log: MetricsLog, floor: Floor | None, signals: Signals) -> None:
@@ -205,10 +206,10 @@ class Run:
             TrainingProgress(self.console, self.recipe.num_steps, engine.step) as progress,
         ):
             if engine.step == 0:
-                log.write({"step": 0, **self._evaluate(engine)})
+                log.write({"step": 0, **self._evaluate(engine, log)})
 
             def on_step(report: StepReport) -> None:
-                record = self._record(engine, report, floor, last=signals.stop)
+                record = self._record(engine, report, floor, log, last=signals.stop)
                 log.write(record)
                 progress.show(record)
                 due = engine.step % self.checkpoint_every == 0 and engine.step < self.recipe.num_steps
@@ -299,41 +300,59 @@ class Run:
         recipe = self.recipe
         parameters = sum(p.numel() for p in engine.model.module.parameters() if p.requires_grad)
         self._say(
-            f"[bold]{recipe.name}[/] on {recipe.task.model}: {parameters:,} trained parameters, "
+            f"[bold]{escape(recipe.name)}[/] on {escape(recipe.task.model)}: {parameters:,} trained parameters, "
             f"{recipe.num_prompts} prompts x {recipe.group_size} samples a step, {recipe.machine.precision}, "
             f"{recipe.rollout_rows} rows a forward\n"
             f"{device_name(self.device)}\n{floor or 'floor unknown: the operations of this model cannot be counted'}\n"
-            f"{self.folder}"
+            f"{escape(str(self.folder))}"
         )
         if engine.step >= recipe.num_steps:
             self._say(
                 f"nothing to train: step {engine.step} of {recipe.num_steps} is done; to go on, raise num_steps"
             )
         for copy in engine.copies:
-            self._say(f"low precision: {copy.description}")
+            self._say(f"low precision: {escape(copy.description)}")
 
     def _record(
-        self, engine: Engine, report: StepReport, floor: Floor | None, last: bool
+        self, engine: Engine, report: StepReport, floor: Floor | None, log: MetricsLog, last: bool
     ) -> dict[str, float]:
         """One line of metrics; every `eval_every` steps and at the end with an evaluation."""
         evaluation: dict[str, float] = {}
         if report.step % self.recipe.task.eval_every == 0 or last or report.step == self.recipe.num_steps:
             with report.phase("evaluation"):
-                evaluation = self._evaluate(engine)
+                evaluation = self._evaluate(engine, log)
         return {
             "step": report.step,
             **report.metrics,
+            "lr": engine.learner.optimizer.param_groups[0]["lr"],
             **evaluation,
             **{f"seconds/{name}": round(value, 4) for name, value in report.seconds.items()},
             "seconds_step": round(sum(report.seconds.values()), 4),
             **({"time_over_floor": round(floor.over(report.seconds), 3)} if floor else {}),
         }
 
-    def _evaluate(self, engine: Engine) -> dict[str, float]:
-        result = evaluate(engine)
-        grid = sample_grid(result.images, result.prompts, result.correct)
-        grid.save(self.folder / "samples" / f"step_{engine.step:06d}.png")
-        return result.metrics
+    def _evaluate(self, engine: Engine, log: MetricsLog) -> dict[str, float]:
+        """A look's numbers; its pictures go to the folder and the tracker."""
+        look = evaluate(engine)
+        grid = sample_grid(look.images, look.prompts, look.rewards, look.correct)
+        name, few = f"step_{engine.step:06d}", slice(self.recipe.task.evaluation.num_saved)
+        images, prompts, rewards = look.images[few], look.prompts[few], look.rewards[few]
+        try:
+            save_picture(grid, self.folder / "samples" / f"{name}.png")
+            save_samples(images, prompts, self.folder / "samples" / name, rewards)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {str(self.folder / 'samples')!r}: {error.strerror}; finished checkpoints are intact, "
+                "free some space, then continue with --resume"
+            ) from None
+        captions = [
+            f"{prompt} [{reward:+.3f}]" for prompt, reward in zip(prompts, rewards.tolist(), strict=True)
+        ]
+        shown = [
+            Picture(picture_of(still(image)), text) for image, text in zip(images, captions, strict=True)
+        ]
+        log.show(engine.step, Picture(grid, f"step {engine.step}"), shown)
+        return look.metrics
 
     def _conclude(self, cost: CostMeter) -> Path:
         """Summary and report from whatever was recorded."""

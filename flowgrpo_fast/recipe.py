@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from flowgrpo_fast.checks import one_of, positive, require
+from flowgrpo_fast.checks import at_most, finite, one_of, positive, require
 from flowgrpo_fast.credit.chain import CreditStep
 from flowgrpo_fast.credit.normalise import Normalise
 from flowgrpo_fast.credit.shape import Bound, DropIdle
@@ -63,7 +63,7 @@ from flowgrpo_fast.schedule.windows import (
     SlidingWindow,
     Window,
 )
-from flowgrpo_fast.types import Partition
+from flowgrpo_fast.types import FlowModel, Partition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +87,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         """Rates are positive, decays not negative, those of averages below 1."""
         positive(self, lr=self.lr, max_grad_norm=self.max_grad_norm)
+        at_most(self, 10, lr=self.lr)
+        finite(self, weight_decay=self.weight_decay)
         positive(self, num_updates=self.num_updates, num_epochs=self.num_epochs)
         positive(self, ema_every=self.ema_every, ema_calls=self.ema_calls)
         one_of(self, ("groups", "across_groups", "shuffled"), partition=self.partition)
@@ -131,6 +133,56 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Where a look at the model differs from training: what is left at its default is as in training."""
+
+    prompts: str = ""  # a prompt file of its own, as `Prompts.path`; empty = the prompts that are trained on
+    num_inference_steps: int = 0  # of the Euler ODE; 0 = as many as in training
+    guidance_scale: float | None = None
+    height: int = 0  # pixels
+    width: int = 0
+    num_frames: int = 0
+    rewards: tuple[Reward, ...] = ()  # empty = those of training
+    num_saved: int = 16  # samples that are kept as files in full size, the first ones; the grid shows more
+
+    def __post_init__(self) -> None:
+        """No count is negative; metrics go by the rewards' names."""
+        for name in ("num_inference_steps", "height", "width", "num_frames", "num_saved"):
+            value = getattr(self, name)
+            require(value >= 0, f"Evaluation.{name} is {value}; it must be at least 0")
+            at_most(self, 100_000, **{name: value})
+        finite(self, guidance_scale=1.0 if self.guidance_scale is None else self.guidance_scale)
+        _check_names("Evaluation", self.rewards)
+
+    def sampled_by(self, sigmas: Sigmas) -> Sigmas:
+        """The noise schedule of a look."""
+        return replace(sigmas, num_inference_steps=self.num_inference_steps or sigmas.num_inference_steps)
+
+    def sized(self, model: FlowModel, network: Network) -> FlowModel:
+        """The model that a look samples from; the trained one where the size is its own.
+
+        Raises:
+            ValueError: a size that the model cannot make.
+        """
+        wanted = {name: getattr(self, name) for name in ("height", "width", "num_frames")}
+        changes = {name: value for name, value in wanted.items() if value not in (0, getattr(network, name))}
+        return (
+            model.sized(**{name: changes.get(name, getattr(network, name)) for name in wanted})
+            if changes
+            else model
+        )
+
+
+def _check_names(owner: str, rewards: tuple[Reward, ...]) -> None:
+    names = [term.objective for term in rewards]
+    for name in names:
+        require(
+            names.count(name) == 1,
+            f"{owner}.rewards names {name!r} twice; metrics go by that name, so give each its own",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What is trained, by which rewards, and who judges it."""
 
@@ -143,16 +195,12 @@ class Task:
     judge: str = "flowgrpo_fast.rewards.judges:DigitJudge"  # empty = none
     num_eval_samples: int = 500
     eval_every: int = 10
+    evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
         """There is something to learn from."""
         require(len(self.rewards) > 0, "Task.rewards is empty; name at least one reward function")
-        names = [term.objective for term in self.rewards]
-        for name in names:
-            require(
-                names.count(name) == 1,
-                f"Task.rewards names {name!r} twice; metrics go by that name, so give each its own",
-            )
+        _check_names("Task", self.rewards)
         positive(self, num_eval_samples=self.num_eval_samples, eval_every=self.eval_every)
         positive(self, reward_processes=self.reward_processes)
 
@@ -190,6 +238,9 @@ class Recipe:
             f"Recipe.group_size is {self.group_size}; an advantage needs at least 2 samples per prompt",
         )
         positive(self, num_prompts=self.num_prompts, num_steps=self.num_steps)
+        at_most(self, 10_000_000, num_steps=self.num_steps)
+        at_most(self, 1_000_000, num_prompts=self.num_prompts, group_size=self.group_size)
+        finite(self, guidance_scale=self.guidance_scale)
         require(self.seed >= 0, f"Recipe.seed is {self.seed}; it must be at least 0")
         require(
             self.num_prompts * self.group_size % self.optimizer.num_updates == 0,
@@ -421,7 +472,18 @@ class Recipe:
 PARTS: dict[str, type] = {
     part.__name__: part
     for part in (
-        *(Recipe, Optimizer, Machine, Task, Network, LoRA, FullFineTuning, TrainingPrecision, LowPrecision),
+        *(
+            Recipe,
+            Optimizer,
+            Machine,
+            Task,
+            Evaluation,
+            Network,
+            LoRA,
+            FullFineTuning,
+            TrainingPrecision,
+            LowPrecision,
+        ),
         *(Sigmas, DynamicShift, FlowSDE, DanceSDE, CPS, Euler, DPMSolver2M),
         *(
             Deterministic,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowgrpo_fast.json_files import check_name, named_code, read_json
-from flowgrpo_fast.recipe import PARTS, Recipe
+from flowgrpo_fast.recipe import PARTS, Recipe, Reward, RewardTerm
 from flowgrpo_fast.run_files import RunFiles
 
 __all__ = [
@@ -53,7 +53,12 @@ REPLACED: dict[str | tuple[str, str], str] = {
     "NoScouts": "Rollout: an experience",
 }
 
-FILES: RunFiles[Recipe] = RunFiles(root=Recipe, parts=PARTS, replaced=REPLACED)
+FILES: RunFiles[Recipe] = RunFiles(
+    root=Recipe,
+    parts=PARTS,
+    replaced=REPLACED,
+    functions={Reward: lambda function: RewardTerm(function=function)},  # task.rewards=my_rewards:ocr
+)
 to_dict = FILES.to_dict
 from_dict = FILES.from_dict
 save_recipe = FILES.save

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -36,6 +36,7 @@ from flowgrpo_fast.json_files import CODE, parse_json, read_json, shortened, wri
 from flowgrpo_fast.names import nearest, resolve
 
 Root = TypeVar("Root")
+_LARGEST = 1e15  # of a number in a recipe; the products of two such are far from fp32's 3e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,14 @@ class RunFiles(Generic[Root]):
 
     `parts` are the classes that go by a short name. `replaced` says what became of an older edition's names: a part's
     name, or (part, field), -> the new name, and after a colon how to write it, e.g. {("Recipe", "loss"): "objective:
-    its PolicyGradient has clip_range"}. It is asked only for names that are no longer known.
+    its PolicyGradient has clip_range"}. It is asked only for names that are no longer known. `functions` says which
+    part stands for a plain `module:function` where a field takes a protocol: protocol -> what makes it of that text.
     """
 
     root: type[Root]
     parts: Mapping[str, type]
     replaced: Mapping[str | tuple[str, str], str] = field(default_factory=dict)
+    functions: Mapping[Any, Callable[[str], Any]] = field(default_factory=dict)
 
     def to_dict(self, value: Any) -> Any:
         """A part as plain JSON values; each dataclass names its class under `is`."""
@@ -103,7 +106,7 @@ class RunFiles(Generic[Root]):
                 raise ValueError(f"{place} has the keys {list(value)}; they must be strings other than 'is'")
             if not (is_part(value) or isinstance(value, int | float | str | None | tuple | list | Mapping)):
                 raise ValueError(f"{place} is a {type(value).__name__}, which a run file cannot hold")
-            _check_finite(value, place)
+            _check_number(value, place)
         write_whole(path, json.dumps(self.to_dict(recipe), indent=2) + "\n")
 
     def load(self, path: Path) -> Root:
@@ -194,8 +197,19 @@ class RunFiles(Generic[Root]):
                     f'{_before(place)}{self._text(value)} has no "is" that names its part, such as "{example}"'
                 )
             return self._build(self._class(kind, place), value, place)
-        _check_finite(value, place)
+        made = self._of_function(value, hint)
+        if made is not None:
+            return made
+        _check_number(value, place)
         return value
+
+    def _of_function(self, value: Any, hint: Any) -> Any:
+        """The part that stands for a function, where a field takes one; None for any other value."""
+        if not isinstance(value, str) or not CODE.fullmatch(value) or fits(value, hint):
+            return None
+        makers = [make for kind, make in self.functions.items() if kind in alternatives(hint)]
+        # A class is a part of its own, and what is not there is said where the part looks for it.
+        return makers[0](value) if makers and not isinstance(_found(value), type) else None
 
     def _build(self, part: type, values: Mapping[str, Any], place: _Place) -> Any:
         if place.root is None:
@@ -273,6 +287,12 @@ class RunFiles(Generic[Root]):
     def _parse(self, text: str, hint: Any, old: Any, place: _Place) -> Any:
         """The value that an override spells: a part's name, else JSON, else the text itself."""
         names_part = text in self.parts or text in self.replaced or CODE.fullmatch(text)
+        one = item_type(hint, (), 0)
+        if CODE.fullmatch(text) and not takes_parts(hint) and takes_parts(one) and not fits(text, hint):
+            return sequence_type(hint)([self._parse(text, one, None, place)])  # a list of one
+        made = self._of_function(text, hint)
+        if made is not None:
+            return made
         if text in self._choices(hint) or (names_part and takes_parts(hint) and not fits(text, hint)):
             part = self._class(text, place)
             if not accepts(hint, part):
@@ -391,9 +411,20 @@ def _default(part: type, name: str) -> Any:
     return found.default if found.default_factory is MISSING else found.default_factory()
 
 
-def _check_finite(value: Any, place: _Place) -> None:
+def _check_number(value: Any, place: _Place) -> None:
+    """Refuses what no computation in fp32 could use: its first product would be infinite."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{place} is {json.dumps(value)}; it must be a finite number")
+    if isinstance(value, float) and abs(value) > _LARGEST:
+        raise ValueError(f"{place} is {value:g}; it must be between -{_LARGEST:g} and {_LARGEST:g}")
+
+
+def _found(code: str) -> Any:
+    """The object at `module:name`, None where there is none."""
+    try:
+        return resolve(code)
+    except ValueError:
+        return None
 
 
 def _was_replaced(replacement: str) -> str:

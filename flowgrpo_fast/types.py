@@ -823,6 +823,16 @@ class FlowModel:
         """What runs where all samples are at `sigma`, 0-d on the host; the same object for the same part of it."""
         return self
 
+    def sized(self, height: int, width: int, num_frames: int) -> FlowModel:
+        """The same weights making another size, in pixels and frames: for evaluation.
+
+        Raises:
+            ValueError: the model has one size, or cannot make this one.
+        """
+        raise ValueError(
+            f"{self.family()} makes one size; leave the evaluation's height, width and num_frames at 0"
+        )
+
     def own_prompts(self) -> list[str]:
         """What a task without a file of prompts trains on; empty: the model brings none."""
         return []

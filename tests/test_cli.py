@@ -49,6 +49,12 @@ def test_a_run_folder_is_complete(finished: Path) -> None:
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     checkpoint = {f"checkpoints/step_000003/{n}" for n in ("model.safetensors", "optimizer.pt", "state.json")}
     samples = {f"samples/step_00000{step}.png" for step in (0, 2, 3)}
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    samples |= {
+        f"samples/step_00000{step}/{place:03d}_a_handwritten_{words[place % 10]}.png"
+        for step in (0, 2, 3)
+        for place in range(16)
+    }
     files = {"recipe.json", "metrics.jsonl", "summary.json", "report.html", ".lock"}
     assert names == files | checkpoint | samples
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -66,8 +72,9 @@ def test_the_report_is_one_self_contained_file(finished: Path) -> None:
     text = (finished / "report.html").read_text()
     for part in ("Before and after", "Reward and judge", "Importance ratio", "Time and cost", "recipe.json"):
         assert part in text
-    assert text.count("data:image/png;base64,") == 2
+    assert text.count("data:image/png;base64,") == 3  # a look each
     assert text.count("<svg") == 4
+    assert "max |ratio &minus; 1| = 0" in text
     for outside in ("src='http", 'src="http', "<link", "<script", "@import"):
         assert outside not in text
 
@@ -123,15 +130,64 @@ def test_ctrl_c_saves_everything_and_the_run_resumes(tmp_path: Path, capsys) -> 
     assert steps == list(range(last + 3))
 
 
-def test_sample_and_report(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_and_report(finished: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def refused(*arguments: object) -> None:
+        raise AssertionError("a reward was called")
+
+    monkeypatch.setattr("flowgrpo_fast.rewards.rules.ink_contrast", refused)
+    monkeypatch.setattr("flowgrpo_fast.rewards.judges.DigitJudge.correct", refused)
     main(["sample", str(finished), "--out", str(tmp_path / "s.png"), "--num-samples", "20"])
-    assert "judge" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "s.png")]
     assert Image.open(tmp_path / "s.png").size[0] > 100
+    kept = [
+        (finished / "samples/step_000003" / f"{p:03d}_a_handwritten_{w}.png")
+        for p, w in ((0, "zero"), (11, "one"))
+    ]
+    main(
+        [
+            "sample",
+            str(finished),
+            "--out",
+            str(tmp_path / "s.png"),
+            "--num-samples",
+            "20",
+            "--out-dir",
+            str(tmp_path),
+        ]
+    )
+    for path in kept:  # the evaluation's own noise and the newest weights: the same pictures
+        assert Image.open(tmp_path / path.name).tobytes() == Image.open(path).tobytes()
     (finished / "report.html").unlink()
     main(["report", str(finished), "--figures", str(tmp_path / "figures")])
     assert (finished / "report.html").exists()
     for name in ("before_after.png", "curves.png"):
         assert min(Image.open(tmp_path / "figures" / name).size) > 200
+
+
+def test_sample_takes_prompts_seeds_and_checkpoints(finished: Path, tmp_path: Path, capsys) -> None:
+    def pixels(*words: str) -> dict[str, bytes]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        main(["sample", str(finished), *words, "--out", str(tmp_path / "s.png"), "--out-dir", str(folder)])
+        return {path.name[4:]: Image.open(path).tobytes() for path in sorted(folder.iterdir())[:2]}
+
+    file = tmp_path / "prompts.txt"
+    file.write_text("a handwritten two\na handwritten six\n")
+    one = pixels("--prompt", "a handwritten two", "--seed", "1", "--num-samples", "1")
+    assert one == pixels(
+        "--prompt", "a handwritten two", "--seed", "1", "--checkpoint", "3", "--num-samples", "1"
+    )
+    assert one != pixels("--prompt", "a handwritten two", "--seed", "2", "--num-samples", "1")
+    two = pixels("--prompts", str(file), "--seed", "1", "--checkpoint", "step_000003", "--num-samples", "2")
+    assert list(two) == ["a_handwritten_two.png", "a_handwritten_six.png"]
+    assert two["a_handwritten_two.png"] == one["a_handwritten_two.png"]  # noise goes by the sample's place
+    for words, message in (
+        (["--checkpoint", "2"], "has no checkpoint '2'; it has step_000003"),
+        (["--prompt", "a", "--prompts", "b"], "exclude each other"),
+        (["--seed", "-1"], "must not be negative"),
+        (["--prompts", str(tmp_path / "none.txt")], "cannot read prompts"),
+    ):
+        assert message in failing(capsys, "sample", str(finished), *words)
+    assert "name the run folder" in failing(capsys, "sample", "--checkpoint", "2")
 
 
 def test_recipes_and_env(capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +284,10 @@ def test_a_run_file_of_the_first_edition_is_refused_in_one_line(capsys, tmp_path
         (["train", "mix_grpo", "group_sise=4"], "did you mean 'group_size'?"),
         (["train", "mix_grpo", "--group_size", "12"], "--group_size is not an option; write group_size=12"),
         (["plan", "sd3.5-medium", "--lr=1e-4"], "--lr is not an option; write optimizer.lr=1e-4"),
+        (["train", "lr=1"], "Recipe has no field 'lr'; did you mean 'optimizer.lr'?"),
+        (["train", "flow_grpo", "task.model=sd35"], "'flowgrpo_fast.models.sd35'; did you mean 'sd3'?"),
+        (["train", "task.rewards=my_rewards:orc"], "module my_rewards has no 'orc'; did you mean 'ocr'?"),
+        (["train", "task.rewards=my_reward:ocr"], "no module 'my_reward'; did you mean 'my_rewards'?"),
         (["train", "optimizr.lr=1"], "Recipe has no field 'optimizr'; did you mean 'optimizer.lr'?"),
         (["train", "name=../outside"], "Recipe.name is '../outside'; it names a run's folder"),
         (["train", "group_size=1"], "needs at least 2 samples per prompt"),
@@ -255,6 +315,8 @@ def test_a_run_file_of_the_first_edition_is_refused_in_one_line(capsys, tmp_path
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # which the current folder is added to
+    (tmp_path / "my_rewards.py").write_text("def ocr(images, prompts): ...")
     monkeypatch.chdir(tmp_path)
     assert message in failing(capsys, *arguments)
     assert not list(tmp_path.rglob("metrics.jsonl"))

@@ -25,6 +25,7 @@ FLOORS = {
     "device": 1,
     "schedule": 2,
     "run_files": 2,
+    "confirm": 2,
     "types": 3,
     "objectives": 4,
     "precision": 4,
@@ -207,6 +208,22 @@ def test_abilities_are_written_in_protocols(path: Path) -> None:
 def test_every_exception_is_still_needed() -> None:
     for name, text in ASKED:
         assert text in asking(ast.parse((PACKAGE / name).read_text())), f"{name}: {text}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_text_is_utf8_whatever_the_locale(path: Path) -> None:
+    """Whoever opens text names its encoding."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name)):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+        literals = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        binary = any(isinstance(value, str) and "b" in value for value in literals)
+        owner = ast.unparse(node.func)
+        if name in ("read_text", "write_text") or (name == "open" and not binary and owner != "Image.open"):
+            named = {keyword.arg for keyword in node.keywords}
+            ours = owner == "read_text"  # `json_files.read_text`, which decodes UTF-8 itself
+            assert ours or owner == "safe_open" or "encoding" in named, f"{name_of(path)}:{node.lineno}"
 
 
 def test_ops_stand_alone() -> None:

@@ -55,9 +55,9 @@ def draw(
     )
 
 
-def draw_eval(num_prompts: int, num_samples: int, device: torch.device) -> Draws:
-    """The evaluation's draws: the same noise at every step of every run, prompts in turn."""
-    seeds = _seeds([_EVAL], num_samples).to(device)
+def draw_eval(num_prompts: int, num_samples: int, device: torch.device, seed: int | None = None) -> Draws:
+    """The evaluation's draws: the same noise at every step of every run, prompts in turn. A seed gives other noise."""
+    seeds = _seeds([_EVAL] if seed is None else [_EVAL, seed], num_samples).to(device)
     prompt_index = (torch.arange(num_samples) % num_prompts).to(device)
     return Draws(
         prompt_index=prompt_index,

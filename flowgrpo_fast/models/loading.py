@@ -185,7 +185,7 @@ def _download(path: str) -> Path:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # no JSON, or no text
         index = None
     if not isinstance(index, dict):

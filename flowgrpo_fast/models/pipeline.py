@@ -6,8 +6,10 @@ are embedded, how its latents are laid out, how its transformer is called and ho
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -131,6 +133,18 @@ class PipelineModel(FlowModel, ABC):
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
         """The autoencoder's pixels in [-1, 1]."""
+
+    def sized(self, height: int, width: int, num_frames: int) -> PipelineModel:
+        """The same parts, laid out for another size.
+
+        Raises:
+            ValueError: as `check_size`.
+        """
+        other = copy.copy(self)
+        other.network = replace(self.network, height=height, width=width, num_frames=num_frames)
+        other.check_size(other.network)
+        other.lay_out(other.network)
+        return other
 
     def multiple(self) -> int:
         """What height and width must be a multiple of: pixels a latent times latents a token."""

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from PIL import Image
 
 from flowgrpo_fast.json_files import write_whole
 
 Record: TypeAlias = dict[str, Any]
-TrackerName: TypeAlias = Literal["none", "tensorboard", "wandb"]
+TrackerName: TypeAlias = Literal["none", "tensorboard", "wandb", "trackio"]
+
+
+class Picture(NamedTuple):
+    """A sample, or a grid of them, and what stands under it."""
+
+    image: Image.Image
+    caption: str
 
 
 class Tracker(Protocol):
-    """Somewhere else that wants the numbers."""
+    """Somewhere else that wants the numbers and the pictures."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Records scalars of one step."""
+        ...
+
+    def show(self, step: int, grid: Picture, samples: Sequence[Picture]) -> None:
+        """Records what an evaluation showed."""
         ...
 
     def close(self) -> None:
@@ -54,6 +71,11 @@ class MetricsLog:
         if self._tracker is not None:
             scalars = {k: float(v) for k, v in _finite(record).items() if isinstance(v, int | float)}
             self._tracker.log(int(record["step"]), scalars)
+
+    def show(self, step: int, grid: Picture, samples: Sequence[Picture]) -> None:
+        """Hands what an evaluation showed to the tracker."""
+        if self._tracker is not None:
+            self._tracker.show(step, grid, samples)
 
     def close(self) -> None:
         """Closes the tracker."""
@@ -96,7 +118,7 @@ def make_tracker(name: TrackerName, run_dir: Path, config: dict[str, Any]) -> Tr
     if name == "none":
         return None
     try:
-        return _TensorBoard(run_dir) if name == "tensorboard" else _WeightsAndBiases(run_dir, config)
+        return _TensorBoard(run_dir) if name == "tensorboard" else _WeightsAndBiases(name, run_dir, config)
     except ImportError:
         raise ValueError(
             f"tracker {name!r} is not installed; pip install 'flowgrpo-fast[trackers]'"
@@ -113,18 +135,46 @@ class _TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def show(self, step: int, grid: Picture, samples: Sequence[Picture]) -> None:
+        self._writer.add_image("samples", np.asarray(grid.image), step, dataformats="HWC")
+        for place, sample in enumerate(samples):
+            self._writer.add_image(f"sample/{place:03d}", np.asarray(sample.image), step, dataformats="HWC")
+        # Four blanks make a line of Markdown, which is what the text tab shows, literal.
+        lines = [
+            f"    {place:03d}  {' '.join(sample.caption.split())}" for place, sample in enumerate(samples)
+        ]
+        self._writer.add_text("samples", "\n".join(lines), step)
+
     def close(self) -> None:
         self._writer.close()
 
 
 class _WeightsAndBiases:
-    def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
-        import wandb
+    """W&B, or trackio, which has the same functions."""
 
-        self._run = wandb.init(project="flowgrpo-fast", dir=str(run_dir), name=run_dir.name, config=config)
+    def __init__(self, package: str, run_dir: Path, config: dict[str, Any]) -> None:
+        self._wandb = importlib.import_module(package)
+        common = {"project": "flowgrpo-fast", "name": run_dir.name, "config": config, "resume": "allow"}
+        # The id stays with the run, so that what is resumed goes on in the same curves. Trackio goes by the name.
+        own = {"id": _kept_id(run_dir), "dir": str(run_dir)} if package == "wandb" else {}
+        self._run = self._wandb.init(**common, **own)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
+        self._wandb.log(values, step=step)
+
+    def show(self, step: int, grid: Picture, samples: Sequence[Picture]) -> None:
+        pictures = [self._wandb.Image(picture.image, caption=picture.caption) for picture in samples]
+        shown = {"samples": self._wandb.Image(grid.image, caption=grid.caption)}
+        shown |= {f"sample/{place:03d}": picture for place, picture in enumerate(pictures)}
+        self._wandb.log(shown, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        self._wandb.finish()
+
+
+def _kept_id(run_dir: Path) -> str:
+    """The run's id in a tracker: made once, and kept in its folder."""
+    path = run_dir / "tracker_id"
+    if not path.exists():
+        write_whole(path, uuid.uuid4().hex[:12] + "\n")
+    return path.read_text(encoding="utf-8").strip()

@@ -190,7 +190,7 @@ def _from_folder(folder: Path) -> Architecture:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}") from None
     if not isinstance(content, dict):

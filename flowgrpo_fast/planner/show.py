@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flowgrpo_fast.planner.architectures import Counts, architecture, count
@@ -85,7 +86,7 @@ def show(plan: Plan, console: Console) -> None:
     recipe, counts, work = plan.recipe, plan.counts, plan.counts.forward
     kind = "LoRA" if counts.trained_share == 0 else "full"
     console.print(
-        f"[bold]{recipe.name}[/] on {counts.name}, {counts.size}: {recipe.num_prompts} prompts x "
+        f"[bold]{escape(recipe.name)}[/] on {escape(counts.name)}, {counts.size}: {recipe.num_prompts} prompts x "
         f"{recipe.group_size} samples, {recipe.sigmas.num_inference_steps} steps, {recipe.machine.precision}, "
         f"{kind} ({counts.trained / 1e6:,.1f} of {counts.parameters / 1e6:,.0f} M parameters)\n"
         f"one forward of one row: {work.forward / 1e12:.2f} TFLOP, {work.linear / 1e12:.2f} in weights and "

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowgrpo_fast.checks import one_of, require
+from flowgrpo_fast.checks import finite, one_of, require
 from flowgrpo_fast.names import resolve
 from flowgrpo_fast.types import Scores
 
@@ -111,6 +111,7 @@ class RewardTerm:
         """A known place and signature, and a gradient only where there can be one."""
         one_of(self, ("here", "thread", "process"), where=self.where)
         one_of(self, ("prompts", "metadata", "record"), takes=self.takes)
+        finite(self, weight=self.weight)
         require(
             "/" not in self.name,
             f"RewardTerm.name is {self.name!r}; a slash sets apart what a reward names itself, so use none",

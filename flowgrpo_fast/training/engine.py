@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo_fast.checks import require
+from flowgrpo_fast.data.prompts import Prompts
 from flowgrpo_fast.experience.experience import Stage
 from flowgrpo_fast.models.adapters import has_adapter
 from flowgrpo_fast.models.loading import load_model
@@ -26,6 +27,8 @@ from flowgrpo_fast.sampling.graphs import Graphs
 from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.sampling.prune import check_cells
 from flowgrpo_fast.sampling.walk import Sampler
+from flowgrpo_fast.schedule.plan import Plan
+from flowgrpo_fast.schedule.topology import ode_plan
 from flowgrpo_fast.training.learner import Learner
 from flowgrpo_fast.training.snapshots import (
     Snapshot,
@@ -35,7 +38,19 @@ from flowgrpo_fast.training.snapshots import (
     load_weights,
     trained_parameters,
 )
-from flowgrpo_fast.types import FlowModel, PromptSet
+from flowgrpo_fast.types import FlowModel, PromptRows, PromptSet
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exam:
+    """What every look at the model asks of it; training's own where the recipe says nothing else."""
+
+    model: FlowModel  # of the size that is looked at, on the trained model's weights
+    prompts: PromptSet
+    conditioning: PromptRows
+    scorer: Scorer
+    guidance_scale: float
+    plan: Plan
 
 
 @dataclass(slots=True)
@@ -48,6 +63,7 @@ class Engine:
     stage: Stage
     learners: tuple[Learner, ...]
     judge: Judge | None
+    exam: Exam
     device: torch.device
     copies: tuple[LowPrecisionModel, ...]  # that follow the policy that samples
     prompts_digest: str  # of all that is asked for, by which a resumed run knows that it is still the same
@@ -82,7 +98,10 @@ class Engine:
     @property
     def evaluated(self) -> Policy:
         """The policy that evaluation samples from and that the user takes home."""
-        return self.learner.policy.of(self.learner.snapshots.get("average", self.model))
+        model, average = self.exam.model, self.learner.snapshots.get("average")
+        if average is not None:
+            model = average if model is self.model else Through(average, model)
+        return replace(self.learner.policy, model=model, guidance_scale=self.exam.guidance_scale)
 
     def refresh(self) -> None:
         """Brings copies in low precision up to the policy that samples, in place; all else shares its weights."""
@@ -94,10 +113,14 @@ class Engine:
     def close(self) -> None:
         """Ends what runs beside the run."""
         self.stage.scorer.close()
+        self.exam.scorer.close()
 
 
-def build_engine(recipe: Recipe, device: torch.device) -> Engine:
+def build_engine(recipe: Recipe, device: torch.device, scored: bool = True) -> Engine:
     """Loads model, prompts, rewards and judge as the recipe names them.
+
+    Args:
+        scored: whether there are rewards and a judge; an engine that only samples is made without them.
 
     Raises:
         ValueError: a name that does not resolve, an empty prompt file, or what the model cannot be.
@@ -107,13 +130,14 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     task, machine = recipe.task, recipe.machine
     require(not recipe.requires.incomplete, recipe.requires.incomplete)
     check_training_precision(machine.precision, device)
-    judge = resolve(task.judge) if task.judge else None
+    rewards = task.rewards if scored else ()
+    judge = resolve(task.judge) if task.judge and scored else None
     require(
         judge is None or callable(judge),
         f"judge {task.judge!r} is a {type(judge).__name__}, which cannot be called",
     )
     setup = ModelSetup(network=recipe.network, precision=machine.precision, seed=recipe.seed)
-    for term in task.rewards:
+    for term in (*rewards, *task.evaluation.rewards) if scored else ():
         term.resolve()  # a name that is not there is found before anything is loaded
     model = load_model(task.model, device, setup)
     prompts = recipe.data.load(model.own_prompts())
@@ -128,9 +152,9 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
     scouts = None
     if scouting is not None:
         scouts = low_precision if scouting == machine.rollout_precision else scouting.build(model)
-    scorer = Scorer(task.rewards, model.decode, device, task.reward_processes)
+    scorer = Scorer(rewards, model.decode, device, task.reward_processes)
     learner = _learner(recipe, model, scorer)
-    if recipe.requires.reward_gradient:
+    if recipe.requires.reward_gradient and scored:
         _check_gradient(learner, prompts, device)
     sampled = learner.snapshots.get(recipe.requires.sampled_by)
     policy, graphs = learner.policy.of(sampled or model), Graphs() if machine.graphs else None
@@ -170,6 +194,7 @@ def build_engine(recipe: Recipe, device: torch.device) -> Engine:
         stage=stage,
         learners=(learner,),
         judge=judge() if judge else None,
+        exam=_exam(recipe, model, stage, scored),
         device=device,
         copies=tuple(dict.fromkeys(copies)),
         prompts_digest=_digest(prompts),
@@ -184,6 +209,30 @@ def _digest(prompts: PromptSet) -> str:
     for image in prompts.images:
         digest.update(f"{image.name} {image.stat().st_size}\n".encode())
     return digest.hexdigest()
+
+
+def _exam(recipe: Recipe, model: FlowModel, stage: Stage, scored: bool) -> Exam:
+    """What looks ask, the training's prompts, rows and rewards shared where they are the same."""
+    part, device = recipe.task.evaluation, stage.scorer.device
+    looked_at = part.sized(model, recipe.network)
+    prompts, conditioning, scorer = stage.prompts, stage.conditioning, stage.scorer
+    if part.prompts:
+        prompts = Prompts(path=part.prompts).load()
+    if part.prompts or looked_at is not model:  # a source image is embedded in the size that is made
+        with torch.no_grad():
+            conditioning = looked_at.prompt_rows(list(prompts.prompts), list(prompts.images))
+    if scored and (part.rewards or looked_at is not model):
+        terms = part.rewards or scorer.terms
+        scorer = Scorer(terms, looked_at.decode, device, recipe.task.reward_processes)
+    scale = recipe.guidance_scale if part.guidance_scale is None else part.guidance_scale
+    return Exam(
+        model=looked_at,
+        prompts=prompts,
+        conditioning=conditioning,
+        scorer=scorer,
+        guidance_scale=scale,
+        plan=ode_plan(part.sampled_by(recipe.sigmas).grid(looked_at.image_seq_len)),
+    )
 
 
 def _check_metadata(recipe: Recipe, prompts: PromptSet) -> None:

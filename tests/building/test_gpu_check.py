@@ -48,7 +48,9 @@ def test_the_dry_run_lists_stages_of_seven_minutes_packages_included(tmp_path, p
 
 
 def test_a_part_of_another_name_is_one_line():
-    done = subprocess.run([sys.executable, str(SCRIPT), "last"], capture_output=True, text=True, timeout=HANGS)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "last"], capture_output=True, text=True, timeout=HANGS
+    )
     assert done.returncode == 2
     assert "part is 'last', must be one of first, checks, tables, levers" in done.stderr
 
@@ -284,7 +286,11 @@ def test_a_package_older_than_the_project_needs_is_taken_from_the_wheels(tmp_pat
 @pytest.mark.parametrize(("part", "name"), [("first", "tests"), ("checks", "large")])
 def test_without_diffusers_the_tests_of_the_ops_run(tmp_path, part, name):
     """One conftest that cannot be imported ends pytest before its first test."""
-    for lacking, folder in (({}, "tests"), ({"rich": ""}, "tests"), ({"diffusers": "", "peft": ""}, "tests/ops")):
+    for lacking, folder in (
+        ({}, "tests"),
+        ({"rich": ""}, "tests"),
+        ({"diffusers": "", "peft": ""}, "tests/ops"),
+    ):
         stages = {each.name: each for each in gpu_check.commands(part, tmp_path, "90", lacking)}
         assert stages[name].arguments[-1] == folder
 

@@ -53,7 +53,7 @@ def trained(folder: Path, *words: str) -> list[dict[str, float]]:
 def test_it_trains_from_a_run_file(name, tmp_path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({**JOB, **PARTS[name]}))
-    lines = trained(tmp_path / "run", "--from", str(file))
+    lines = trained(tmp_path / "run", "--yes", "--from", str(file))
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert line["grad_norm"] > 0
@@ -81,7 +81,7 @@ def test_it_trains_from_the_command_line(tmp_path) -> None:
         f'task.rewards=[{{"is": "{HERE}:MyReward"}}]',
         "task.rewards.0.goal=0.7",
     ]
-    lines = trained(tmp_path / "run", "--from", str(file), *words)
+    lines = trained(tmp_path / "run", "--yes", "--from", str(file), *words)
     assert [line["window_start"] for line in lines] == [1.0, 1.0]
     assert all("reward/mine" in line for line in lines)
     recipe = load_recipe(tmp_path / "run")
@@ -105,7 +105,7 @@ def test_what_is_no_such_part_is_one_line(word, message, tmp_path, capsys) -> No
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(JOB))
     with pytest.raises(SystemExit) as caught:
-        main(["train", "--from", str(file), word, "--out", str(tmp_path / "run")])
+        main(["train", "--yes", "--from", str(file), word, "--out", str(tmp_path / "run")])
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert message in error
