@@ -100,7 +100,7 @@ def _typed(now: _Case, gpu: Gpu) -> Iterator[_Change]:
     if has_tail and _override(recipe, keep) == recipe:
         setting = "solver=DPMSolver2M solver.keep=0.4"
         rows.append(("second-order solver, 40 % of the tail", setting, "", False))
-    if recipe.guidance_scale != 1.0:
+    if recipe.guidance_scale > 1:
         name, reuse = "unconditional half of the first update from the rollout", "machine.reuse_unconditional"
         rows.append((name, f"{reuse}=true", f"{reuse}=false", True))
     if _override(recipe, f"{low}=TrainingPrecision") == recipe:
@@ -154,6 +154,6 @@ def _others(now: _Case) -> Iterator[_Change]:
         yield _Change("shared first stochastic step", setting, True, True, first_apart, now)
     once, each = (now._replace(execution=replace(execution, text_each_sample=on)) for on in (False, True))
     yield _Change("prompts encoded once", "network.text_cache", True, now == once, each, once)
-    if recipe.guidance_scale != 1.0:
+    if recipe.guidance_scale > 1:
         once, each = (now._replace(execution=replace(execution, uncond_gradient=on)) for on in (False, True))
         yield _Change("unconditional half under no_grad", "always", True, now == once, each, once)
