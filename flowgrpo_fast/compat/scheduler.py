@@ -116,7 +116,7 @@ class InheritedOptions(ConfigMixin):
             _check_flow(given)
             if "shift" not in given:
                 kwargs.setdefault("shift", given["flow_shift"])
-        made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        made: Any = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
         if "algorithm_type" in given or "predict_x0" in given:  # options of DPM-Solver, and of UniPC
             scheduler = made[0] if return_unused_kwargs else made
             scheduler.register_to_config(flow_grid="unipc" if "predict_x0" in given else "dpm")
