@@ -37,7 +37,16 @@ from flowgrpo_fast.precision.parts import LowPrecision, RolloutPrecision, Traini
 from flowgrpo_fast.rewards.terms import Reward, RewardTerm
 from flowgrpo_fast.sampling.policy import Precision
 from flowgrpo_fast.sampling.step import Forwards
-from flowgrpo_fast.schedule.dynamics import CPS, DanceSDE, DPMSolver2M, Dynamics, Euler, FlowSDE, Solver
+from flowgrpo_fast.schedule.dynamics import (
+    CPS,
+    DanceSDE,
+    DPMSolver2M,
+    Dynamics,
+    Euler,
+    FlowSDE,
+    Solver,
+    WanSDE,
+)
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.schedule.sigmas import DynamicShift, Sigmas
 from flowgrpo_fast.schedule.topology import (
@@ -299,7 +308,7 @@ class Recipe:
                 f"the topology {type(self.topology).__name__} shares start noise and no step is stochastic; a group's "
                 "samples would all be equal: use Independent"
             )
-        if needs.no_guidance and self.guidance_scale != 1:
+        if needs.no_guidance and self.guidance_scale > 1:
             yield (
                 f"Recipe.guidance_scale is {self.guidance_scale}; {name} samples and trains without guidance, at 1"
             )
@@ -484,7 +493,7 @@ PARTS: dict[str, type] = {
             TrainingPrecision,
             LowPrecision,
         ),
-        *(Sigmas, DynamicShift, FlowSDE, DanceSDE, CPS, Euler, DPMSolver2M),
+        *(Sigmas, DynamicShift, FlowSDE, DanceSDE, WanSDE, CPS, Euler, DPMSolver2M),
         *(
             Deterministic,
             RandomPair,

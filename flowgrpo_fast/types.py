@@ -772,6 +772,9 @@ class FlowModel:
     )
     image_seq_len: int | None = None  # image tokens of one sample: a dynamic shift grows with them
     sensitive: tuple[str, ...] = ()  # regular expressions over the transformer's layer names: never quantised
+    published: tuple[
+        str, ...
+    ] = ()  # the layers that Sol-RL quantises, by the same kind of expressions; () = unknown
     takes_images: bool = False  # `encode` reads a source image for each prompt
     mixes_guidance: bool = False  # the halves of guidance are mixed by `guided`, not by the plain formula
 

@@ -13,7 +13,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from flowgrpo_fast.data.prompts import Prompts
 from flowgrpo_fast.names import resolve
-from flowgrpo_fast.recipe import FlowSDE, LoRA
+from flowgrpo_fast.recipe import FlowSDE, FullFineTuning, LoRA
 from flowgrpo_fast.recipe_io import load_recipe, save_recipe
 from flowgrpo_fast.recipes import RECIPES
 
@@ -26,6 +26,8 @@ PUBLISHED = {
     "sd3_5_medium_flow_cps": ("sd3", 512, 512, 1, 10, 3, 24, 48, 1.0, 1024),
     "sd3_5_large_flow_grpo": ("sd3", 512, 512, 1, 10, 9, 24, 48, 4.5, 1024),
     "flux_mix_grpo": ("flux", 720, 720, 1, 25, 4, 12, 32, 1.0, 2025),
+    "flux_dance_grpo_full": ("flux", 720, 720, 1, 16, 15, 12, 16, 1.0, 2025),
+    "flux_mix_grpo_full": ("flux", 720, 720, 1, 25, 4, 12, 32, 1.0, 2025),
     "flux_kontext_flow_grpo": ("flux_kontext", 512, 512, 1, 6, 5, 21, 48, 1.0, 1024),
     "qwen_image_flow_grpo": ("qwen_image", 512, 512, 1, 10, 2, 16, 32, 4.0, 1024),
     "wan2_1_1_3b_flow_grpo": ("wan", 240, 416, 33, 20, 19, 4, 16, 4.5, 9 * 15 * 26),
@@ -48,9 +50,10 @@ def test_a_run_file_has_the_published_size(path: Path, tmp_path: Path) -> None:
     size = (network.height, network.width, network.num_frames)
     steps = (len(plan.steps), len(plan.kept), recipe.group_size, recipe.num_prompts)
     assert (recipe.task.model, *size, *steps, recipe.guidance_scale) == PUBLISHED[path.stem][:-1]
-    assert isinstance(network.train, LoRA)
+    assert isinstance(network.train, FullFineTuning if path.stem.endswith("_full") else LoRA)
     assert recipe.machine.precision == "bf16"
-    assert recipe.machine.rows_per_forward % recipe.group_size == 0  # a forward holds whole groups
+    if path.stem != "flux_dance_grpo_full":  # whose updates take 64 samples, four of each group
+        assert recipe.machine.rows_per_forward % recipe.group_size == 0  # a forward holds whole groups
     module = import_module(f"flowgrpo_fast.models.{recipe.task.model}")
     assert network.path
     assert module.load.__self__.family() == recipe.task.model

@@ -36,6 +36,7 @@ from flowgrpo_fast.schedule.dynamics import (
     Solver,
     coefficients,
 )
+from flowgrpo_fast.schedule.sigmas import flow_sigmas_grid
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
@@ -98,7 +99,42 @@ def draw_seeds(generator: Generators, num_samples: int, device: torch.device) ->
 
 
 class InheritedOptions(ConfigMixin):
-    """Lets a scheduler take its parent's options as ``**kwargs`` and still load from a config that holds them."""
+    """Lets a scheduler take its parent's options as ``**kwargs`` and still load from a config that holds them.
+
+    Configs of UniPC and DPM-Solver with flow sigmas (Wan, SANA) load too, with their own shift and grid.
+    """
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As of diffusers.
+
+        Raises:
+            ValueError: the config is of a scheduler whose sigmas are no flow's, or are spaced in a way of its own.
+        """
+        given = config or {}
+        if "beta_schedule" in given:  # every scheduler that can walk a variance-preserving path has one
+            _check_flow(given)
+            if "shift" not in given:
+                kwargs.setdefault("shift", given["flow_shift"])
+        made: Any = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        if "algorithm_type" in given or "predict_x0" in given:  # options of DPM-Solver, and of UniPC
+            scheduler = made[0] if return_unused_kwargs else made
+            scheduler.register_to_config(flow_grid="unipc" if "predict_x0" in given else "dpm")
+        return made
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """The parent's schedule, on the grid of the scheduler whose config was loaded."""
+        grid = self.config.get("flow_grid")
+        if grid and sigmas is None and timesteps is None and num_inference_steps is not None:
+            sigmas = flow_sigmas_grid(num_inference_steps, from_one=grid == "unipc").tolist()
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)  # type: ignore[misc]
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
@@ -106,6 +142,24 @@ class InheritedOptions(ConfigMixin):
         if issubclass(input_class, FlowMatchEulerDiscreteScheduler):
             keys |= ConfigMixin._get_init_keys(FlowMatchEulerDiscreteScheduler)
         return keys
+
+
+def _check_flow(config: Any) -> None:
+    """Raises ``ValueError`` unless a config with betas asks for flow sigmas, evenly spaced and ending at 0."""
+    name = config.get("_class_name", "a scheduler")
+    if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
+        raise ValueError(
+            f"the config is of {name} with prediction_type {config.get('prediction_type')!r}; only flow models have "
+            "these steps: pass the config of a flow-matching scheduler, or one with use_flow_sigmas=True"
+        )
+    other = [n for n in ("karras", "exponential", "beta") if config.get(f"use_{n}_sigmas")]
+    if config.get("use_lu_lambdas"):
+        other.append("lu")
+    if other or config.get("final_sigmas_type", "zero") != "zero":
+        raise ValueError(
+            f"the config of {name} spaces its sigmas its own way ({', '.join(other) or 'final_sigmas_type'}); "
+            "turn that off, or pass sigmas to set_timesteps of a FlowMatchEulerDiscreteScheduler's config"
+        )
 
 
 @dataclass
@@ -326,7 +380,10 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
         """Resolves table and seeds, all on the host but for the copies to the device."""
         num_steps = len(self._schedule())
         stochastic = self._resolve_steps(num_steps)
-        table = coefficients(self.sigmas.double().cpu().numpy(), self._rules(stochastic, num_steps, first))
+        with torch.inference_mode(False):  # a recorded table is replayed with gradient
+            table = coefficients(
+                self.sigmas.double().cpu().numpy(), self._rules(stochastic, num_steps, first)
+            )
         seed = self._given_seeds
         if seed is None and stochastic:
             seed = draw_seeds(generator, len(sample), sample.device)

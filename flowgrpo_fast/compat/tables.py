@@ -195,7 +195,9 @@ def schedule_table(
     )
     table = _tables.get(key)
     if table is None:
-        table = _tables[key] = _make(schedule, kind, noise_levels, device, sigma_max)
+        # The table outlives the call: made under inference_mode, it could never be replayed with gradient.
+        with torch.inference_mode(False):
+            table = _tables[key] = _make(schedule, kind, noise_levels, device, sigma_max)
         if len(_tables) > _MAX_TABLES:
             _tables.popitem(last=False)
     _tables.move_to_end(key)

@@ -25,6 +25,7 @@ class Flux(PipelineModel):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     sensitive = (r"^x_embedder", r"^context_embedder", r"^time_text_embed", r"norm", r"^proj_out")
+    published = (r"^transformer_blocks", r"^single_transformer_blocks", r"^proj_out")  # modulations too
     max_sequence_length = 512
     text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 

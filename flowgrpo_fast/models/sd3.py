@@ -23,6 +23,7 @@ class SD3(PipelineModel):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     sensitive = (r"^pos_embed", r"^time_text_embed", r"^context_embedder", r"norm", r"^proj_out")
+    published = (r"\.ff\.net\.",)  # the image tokens' feed-forward
     max_sequence_length = 128  # of the T5, as Flow-GRPO trains; the CLIPs add 77
     text_parts = (
         *("text_encoder", "text_encoder_2", "text_encoder_3"),

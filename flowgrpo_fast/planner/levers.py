@@ -113,7 +113,7 @@ def _typed(now: _Case, gpu: Gpu) -> Iterator[_Change]:
     if has_tail and _override(recipe, keep) == recipe:
         setting = "solver=DPMSolver2M solver.keep=0.4"
         rows.append(("second-order solver, 40 % of the tail", setting, "", False))
-    if recipe.guidance_scale != 1.0:
+    if recipe.guidance_scale > 1:
         name, reuse = "unconditional half of the first update from the rollout", "machine.reuse_unconditional"
         rows.append((name, f"{reuse}=true", f"{reuse}=false", True))
         constant = "unconditional_gradient"

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -40,8 +41,15 @@ class LowPrecisionModel:
             quantized.write_(source.linear.weight, active_lora(source.wrapper))
 
 
+class Chosen(NamedTuple):
+    """Which layers are quantised, by regular expressions."""
+
+    only: tuple[str, ...]  # these alone, sensitive or not; () = all but the family's sensitive ones
+    skip: tuple[str, ...]  # never these
+
+
 def build_low_precision(
-    model: FlowModel, form: Format, mode: str, skip: tuple[str, ...], emulate: bool
+    model: FlowModel, form: Format, mode: str, choice: Chosen, emulate: bool
 ) -> LowPrecisionModel:
     """The low-precision model of a training model; arguments and errors as of `parts.LowPrecision`.
 
@@ -50,9 +58,9 @@ def build_low_precision(
     """
     emulated = _check_device(form, next(model.module.parameters()).device, emulate)
     layers = list(linear_layers(model.transformer))
-    _check_skip(skip, layers)
-    sensitive = (*model.sensitive, *skip)
-    reasons = [_left_alone(layer, form, mode, sensitive) for layer in layers]
+    _check_skip(choice.skip, layers)
+    sensitive = choice.skip if choice.only else (*model.sensitive, *choice.skip)
+    reasons = [_left_alone(layer, form, mode, Chosen(choice.only, sensitive)) for layer in layers]
     chosen = [layer for layer, reason in zip(layers, reasons, strict=True) if not reason]
     left = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons).items()) if reason)
     if not chosen:
@@ -104,9 +112,11 @@ def _check_skip(skip: tuple[str, ...], layers: list[Layer]) -> None:
             )
 
 
-def _left_alone(layer: Layer, form: Format, mode: str, sensitive: tuple[str, ...]) -> str:
+def _left_alone(layer: Layer, form: Format, mode: str, choice: Chosen) -> str:
     """Why a layer stays as it is; empty if it is quantised."""
-    if any(re.search(pattern, layer.name) for pattern in sensitive):
+    if choice.only and not any(re.search(pattern, layer.name) for pattern in choice.only):
+        return "not in the published set"
+    if any(re.search(pattern, layer.name) for pattern in choice.skip):
         return "sensitive"
     rows, columns = form.multiples
     if layer.linear.out_features % rows or layer.linear.in_features % columns:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from flowgrpo_fast.checks import one_of, require
-from flowgrpo_fast.precision.apply import LowPrecisionModel, build_low_precision
+from flowgrpo_fast.precision.apply import Chosen, LowPrecisionModel, build_low_precision
 from flowgrpo_fast.precision.formats import FORMATS
 from flowgrpo_fast.types import FlowModel
 
@@ -45,6 +45,8 @@ class LowPrecision:
 
     format: Literal["fp8_rows", "fp8_tensor", "fp8_blocks", "nvfp4"] = "fp8_rows"
     mode: Literal["merged", "bare_layers", "branch", "shared_base"] = "branch"
+    # "all": every linear layer but the sensitive ones of the family. "published": the set that Sol-RL quantises.
+    layers: Literal["all", "published"] = "all"
     skip: tuple[str, ...] = ()  # regular expressions: layers left alone, besides the family's own
     emulate: bool = True  # where the device lacks the format: dequantise and multiply, slowly; else refuse
 
@@ -52,6 +54,7 @@ class LowPrecision:
         """Known names."""
         one_of(self, ("fp8_rows", "fp8_tensor", "fp8_blocks", "nvfp4"), format=self.format)
         one_of(self, ("merged", "bare_layers", "branch", "shared_base"), mode=self.mode)
+        one_of(self, ("all", "published"), layers=self.layers)
 
     @property
     def shares_base(self) -> bool:
@@ -72,10 +75,19 @@ class LowPrecision:
         """The low-precision model of a training model; with `shared_base` that model is changed in place.
 
         Raises:
-            ValueError: no layer can be quantised, an adapter is not plain LoRA, `skip` matches no layer, or the device
-                lacks the format and `emulate` is false.
+            ValueError: no layer can be quantised, the family has no published set, an adapter is not plain LoRA, `skip`
+                matches no layer, or the device lacks the format and `emulate` is false.
         """
-        return build_low_precision(model, FORMATS[self.format], self.mode, self.skip, self.emulate)
+        only: tuple[str, ...] = ()
+        if self.layers == "published":
+            only = model.published
+            require(
+                bool(only),
+                f"LowPrecision.layers is 'published', and no set is known for {model.family()}; use layers='all'",
+            )
+        return build_low_precision(
+            model, FORMATS[self.format], self.mode, Chosen(only, self.skip), self.emulate
+        )
 
     def check_replay(self, same_batches: bool) -> None:
         """Refuses a shared base whose activations are scaled by batches that the replay does not see again.

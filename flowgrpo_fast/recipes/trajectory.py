@@ -64,7 +64,7 @@ def flow_grpo_fast() -> Recipe:
         flow_grpo(),
         name="flow_grpo_fast",
         dynamics=FlowSDE(noise_level=0.8),
-        topology=SharedStart(at=RandomWindow(size=2, low=0, high=5)),
+        topology=SharedStart(at=RandomWindow(size=2, low=0, high=10)),
         objective=PolicyGradient(trust=Clip(range=1e-5)),
     )
 
@@ -101,7 +101,7 @@ def mix_grpo() -> Recipe:
         name="mix_grpo",
         sigmas=Sigmas(num_inference_steps=25, shift=3.0),
         dynamics=FlowSDE(noise_level=0.7),
-        topology=SharedStart(at=SlidingWindow(size=4, every=25, stride=1)),
+        topology=SharedStart(at=SlidingWindow(size=4, every=25, stride=1, cut=True)),
         group_size=12,
         num_prompts=32,
         credit=(Normalise(eps=1e-8, ddof=1, unit_weights=True), Bound(), DropIdle(mode="kept")),
@@ -115,7 +115,7 @@ def mix_grpo_flash() -> Recipe:
     return replace(
         mix_grpo(),
         name="mix_grpo_flash",
-        topology=SharedStart(at=SlidingWindow(size=4, every=20, stride=1)),
+        topology=SharedStart(at=SlidingWindow(size=4, every=20, stride=1, cut=True)),
         solver=DPMSolver2M(keep=0.4),
     )
 

@@ -26,8 +26,8 @@ class Policy:
 
     @property
     def halves(self) -> int:
-        """Forwards a velocity takes: guidance has an unconditional half."""
-        return 1 if self.guidance_scale == 1.0 else 2
+        """Forwards a velocity takes: guidance has an unconditional half. At most 1 is none, as in the pipelines."""
+        return 2 if self.guidance_scale > 1 else 1
 
     def of(self, model: FlowModel) -> Policy:
         """Another model, asked alike."""

@@ -22,6 +22,9 @@ from torch import Tensor
 from flowgrpo_fast.checks import fraction, one_of, positive
 from flowgrpo_fast.schedule.sigmas import Array, respaced_tail
 
+# Above it a sigma counts as 1 where a rate would be infinite there; 1000 training timesteps end at it.
+NEAR_ONE = 1 - 1e-3
+
 Row: TypeAlias = tuple[float, float, float, float, float, float, float, float]
 
 
@@ -85,10 +88,10 @@ class FlowSDE:
         """The SDE's diffusion rate q at a step; the step's noise has std q * sqrt(-dt).
 
         The rate is infinite at s = 1: there, and only in the denominator, the next sigma of the schedule's start
-        stands in for it (the convention of Flow-GRPO).
+        stands in for it (the convention of Flow-GRPO). A schedule that begins within `NEAR_ONE` of 1 is treated alike.
         """
         s = float(sigmas[step])
-        return self.noise_level * math.sqrt(s / (1 - (s if s < 1 else float(sigmas[1]))))
+        return self.noise_level * math.sqrt(s / (1 - below_one(s, float(sigmas[1]))))
 
     def row(self, sigmas: Array, step: int, to: int) -> Row:
         """As of `Dynamics`."""
@@ -112,6 +115,20 @@ class DanceSDE:
     def row(self, sigmas: Array, step: int, to: int) -> Row:
         """As of `Dynamics`."""
         return score_sde_row(self.noise_level, float(sigmas[step]), float(sigmas[to]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WanSDE:
+    """Flow-GRPO's SDE for Wan: the rate is q = smin + (smax - smin) sigma, of the schedule's last and second sigma."""
+
+    def rate(self, sigmas: Array, step: int) -> float:
+        """The SDE's diffusion rate q; finite everywhere, so no sigma needs a stand-in."""
+        low, high = float(sigmas[-1]), float(sigmas[1])
+        return low + (high - low) * float(sigmas[step])
+
+    def row(self, sigmas: Array, step: int, to: int) -> Row:
+        """As of `Dynamics`."""
+        return score_sde_row(self.rate(sigmas, step), float(sigmas[step]), float(sigmas[to]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +174,8 @@ class DPMSolver2M:
     In lambda = log((1 - sigma) / sigma), alpha = 1 - sigma. First order (= Euler here) without history, at the last
     step (lambda = inf) and from s = 1 (lambda = -inf).
 
-    `keep` is the share of those steps that is run (MixGRPO-Flash: 0.4).
+    `keep` is the share of the *points* of those steps that is kept, both ends counted (MixGRPO-Flash: 0.4), so one step
+    fewer is run; at least one, to sigma 0.
     """
 
     keep: float = 1.0
@@ -183,11 +201,19 @@ class DPMSolver2M:
         return (s, t / s + x0_weight, -s * x0_weight, 0.0, -difference, 0.0, 0.0, 0.0)
 
     def tail(self, sigmas: Array, start: int, shift: float) -> Array:
-        """The steps from `start` on, `keep` of them (at least one), linear in unshifted time."""
+        """`keep` of the points from `start` on, linear in unshifted time: a step fewer, but at least one."""
         if self.keep == 1:
             return sigmas
-        num_steps = max(1, int((len(sigmas) - 1 - start) * self.keep))
+        num_steps = max(1, int((len(sigmas) - start) * self.keep) - 1)
         return respaced_tail(sigmas, start, num_steps, shift)
+
+
+def below_one(s: float, following: float) -> float:
+    """A sigma that `1 / (1 - sigma)` may be asked of: near 1 it is `following`, the schedule's second, if that is less.
+
+    The one rule for "just under 1": grids that begin at 0.9997 (UniPC's) move as those that begin at 1 do.
+    """
+    return min(s, following) if s > NEAR_ONE else s
 
 
 def euler_row(s: float, t: float) -> Row:

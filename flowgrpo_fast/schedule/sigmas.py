@@ -46,7 +46,8 @@ class Sigmas:
     num_inference_steps: int = 10
     shift: float | DynamicShift = 3.0
     # "linear": 1, 1 - 1/T, ..., 0 before the shift. "diffusers": SD3's grid, which ends at its sigma_min.
-    spacing: Literal["linear", "diffusers"] = "linear"
+    # "unipc", "dpm": the grids of those diffusers schedulers with flow sigmas (Wan; SANA, which begins just under 1).
+    spacing: Literal["linear", "diffusers", "unipc", "dpm"] = "linear"
     # The shifted schedule is stretched to end here before 0 (Qwen-Image: 0.02); 0 = not.
     terminal: float = 0.0
 
@@ -58,7 +59,7 @@ class Sigmas:
         )
         if not isinstance(self.shift, DynamicShift):
             positive(self, shift=self.shift)
-        one_of(self, ("linear", "diffusers"), spacing=self.spacing)
+        one_of(self, ("linear", "diffusers", "unipc", "dpm"), spacing=self.spacing)
         require(0 <= self.terminal < 1, f"Sigmas.terminal is {self.terminal}; it must be in [0, 1)")
 
     def shift_value(self, seq_len: int | None = None) -> float:
@@ -91,15 +92,30 @@ class Sigmas:
             ends = np.array([1.0, 1 / _NUM_TRAIN_TIMESTEPS])
             last = float((ends if isinstance(self.shift, DynamicShift) else shift_sigmas(ends, shift))[-1])
         grid = np.linspace(1.0, last, self.num_inference_steps)
+        if self.spacing in ("unipc", "dpm"):
+            grid = flow_sigmas_grid(self.num_inference_steps, from_one=self.spacing == "unipc")
         sigmas = shift_sigmas(grid, shift)
         if self.terminal:
             sigmas = 1 - (1 - sigmas) * (1 - self.terminal) / (1 - sigmas[-1])
         return np.append(sigmas, 0.0)
 
 
+def flow_sigmas_grid(num_steps: int, from_one: bool) -> Array:
+    """`[T]`, before the shift: what diffusers' multi-step solvers space evenly with `use_flow_sigmas`.
+
+    UniPC goes from 1 (where it subtracts 1e-6 for its logarithm; not here) to 0.001, DPM-Solver from 0.999 to 0; both
+    leave their end out.
+    """
+    below = 0.0 if from_one else 1 / _NUM_TRAIN_TIMESTEPS
+    return np.linspace(1 - below, 1 / _NUM_TRAIN_TIMESTEPS - below, num_steps + 1)[:-1]
+
+
 def shift_sigmas(sigmas: Array, shift: float) -> Array:
-    """Moves a schedule towards noise: `shift * s / (1 + (shift - 1) * s)`. arXiv 2403.03206 eq. 23."""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    """Moves a schedule towards noise: `shift * s / (1 + (shift - 1) * s)`. arXiv 2403.03206 eq. 23.
+
+    1 stays 1 to the bit: for a shift below 0.5 the quotient misses it by a rounding, and rates are infinite near 1.
+    """
+    return np.where(sigmas == 1, 1.0, shift * sigmas / (1 + (shift - 1) * sigmas))
 
 
 def respaced_tail(sigmas: Array, start: int, num_steps: int, shift: float) -> Array:

@@ -174,7 +174,11 @@ class FractionOfSteps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomWindow:
-    """`size` consecutive stochastic steps, start drawn anew for each rollout from [low, high - size]."""
+    """`size` consecutive stochastic steps, start drawn anew for each rollout from [low, high - size].
+
+    `high` may be the schedule's length, as Flow-GRPO configures it: a window that then reaches the last step, which is
+    never stochastic here, is cut before it.
+    """
 
     size: int = 2
     low: int = 0
@@ -193,14 +197,18 @@ class RandomWindow:
         """As of `Window`."""
         high = num_steps - 1 if self.high is None else self.high
         what = f"RandomWindow(size={self.size}, low={self.low}, high={self.high})"
-        _check_fit(what, max(high, self.low + self.size), num_steps)
+        _check_fit(
+            what,
+            max(min(high, num_steps - 1) if high <= num_steps else high, self.low + self.size),
+            num_steps,
+        )
         generator = np.random.default_rng([seed, iteration, 0x77696E])
-        start = int(generator.integers(self.low, high - self.size, endpoint=True))
-        return WindowSteps(tuple(range(start, start + self.size)), self.size)
+        start = int(generator.integers(self.low, self.latest_start(num_steps), endpoint=True))
+        return _cut(start, self.size, num_steps - 1)
 
     def latest_start(self, num_steps: int) -> int:
-        """As of `Window`."""
-        return (num_steps - 1 if self.high is None else self.high) - self.size
+        """As of `Window`; a cut window keeps at least one step."""
+        return min((num_steps - 1 if self.high is None else self.high) - self.size, num_steps - 2)
 
     def earliest_end(self, num_steps: int) -> int:
         """As of `Window`."""
@@ -277,6 +285,9 @@ class SlidingWindow:
 
     How long it rests at start l: `progressive`: `every` iterations; `decay`: from `every` at l = 0 linearly
     to `every_min` at the end; `exp_decay`: ceil(every * exp(-decay_rate * max(0, l - decay_start))).
+
+    `cut` is the authors' code: the window starts at up to T - 3 and what of it lies past T - 3 is cut off; `decay` then
+    divides l by T - 2. Without it the window is always whole and reaches T - 2.
     """
 
     size: int = 4
@@ -287,6 +298,7 @@ class SlidingWindow:
     every_min: int = 1
     decay_rate: float = 0.1
     decay_start: int = 13
+    cut: bool = False
 
     def __post_init__(self) -> None:
         """All counts are positive."""
@@ -295,9 +307,9 @@ class SlidingWindow:
 
     def steps(self, num_steps: int, iteration: int, seed: int) -> WindowSteps:
         """As of `Window`."""
-        _check_fit(f"SlidingWindow(size={self.size})", self.size, num_steps)
-        start = self.start_at(iteration, num_steps - 1 - self.size)
-        return WindowSteps(tuple(range(start, start + self.size)), self.size)
+        _check_fit(f"SlidingWindow(size={self.size})", self.size + self.cut, num_steps)
+        start = self.start_at(iteration, self.latest_start(num_steps))
+        return _cut(start, self.size, num_steps - 1 - self.cut)
 
     def start_at(self, iteration: int, last_start: int) -> int:
         """Where the window starts at `iteration`, `last_start` being the last start that fits."""
@@ -314,7 +326,8 @@ class SlidingWindow:
     def _rest(self, start: int, last_start: int) -> int:
         """Iterations the window stays at `start`."""
         if self.pace == "decay":
-            share = start / last_start if last_start else 0.0
+            whole = last_start + self.cut
+            share = start / whole if whole else 0.0
             return max(self.every_min, int(self.every * (1 - share) + self.every_min * share))
         if self.pace == "exp_decay":
             return math.ceil(self.every * math.exp(-self.decay_rate * max(0, start - self.decay_start)))
@@ -322,11 +335,17 @@ class SlidingWindow:
 
     def latest_start(self, num_steps: int) -> int:
         """As of `Window`."""
-        return num_steps - 1 - self.size
+        return num_steps - 3 if self.cut else num_steps - 1 - self.size
 
     def earliest_end(self, num_steps: int) -> int:
         """As of `Window`."""
         return self.size
+
+
+def _cut(start: int, size: int, end: int) -> WindowSteps:
+    """The window from `start` on, as far as it lies before `end`; all of it is trained."""
+    steps = tuple(range(start, min(start + size, end)))
+    return WindowSteps(steps, len(steps))
 
 
 def _check_fit(window: str, end: int, num_steps: int) -> None:

@@ -21,6 +21,7 @@ SMALL = (
 )
 
 FITTED = {
+    "flow_grpo_fast": ("topology.at.high=5",),  # of six steps
     "mix_grpo": ("topology.at.size=2", "topology.at.every=2"),  # moves on within the curve
     "mix_grpo_flash": ("topology.at.size=2", "topology.at.every=2"),
     "pro_grpo": ("topology.steps=[2, 4]", "topology.sizes=[12, 8]"),
@@ -94,12 +95,18 @@ VARIANTS = {
     "pro_grpo+chunks": ("machine.rows_per_forward=2", "machine.prompts_per_chunk=1"),
     # windows and solvers
     "flow_grpo+frozen_window": ("topology.at=FrozenWindow", "topology.at.size=2", "topology.at.start=1"),
-    "mix_grpo+decay": ("topology.at.every=3", "topology.at.pace=decay", "topology.at.roll_back=false"),
+    "mix_grpo+decay": (
+        "topology.at.every=3",
+        "topology.at.pace=decay",
+        "topology.at.roll_back=false",
+        "topology.at.cut=false",
+    ),
     "mix_grpo+exp_decay": (
         "topology.at.every=3",
         "topology.at.pace=exp_decay",
         "topology.at.decay_rate=2.0",
         "topology.at.decay_start=0",
+        "topology.at.cut=false",
     ),
     "mix_grpo_flash+heun": ("solver.variant=heun", "solver.keep=1.0"),
     "flow_grpo_fast+diffusers_sigmas": (

@@ -17,8 +17,10 @@ from flowgrpo_fast.recipe import (
     Independent,
     SharedStart,
 )
+from flowgrpo_fast.sampling.policy import Policy
 from flowgrpo_fast.sampling.walk import check_finite, walk
 from flowgrpo_fast.schedule.topology import ode_plan
+from flowgrpo_fast.types import FlowModel
 from tests.conftest import ToyModel
 from tests.sampling.walks import batch_of, drawn, learner_of, measured, sampler_of, stacked
 
@@ -155,3 +157,10 @@ def test_a_bad_row_that_samples_share_hits_all_of_them(toy_recipe) -> None:
 
     with pytest.raises(ValueError, match=r"step 0, sample 16 \(8 of 32 samples are hit\)"):
         run(toy_recipe(topology=SharedStart(at=FrozenWindow(size=3, start=1))), Broken())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, -2.0])
+def test_guidance_of_at_most_1_is_none(scale: float) -> None:
+    """As in the pipelines; the velocity with the prompt is what counts."""
+    assert Policy(FlowModel(), scale).halves == 1
+    assert Policy(FlowModel(), 1.01).halves == 2

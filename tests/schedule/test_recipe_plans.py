@@ -43,6 +43,18 @@ def test_flash_shortens_only_the_steps_after_the_window() -> None:
     assert [plan.gives_x0(place) for place in range(len(plan.steps))] == [*plan.history[1:], False]
 
 
+@pytest.mark.parametrize(
+    ("start", "after"), [(0, 7), (1, 7), (2, 7), (5, 5), (8, 4), (11, 3), (14, 2), (16, 1), (19, 1)]
+)
+def test_flash_walks_the_published_number_of_steps_after_a_window(start: int, after: int) -> None:
+    """After start 19 the authors' code walks none and ends at sigma 0.207; here one step ends at 0."""
+    plan = with_window(mix_grpo_flash(), FrozenWindow(size=4, start=start)).plan(0)
+    assert len(plan.steps) - (start + 4) == after
+    assert plan.sigmas[-1] == 0
+    if start == 19:
+        assert plan.sigmas[23] == pytest.approx(0.207, abs=5e-4)
+
+
 def test_flash_keeps_at_least_one_step() -> None:
     recipe = with_window(mix_grpo_flash(), FrozenWindow(size=4, start=20), solver=DPMSolver2M(keep=0.1))
     plan = recipe.plan(0)

@@ -110,7 +110,44 @@ def test_a_random_pair_is_uniform_over_pairs_reproducible_and_ordered() -> None:
     )  # the last step too
 
 
+def test_the_window_of_flow_grpo_fast_starts_at_0_to_8_and_is_cut_before_the_last_step() -> None:
+    found = [RandomWindow(size=2, low=0, high=10).steps(10, i, 0) for i in range(500)]
+    assert {window.stochastic for window in found} == {(0, 1), *((i, i + 1) for i in range(1, 8)), (8,)}
+    assert all(window.num_trained == len(window.stochastic) for window in found)
+    assert set(starts(RandomWindow(size=2, low=0, high=7), 10, 500)) == set(range(6))  # the code of 2025-09
+    assert set(starts(RandomWindow(size=4, low=0, high=23), 25, 900)) == set(range(20))  # MixGRPO's random
+
+
+def published_starts(pace: str, every: int, iterations: int, num_steps: int = 25) -> list[int]:
+    """MixGRPO's state machine, in its own words: a counter, and a move when it is full."""
+    start, count, end, found = 0, 0, num_steps - 2, []
+    for _ in range(iterations):
+        found.append(start)
+        count += 1
+        progress = start / end
+        least = max(1, every // 4)
+        rest = {
+            "progressive": every,
+            "decay": max(least, int(every * (1 - progress) + least * progress)),
+            "exp_decay": math.ceil(every * math.exp(-0.1 * max(0, start - 13))),
+        }[pace]
+        if count >= rest:
+            count, start = 0, 0 if start + 1 > end - 1 else start + 1
+    return found
+
+
+@pytest.mark.parametrize("pace", ["progressive", "decay", "exp_decay"])
+def test_a_cut_window_is_mix_grpos(pace: str) -> None:
+    window = SlidingWindow(size=4, every=25, every_min=6, pace=pace, cut=True)
+    found = [window.steps(25, i, 0).stochastic for i in range(700)]
+    wanted = published_starts(pace, 25, 700)
+    assert found == [tuple(range(start, min(start + 4, 23))) for start in wanted]
+    assert max(wanted) == 22
+
+
 WINDOWS = [
+    RandomWindow(size=2, low=0, high=8),
+    SlidingWindow(size=4, every=2, cut=True),
     Deterministic(),
     RandomPair(),
     AllSteps(),
