@@ -100,7 +100,7 @@ def test_overrides_reach_nested_fields_and_swap_parts() -> None:
         ("group_size.x=2", "goes into a plain value"),
         ("group_size=1", "Recipe.group_size is 1; an advantage needs at least 2"),
         ("sigmas.num_inference_steps=1", "Sigmas.num_inference_steps is 1; it must be at least 2"),
-        ("sigmas.spacing=log", "must be 'linear' or 'diffusers'"),
+        ("sigmas.spacing=log", "must be 'linear', 'diffusers', 'unipc' or 'dpm'"),
         ("objective.trust.range=0", "Clip.range is 0.0; it must be above 0"),
         ('objective.regularizers=[{"is": "TransitionKL", "beta": -1}]', "must be at least 0"),
         ("optimizer.num_updates=5", "it must divide num_prompts * group_size = 384"),
