@@ -191,7 +191,9 @@ class Run:
                 if not isinstance(error, Exception):  # a second Ctrl-C, say
                     self._say(escape(kept))
                     raise
-                raise ValueError(f"{self._in_one_line(error, engine)}; {kept}") from (error.__cause__ or error)
+                raise ValueError(f"{self._in_one_line(error, engine)}; {kept}") from (
+                    error.__cause__ or error
+                )
             finally:
                 log.close()
         report = self._conclude(cost)

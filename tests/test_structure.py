@@ -220,7 +220,9 @@ def test_text_is_utf8_whatever_the_locale(path: Path) -> None:
         literals = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
         binary = any(isinstance(value, str) and "b" in value for value in literals)
         owner = ast.unparse(node.func)
-        if name in ("read_text", "write_text") or (name == "open" and not binary and owner not in ("Image.open", "os.open")):
+        if name in ("read_text", "write_text") or (
+            name == "open" and not binary and owner not in ("Image.open", "os.open")
+        ):
             named = {keyword.arg for keyword in node.keywords}
             ours = owner == "read_text"  # `json_files.read_text`, which decodes UTF-8 itself
             assert ours or owner == "safe_open" or "encoding" in named, f"{name_of(path)}:{node.lineno}"

@@ -255,7 +255,7 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
         self._return_mean = return_mean
         self._walk: _Walk | None = None
         self._x0_pred: Tensor | None = None
-        self._given_seeds: Tensor | None = None
+        self._given_seeds: Tensor | torch.Generator | None = None
         self._walks: list[WalkRecord] | None = None
         self.set_stochastic_steps(stochastic_steps)
 
@@ -269,9 +269,16 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
             stochastic_steps=None if steps is None else list(self._stochastic_steps or ())
         )
 
-    def set_seeds(self, seeds: Tensor | Sequence[int]) -> None:
-        """The noise seeds `[B]` (int64) of the next walk, one per sample; used once."""
-        self._given_seeds = torch.as_tensor(seeds, dtype=torch.int64)
+    def set_seeds(self, seeds: Tensor | Sequence[int] | torch.Generator) -> None:
+        """The noise seeds `[B]` (int64) of the next walk, one per sample, or a generator to draw them from; used once.
+
+        Pipelines draw the start noise from their ``generator=`` and give it to no step: without this, the noise of the
+        steps comes from torch's default generator.
+        """
+        if isinstance(seeds, torch.Generator):
+            self._given_seeds = seeds
+        else:
+            self._given_seeds = torch.as_tensor(seeds, dtype=torch.int64)
 
     @property
     def seeds(self) -> Tensor | None:
@@ -385,7 +392,9 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
                 self.sigmas.double().cpu().numpy(), self._rules(stochastic, num_steps, first)
             )
         seed = self._given_seeds
-        if seed is None and stochastic:
+        if isinstance(seed, torch.Generator):
+            seed = draw_seeds(seed, len(sample), sample.device)
+        elif seed is None and stochastic:
             seed = draw_seeds(generator, len(sample), sample.device)
         elif seed is None:
             seed = torch.zeros(len(sample), dtype=torch.int64)
@@ -447,9 +456,17 @@ class FlowMatchTransitionScheduler(InheritedOptions, FlowMatchEulerDiscreteSched
             self._walks.append(WalkRecord(self._walk.coeffs, self._walk.seed))
         record = self._walks[-1]
         record.step_index.append(index)
-        record.latents.append(sample)
-        record.next_latents.append(out.next_latents)
-        record.log_prob.append(out.log_prob)
+        record.latents.append(_replayable(sample))
+        record.next_latents.append(_replayable(out.next_latents))
+        record.log_prob.append(_replayable(out.log_prob))
+
+
+def _replayable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one made under `torch.inference_mode`, which autograd could not save for a backward."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 # SchedulerMixin too: a saved pipeline is loaded by looking for diffusers' base class in the module of each part.
