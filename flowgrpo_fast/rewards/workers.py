@@ -97,7 +97,7 @@ class _Pool:
         one = f"the process of reward {labels[0]}"
         whose = one if len(labels) == 1 else f"a process of rewards {', '.join(labels)}"
         return RewardFailed(
-            f"{whose} died: out of memory, killed, left by os._exit, or its script lacks the guard "
+            f"{whose} died: out of memory, killed, or left by os._exit; or its script lacks the guard "
             "if __name__ == '__main__'"
         )
 

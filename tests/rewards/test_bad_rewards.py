@@ -14,6 +14,7 @@ import torch
 from flowgrpo_fast.recipe import RewardTerm
 from flowgrpo_fast.rewards.calls import RewardFailed, RewardTimedOut, limited
 from flowgrpo_fast.rewards.scoring import Scorer
+from flowgrpo_fast.rewards.workers import _Pool
 from flowgrpo_fast.types import PromptSet, Scores
 from tests.rewards.own_reward import OwnReward
 
@@ -103,7 +104,7 @@ def test_processes_that_hang_or_die_are_replaced() -> None:
     scorer = Scorer((reward("good", "process"),), lambda latents: latents.clone(), CPU)
     ends = {
         "hangs": r"^reward '.*:hangs' took longer than 0.2 s; raise RewardTerm.timeout",
-        "leaves": r"^the process of reward '.*:leaves' died: out of memory, killed, left by os._exit",
+        "leaves": r"^the process of reward '.*:leaves' died: out of memory, killed, or left by os._exit; or its script",
         "killed": r"^the process of reward '.*:killed' died",
     }
     try:
@@ -116,6 +117,19 @@ def test_processes_that_hang_or_die_are_replaced() -> None:
         assert torch.equal(scorer.start(X0, PROMPTS, GROUP, 2).result().total, X0.flatten(1).mean(1))
     finally:
         scorer.close()
+
+
+def test_of_several_that_ran_all_are_named() -> None:
+    pool = _Pool(2)  # starts no process before its first call
+    pool.calls = dict(enumerate(("a", "b", "waits")))
+    assert str(pool.died()).startswith("a process of rewards 'a', 'b' died: out of memory, killed")
+    pool.end()
+
+
+def test_gradients_come_back_from_a_call_with_a_limit() -> None:
+    value = torch.tensor([1.0, 2.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(limited(lambda: (value**2).sum(), 5.0, "r"), value)
+    assert gradient.tolist() == [2.0, 4.0]
 
 
 def test_a_call_in_another_thread_has_the_callers_modes() -> None:
