@@ -42,6 +42,7 @@ from flowgrpo_fast.planner.live import (
 )
 from flowgrpo_fast.recipe import Recipe
 from flowgrpo_fast.recipe_io import save_recipe, to_dict
+from flowgrpo_fast.rewards.calls import RewardFailed
 from flowgrpo_fast.training.checkpoint import (
     check_resumable,
     finished_checkpoints,
@@ -245,15 +246,18 @@ class Run:
     def _in_one_line(self, error: Exception, engine: Engine) -> str:
         """A failure for the user; the traceback of any but a `ValueError` that this package raised goes to a file."""
         text = " ".join(str(error).split())
+        told = isinstance(error, RewardFailed)  # it names what the reward's own code raised, and holds where
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError) and _PACKAGE in raised_in.parents:
+        if isinstance(error, ValueError) and not told and _PACKAGE in raised_in.parents:
             return text  # it says what to do; a reward's own, or a library's, may not
+        line = text if told else f"step {engine.step + 1}: {type(error).__name__}: {text}"
+        trace = error.traceback_text if isinstance(error, RewardFailed) else ""
         where = self.folder / TRACEBACK
         try:
-            where.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            where.write_text(trace or "".join(traceback.format_exception(error)), encoding="utf-8")
         except OSError:
-            return f"step {engine.step + 1}: {type(error).__name__}: {text}"
-        return f"step {engine.step + 1}: {type(error).__name__}: {text} (traceback in {str(where)!r})"
+            return line
+        return f"{line} (traceback in {str(where)!r})"
 
     def _say(self, text: str) -> None:
         """Prints lines that are not broken at a terminal's width, and no numbers coloured."""

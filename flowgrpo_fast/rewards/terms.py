@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from flowgrpo_fast.checks import finite, one_of, require
 from flowgrpo_fast.names import resolve
+from flowgrpo_fast.rewards.calls import RewardFailed, limited
 from flowgrpo_fast.types import Scores
 
 
@@ -91,8 +94,10 @@ class RewardTerm:
 
     - "prompts": `(images, prompts) -> [B]`;
     - "metadata": flow_grpo's signature `(images, prompts, metadata) -> (scores, info)`; an entry of `metadata` is the
-      prompt file's whole line, its prompt included, and `info` is not read;
+      prompt file's whole line, its prompt included;
     - "record": `(seen) -> [B] or Scores`, where `seen` also tells groups, source images and latents.
+
+    In each of them `(scores, info)` may come back as well, of which `info` is not read.
 
     `where` it runs: "here", after the rollout; "thread" or "process", while the next prompts are rolled out (see
     `Machine.prompts_per_chunk`). A thread suits what waits, say for a remote server, or runs on the device; a process
@@ -106,12 +111,18 @@ class RewardTerm:
     group_wise: bool = False  # it compares the samples of a prompt: each call holds all of them
     differentiable: bool = False  # it may be asked for its gradient to the images
     name: str = ""  # of its objective and metrics; empty = the function's
+    # Seconds that one call may take, wherever it runs; 0 = no limit, and a call "here" is in the main thread
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         """A known place and signature, and a gradient only where there can be one."""
         one_of(self, ("here", "thread", "process"), where=self.where)
         one_of(self, ("prompts", "metadata", "record"), takes=self.takes)
         finite(self, weight=self.weight)
+        require(
+            0.0 <= self.timeout <= threading.TIMEOUT_MAX,
+            f"RewardTerm.timeout is {self.timeout}; it must be seconds, or 0 for no limit",
+        )
         require(
             "/" not in self.name,
             f"RewardTerm.name is {self.name!r}; a slash sets apart what a reward names itself, so use none",
@@ -140,17 +151,22 @@ class RewardTerm:
         return found
 
     def score(self, seen: Seen) -> Returned:
-        """What the function returns for B samples, flow_grpo's `info` left out."""
-        function = self.resolve()
-        if self.takes == "record":
-            return function(seen)
-        if self.takes == "prompts":
-            return function(seen.images, seen.prompts)
-        lines = [{"prompt": p, **entry} for p, entry in zip(seen.prompts, seen.metadata, strict=True)]
-        answer: Any = function(seen.images, seen.prompts, lines)
-        # Two samples' scores are a tuple of two as well, but the second of them is no mapping.
-        pair = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)
-        return answer[0] if pair else answer
+        """What the function returns for B samples.
+
+        Raises:
+            RewardTimedOut: after `timeout` seconds.
+        """
+
+        def call() -> Returned:
+            function = self.resolve()  # in a process, an import that may hang as well
+            if self.takes == "record":
+                return function(seen)
+            if self.takes == "prompts":
+                return function(seen.images, seen.prompts)
+            lines = [{"prompt": p, **entry} for p, entry in zip(seen.prompts, seen.metadata, strict=True)]
+            return function(seen.images, seen.prompts, lines)
+
+        return limited(call, self.timeout, self.label)
 
     def with_gradient(self, seen: Seen) -> Tensor:
         """Scores `[B]` fp32 with their gradient to `seen.images`.
@@ -172,23 +188,36 @@ class RewardTerm:
 
 
 def scored(term: Reward, seen: Seen) -> Scores:
-    """One reward's scores, in fp32, of the right shapes. Raises ValueError as `as_scores`, or as the reward does."""
+    """One reward's scores, in fp32, of the right shapes.
+
+    Raises:
+        RewardFailed: the reward raised anything, an exit included.
+        ValueError: as `as_scores`.
+    """
     num_samples = len(seen)  # before the reward, which may change even the list of prompts
-    return as_scores(term.score(seen), num_samples, term.label)
+    try:
+        returned = term.score(seen)
+    except (KeyboardInterrupt, RewardFailed):
+        raise
+    except BaseException as error:  # SystemExit of a library must not end a run as if all were well
+        raise RewardFailed.by(term.label, error) from error
+    return as_scores(returned, num_samples, term.label)
 
 
 def as_scores(returned: object, num_samples: int, label: str) -> Scores:
     """What a reward returned, as a record of fp32 tensors that share no memory with it.
 
-    Of named scores "avg" is the total (flow_grpo's sum of several), a single one is as well; the others are signals.
+    Of `(scores, info)`, where `info` is a mapping, a list of them or None, the scores count. Of named scores "avg" is
+    the total (flow_grpo's sum of several), a single one is as well; the others are signals.
 
     Raises:
         ValueError: no numbers, another shape than `[num_samples]`, or no total.
     """
+    if isinstance(returned, tuple) and len(returned) == 2 and _is_info(returned[1]):
+        return as_scores(returned[0], num_samples, label)
     if isinstance(returned, Scores):
-        valid = None if returned.valid is None else returned.valid.to(torch.bool)
-        if valid is not None and valid.shape != (num_samples,):
-            raise ValueError(_shape_error(f"{label}: valid", valid.shape, num_samples))
+        given = returned.valid
+        valid = None if given is None else _each(given, num_samples, f"{label}: valid").to(torch.bool)
         return Scores(
             total=_each(returned.total, num_samples, label),
             objectives={k: _each(v, num_samples, f"{label}: {k}") for k, v in returned.objectives.items()},
@@ -209,9 +238,17 @@ def as_scores(returned: object, num_samples: int, label: str) -> Scores:
     return Scores(total=_each(returned, num_samples, label))
 
 
+def _is_info(value: object) -> bool:
+    """What stands beside scores. The second of two samples' scores is a number, or a list of numbers."""
+    maps = isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
+    return value is None or maps or isinstance(value, Mapping)
+
+
 def _each(values: object, num_samples: int, label: str) -> Tensor:
-    """One number a sample, `[B]` fp32."""
+    """One number a sample, `[B]` fp32; networks with one output return `[B, 1]`."""
     numbers = _numbers(values, num_samples, label)
+    if numbers.shape == (num_samples, 1):
+        numbers = numbers[:, 0]
     if numbers.ndim != 1:
         raise ValueError(_shape_error(label, numbers.shape, num_samples))
     return numbers
@@ -219,24 +256,42 @@ def _each(values: object, num_samples: int, label: str) -> Tensor:
 
 def _numbers(values: object, num_samples: int, label: str) -> Tensor:
     """Numbers `[B, ...]` fp32 out of a tensor, an array, or a sequence of numbers, arrays or tensors."""
-    if isinstance(values, list | tuple) and values and all(isinstance(v, Tensor) for v in values):
-        values = torch.stack(list(values)) if len({v.shape for v in values}) == 1 else None
-    if isinstance(values, np.ndarray | list | tuple):
-        try:
-            array = np.asarray(values)
-        except ValueError:  # of lists of several lengths
-            array = np.empty(0, dtype=object)
-        numeric = array.dtype.kind in "biuf"
-        values = torch.from_numpy(np.array(array, dtype=np.float32)) if numeric else values
-    if not isinstance(values, Tensor):
+    tensor = _as_tensor(values)
+    if tensor is None or tensor.is_complex() or tensor.is_quantized or tensor.is_meta:
+        of = " of complex numbers" if tensor is not None and tensor.is_complex() else ""
         raise ValueError(
-            f"reward {label!r} returned a {type(values).__name__} for {num_samples} images; "
+            f"reward {label!r} returned a {type(values).__name__}{of} for {num_samples} images; "
             f"it must return {num_samples} numbers, as a tensor, an array or a list"
         )
-    if values.shape[:1] != (num_samples,):
-        raise ValueError(_shape_error(label, values.shape, num_samples))
+    if tensor.shape[:1] != (num_samples,):
+        raise ValueError(_shape_error(label, tensor.shape, num_samples))
     # A copy: a reward may return the memory that it writes its next scores to.
-    return values.to(torch.float32, copy=True)
+    return tensor.to(torch.float32, copy=True)
+
+
+def _as_tensor(values: object) -> Tensor | None:
+    """The numbers in any container, with their gradient where they have one; None where there are none."""
+    if isinstance(values, Tensor):
+        return values.to_dense() if values.layout is not torch.strided else values
+    if isinstance(values, list | tuple) and any(isinstance(v, Tensor) for v in values):
+        device = next(v.device for v in values if isinstance(v, Tensor))
+        each = [_as_tensor(v) if isinstance(v, Tensor) else _as_tensor(np.asarray(v)) for v in values]
+        found = [v for v in each if v is not None]
+        same = len(found) == len(values) and len({v.shape for v in found}) == 1
+        if not same or any(v.is_quantized for v in found):
+            return None
+        # Tensors of one kind stay what they are; numbers among them are fp64, which is rounded to fp32 but once.
+        kind = functools.reduce(torch.promote_types, (v.dtype for v in found))
+        return torch.stack([v.to(device, kind) for v in found])
+    if not isinstance(values, np.ndarray | list | tuple):
+        return None
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError):  # of lists of several lengths, say
+        return None
+    if array.dtype.kind not in "biufc":
+        return None
+    return torch.from_numpy(np.array(array, dtype=np.complex64 if array.dtype.kind == "c" else np.float32))
 
 
 def _shape_error(label: str, shape: torch.Size, num_samples: int) -> str:

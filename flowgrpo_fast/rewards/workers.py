@@ -7,8 +7,7 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
 from dataclasses import fields
 from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_fast.device import DEVICE
+from flowgrpo_fast.rewards.calls import RewardFailed, RewardTimedOut
 from flowgrpo_fast.rewards.terms import Reward, Seen, scored
 from flowgrpo_fast.types import Scores
 
@@ -30,7 +30,8 @@ class RewardWorkers:
 
     def __init__(self, num_processes: int) -> None:
         self._num_processes = num_processes
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: _Pool | None = None
+        self._lock = threading.Lock()  # of `_pool` and what it is at
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def submit(self, term: Reward, seen: Seen) -> Future[Scores]:
@@ -44,38 +45,71 @@ class RewardWorkers:
 
             return _in_thread(call)
         arrived = _on_its_way(seen)
-        pool = self._started()
-        return _in_thread(lambda: _result(pool, term, arrived()))
+        with self._lock:
+            if self._pool is None:
+                self._pool = _Pool(self._num_processes)
+            pool = self._pool
+        return _in_thread(lambda: self._in_process(pool, term, arrived()))
 
     def close(self) -> None:
         """Ends the processes, whatever they are at."""
-        pool, self._pool = self._pool, None
-        if pool is None:
-            return
-        processes = list((pool._processes or {}).values())  # `shutdown` alone waits for a reward that hangs
-        pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.end()
+
+    def _in_process(self, pool: _Pool, term: Reward, parcel: dict[str, Any]) -> Scores:
+        """Waits for a process. One that died or hangs takes its pool along, and the next call starts another."""
+        call = object()
+        with self._lock:
+            pool.calls[call] = term.label
+        try:
+            return Scores(**_unpacked(pool.executor.submit(_call, term, parcel).result()))
+        except (BrokenExecutor, CancelledError, RewardTimedOut) as error:
+            with self._lock:
+                if pool.reason is None:
+                    pool.reason = error if isinstance(error, RewardTimedOut) else pool.died()
+                if self._pool is pool:
+                    self._pool = None
+            pool.end()
+            raise RewardFailed(str(pool.reason), pool.reason.traceback_text) from None
+        finally:
+            with self._lock:
+                del pool.calls[call]
+
+
+class _Pool:
+    """Processes, the rewards they were given, and why they ended where one of them is at fault."""
+
+    def __init__(self, num_processes: int) -> None:
+        self.num_processes = num_processes
+        self.executor = ProcessPoolExecutor(
+            num_processes,
+            mp_context=get_context("spawn"),  # a forked process cannot use CUDA
+            initializer=_begin,
+            initargs=(torch.get_num_threads(),),
+        )
+        self.calls: dict[object, str] = {}  # rewards' labels, in the order they were given
+        self.reason: RewardFailed | None = None
+
+    def died(self) -> RewardFailed:
+        """The line for a process that is gone; nobody knows which of those that ran."""
+        labels = list(dict.fromkeys(map(repr, list(self.calls.values())[: self.num_processes])))
+        one = f"the process of reward {labels[0]}"
+        whose = one if len(labels) == 1 else f"a process of rewards {', '.join(labels)}"
+        return RewardFailed(
+            f"{whose} died: out of memory, killed, or left by os._exit; or its script lacks the guard "
+            "if __name__ == '__main__'"
+        )
+
+    def end(self) -> None:
+        """Kills the processes; what they were at fails."""
+        processes = list(
+            (self.executor._processes or {}).values()
+        )  # `shutdown` alone waits for one that hangs
+        self.executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()
-
-    def _started(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self._num_processes,
-                mp_context=get_context("spawn"),  # a forked process cannot use CUDA
-                initializer=_begin,
-                initargs=(torch.get_num_threads(),),
-            )
-        return self._pool
-
-
-def _result(pool: ProcessPoolExecutor, term: Reward, parcel: dict[str, Any]) -> Scores:
-    try:
-        return Scores(**_unpacked(pool.submit(_call, term, parcel).result()))
-    except BrokenProcessPool:
-        raise ValueError(
-            f"the process of reward {term.label!r} died: out of memory, killed, or its script lacks the guard "
-            "if __name__ == '__main__'"
-        ) from None
 
 
 def _in_thread(work: Callable[[], Scores]) -> Future[Scores]:
@@ -156,14 +190,8 @@ def _end_with_parent() -> None:
 
 
 def _call(term: Reward, parcel: dict[str, Any]) -> dict[str, Any]:
-    """One reward; every failure is a `ValueError` of one line, which any process can unpickle."""
-    try:
-        with torch.no_grad():
-            scores = scored(term, Seen(**_unpacked(parcel)))
-        packed: dict[str, Any] = _packed({f.name: getattr(scores, f.name) for f in fields(scores)})
-        return packed
-    except ValueError as error:
-        raise ValueError(str(error)) from None
-    except Exception as error:
-        line = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"reward {term.label!r} raised {type(error).__name__}: {line}") from error
+    """One reward; every failure is a `ValueError` of one line, which any process can unpickle, see `RewardFailed`."""
+    with torch.no_grad():
+        scores = scored(term, Seen(**_unpacked(parcel)))
+    packed: dict[str, Any] = _packed({f.name: getattr(scores, f.name) for f in fields(scores)})
+    return packed

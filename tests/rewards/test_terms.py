@@ -46,6 +46,16 @@ IMAGES = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
         {"avg": NUMBERS},
         {"only": np.array(NUMBERS)},
         Scores(total=NUMBERS),
+        torch.tensor(NUMBERS)[:, None],
+        np.array(NUMBERS)[:, None],
+        [[x] for x in NUMBERS],
+        [torch.tensor([x]) for x in NUMBERS],
+        [NUMBERS[0], torch.tensor(NUMBERS[1]), np.float64(NUMBERS[2])],
+        torch.tensor(NUMBERS).to_sparse(),
+        (NUMBERS, {}),
+        (torch.tensor(NUMBERS), None),
+        ({"avg": NUMBERS}, [{}, {}, {}]),
+        (Scores(total=torch.tensor(NUMBERS)), {"info": 1}),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -70,11 +80,20 @@ def test_so_do_whole_numbers(returned) -> None:
         (["a", "b", "c"], "returned a list for 3 images"),
         ([1.0, None, 2.0], "returned a list for 3 images"),
         ([[1.0], [1.0, 2.0], []], "returned a list for 3 images"),
-        ([torch.zeros(1), torch.zeros(2), torch.zeros(3)], "returned a list|returned a NoneType"),
+        ([torch.zeros(1), torch.zeros(2), torch.zeros(3)], "returned a list for 3 images"),
+        (
+            torch.zeros(3, dtype=torch.complex64),
+            "reward 'r' returned a Tensor of complex numbers for 3 images",
+        ),
+        (np.zeros(3, dtype=np.complex128), "returned a ndarray of complex numbers for 3 images"),
+        ([1j, 0.0, torch.tensor(1.0)], "returned a list of complex numbers for 3 images"),
+        ([1.0, None, torch.tensor(1.0)], "returned a list for 3 images"),
+        (torch.zeros(3, device="meta"), "returned a Tensor for 3 images"),
+        (([1.0, 2.0], {}), r"returned shape \(2,\) for 3 images"),
         (np.array(["a", "b", "c"]), "returned a ndarray for 3 images"),
         ([], r"returned shape \(0,\) for 3 images; it must return \(3,\)"),
         ([1.0, 2.0], r"returned shape \(2,\) for 3 images; it must return \(3,\)"),
-        (torch.zeros(3, 1), r"returned shape \(3, 1\) for 3 images; it must return \(3,\)"),
+        (torch.zeros(3, 2), r"returned shape \(3, 2\) for 3 images; it must return \(3,\)"),
         (torch.tensor(1.0), r"returned shape \(\) for 3 images; it must return \(3,\)"),
         (
             {"a": NUMBERS, "b": NUMBERS},
@@ -93,6 +112,21 @@ def test_anything_else_is_one_line(returned, message) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         as_scores(returned, 3, "r")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "valid", [[True, False, True], np.array([1, 0, 1]), torch.tensor([True, False, True])]
+)
+def test_what_is_valid_comes_in_any_container(valid) -> None:
+    made = as_scores(Scores(torch.zeros(3), valid=valid), 3, "r").valid
+    assert made.dtype == torch.bool
+    assert made.tolist() == [True, False, True]
+
+
+def test_mixed_lists_keep_their_gradient() -> None:
+    value = torch.tensor(2.0, requires_grad=True)
+    as_scores([1.0, value * 3, 0], 3, "r").total.sum().backward()
+    assert value.grad == 3.0
 
 
 def test_scores_do_not_change_with_the_memory_they_came_from() -> None:
