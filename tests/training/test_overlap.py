@@ -188,7 +188,7 @@ def test_a_chunk_is_decoded_before_the_next_rolls_out(job, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("refuses", r"^image 3 is no image$"),
+        ("refuses", r"^reward '.*:refuses' raised ValueError: image 3 is no image$"),
         ("nan", r"^reward 'tests.training.rewards_elsewhere:nan' of sample 0 is nan$"),
         ("too_few", r"^reward '.*:too_few' returned shape \(3,\) for 8 images; it must return \(8,\)$"),
         (
