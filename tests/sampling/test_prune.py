@@ -366,7 +366,7 @@ def test_a_broken_candidate_stops_the_run_even_if_it_is_pruned(toy_recipe) -> No
                 "topology": funnel(RandomWindow(size=1, low=0, high=5), (5,), (12,)),
                 "solver": DPMSolver2M(keep=0.4),
             },
-            r"Cuts.steps is \(5,\), outside the schedule; with 3 steps",
+            r"Cuts.steps is \(5,\), outside the schedule; with 2 steps",
         ),
         (
             {

@@ -382,7 +382,7 @@ def test_tree(fan: int, depth: int, start: int, num_steps: int, solver) -> None:
             moves,
             lambda step: 0.01 * (1 + first(step)) * (1 + step),  # noqa: B023
         )
-        assert samples[leaf] == pytest.approx(expected, rel=1e-5)
+        assert samples[leaf] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------------ Comb
@@ -442,7 +442,7 @@ def test_comb(fan: int, size: int, start: int, merge: int, num_steps: int, solve
         moves += [(FlowSDE(noise_level=0.7), step, step + merge)]
         moves += [(Euler() if k <= last else solver, k, k + 1) for k in range(step + merge, total)]
         expected = path(sigmas, start_of(0), moves, lambda k: 0.2 * (1 + sample))  # noqa: B023
-        assert samples[sample] == pytest.approx(expected, rel=1e-5)
+        assert samples[sample] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 def test_branches_rest_until_the_others_are_where_they_are() -> None:
@@ -476,7 +476,7 @@ def test_a_comb_follows_a_second_order_solver_where_nobody_rested(keep: float) -
             for k in range(len(sigmas) - 1)
         ]
         expected = path(sigmas, start_of(0), moves, lambda k: 0.2 * (1 + sample))  # noqa: B023
-        assert samples[sample] == pytest.approx(expected, rel=1e-5)
+        assert samples[sample] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 def test_a_solver_of_second_order_is_refused_only_where_it_would_read_what_is_not_there() -> None:
@@ -535,7 +535,7 @@ def test_one_step_each(window, solver, num_prompts, group_size, iteration, share
         for sample in range(group_size):
             begin = start_of(0 if share_start else sample)
             expected = path(setting.sigmas, begin, moves, lambda k: 0.2 * (1 + sample))  # noqa: B023
-            assert samples[sample] == pytest.approx(expected, rel=1e-5)
+            assert samples[sample] == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert plan.kept == tuple(sorted(set(own)))
     # A prompt's step is a function of its place: more prompts change nothing for the first ones.
     more = topology.plan(setting._replace(num_prompts=num_prompts + 2))
@@ -749,8 +749,10 @@ def test_the_solvers_tail_is_counted_where_cuts_are_checked() -> None:
     """Every iteration's walk must be long enough: the shortest one decides."""
     window = SlidingWindow(size=2, every=1)
     topology = Cuts(inner=Independent(at=window), steps=(6,), sizes=(8,))
-    short = course(10, solver=DPMSolver2M(keep=0.4))  # 2 + int(8 * 0.4) = 5 steps at the first iteration
-    with pytest.raises(ValueError, match=r"outside the schedule; with 5 steps the last cut is at 5"):
+    short = course(
+        10, solver=DPMSolver2M(keep=0.4)
+    )  # 2 + round(8 * 0.4) - 1 = 4 steps at the first iteration
+    with pytest.raises(ValueError, match=r"outside the schedule; with 4 steps the last cut is at 4"):
         topology.plan(short._replace(iteration=5))
-    plan = Cuts(inner=Independent(at=window), steps=(5,), sizes=(8,)).plan(short)
-    assert plan.cuts == ((4, Cut(4, "variance", "reward", 8)),)
+    plan = Cuts(inner=Independent(at=window), steps=(4,), sizes=(8,)).plan(short)
+    assert plan.cuts == ((3, Cut(4, "variance", "reward", 8)),)

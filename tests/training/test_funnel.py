@@ -81,7 +81,7 @@ PROMISES = {
     "pro_grpo": (2 * (48 * 5 + 24 * 2 + 12 * 3), 2 * 2 * 12 * 9, 12 * 9),
     "pro_grpo_flash": (2 * (24 * 5 + 16 * 2 + 12 * 3), 2 * 2 * 12 * 9, 12 * 9),
     "diffusion_nft": (24 * 10, 3 * 24 * 9, 24 * 9),  # new, old, reference
-    "sol_rl": (96 * 6 + 24 * 10, 3 * 24 * 9, 24 * 9),
+    "sol_rl": (96 * 6 + 24 * 10, 3 * 24 * 6, 24 * 6),  # 60 % of the sigmas
     "naive_scaling": (96 * 10, 3 * 24 * 9, 24 * 9),
     "naive_quantized": (96 * 10, 3 * 24 * 9, 24 * 9),
     "tree_grpo": (2 * (1 + 2 + 4 + 8 + 16 * 6), 2 * (1 + 2 + 4 + 8), 1 + 2 + 4 + 8),  # a row for each node

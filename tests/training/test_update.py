@@ -22,6 +22,7 @@ from flowgrpo_fast.recipe import (
     Comb,
     Cuts,
     Deterministic,
+    DropIdle,
     FractionOfSteps,
     FrozenWindow,
     Independent,
@@ -313,10 +314,15 @@ def nft_loss(recipe: Any, model: Any, start: Any, batch: Batch, rows: slice) -> 
     [("mix_grpo", ratio_loss), ("flow_grpo", ratio_loss), ("diffusion_nft", nft_loss)],
 )
 def test_a_whole_update_is_the_loop_written_out(toy_recipe, name, written_out) -> None:
-    """Every optimiser step of a named recipe's update: gradient, clip and AdamW, in fp64 PyTorch."""
+    """Every optimiser step of a named recipe's update: gradient, clip and AdamW, in fp64 PyTorch.
+
+    With whole groups an optimiser step and idle ones left out; `test_whole_update.py` has the recipes' own meanings.
+    """
     paper = RECIPES[name].make()
+    credit = tuple(DropIdle() if isinstance(step, DropIdle) else step for step in paper.credit)
+    paper = replace(paper, credit=credit, unconditional_gradient=False)
     task = replace(toy_recipe().task, model="tests.training.own_parts:load_wide", judge="")
-    optimizer = replace(paper.optimizer, max_grad_norm=0.1)  # low enough to be met
+    optimizer = replace(paper.optimizer, max_grad_norm=0.1, partition="groups")  # low enough to be met
     recipe = replace(paper, num_prompts=4, task=task, optimizer=optimizer)
     engine = build_engine(recipe, CPU)
     batch = in_fp64(gathered(engine))
