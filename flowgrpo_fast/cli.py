@@ -26,6 +26,7 @@ from flowgrpo_fast.data.prompts import Prompts
 from flowgrpo_fast.launch import Run, new_folder
 from flowgrpo_fast.monitor.cost import cpu_name
 from flowgrpo_fast.monitor.metrics import TrackerName
+from flowgrpo_fast.monitor.progress import run_console
 from flowgrpo_fast.monitor.report import write_figures, write_report
 from flowgrpo_fast.names import nearest
 from flowgrpo_fast.ops import build_info
@@ -82,7 +83,7 @@ def train(
         checkpoint_every=checkpoint_every,
         tracker=tracker,
     ).start()
-    Console().print(f"report: {report}", highlight=False, soft_wrap=True, markup=False)
+    run_console().print(f"report: {report}", highlight=False, soft_wrap=True, markup=False)
 
 
 def confirmed_recipe(path: str, yes: bool) -> Recipe:

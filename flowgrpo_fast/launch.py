@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -57,6 +57,7 @@ from flowgrpo_fast.training.evaluate import evaluate
 from flowgrpo_fast.training.loop import StepReport, train
 
 _ANY_LENGTH = 1024  # image tokens, for a look at a plan whose shift is known only with the model
+_GRACE = 20.0  # seconds that a step has left after SIGTERM; schedulers kill after 30
 TRACEBACK = "traceback.txt"  # of the failure that ended a run, for who wants more than its line
 _PACKAGE = Path(__file__).parent
 CHANGES = "resumed.json"  # which fields of the recipe a resume has changed, and at which step
@@ -178,7 +179,7 @@ class Run:
         cost = CostMeter(self.device, earlier)
         floor = floor_of(engine)
         self._announce(engine, floor)
-        signals = Signals(self.console)
+        signals = Signals(self.console, lambda: engine.is_whole)
         with signals:  # around the saves, too: what asks twice to stop must not lose the last steps
             try:
                 self._steps(engine, log, floor, signals)
@@ -389,12 +390,17 @@ class Run:
 class Signals:
     """SIGINT (Ctrl-C), SIGTERM and SIGHUP ask the loop to stop after its step, SIGUSR1 to save and go on.
 
-    A second one that stops interrupts at once, but never a save. What the process ignores stays ignored, as `nohup`
+    A second one that stops interrupts at once, but never a save. Who sends SIGTERM kills soon after: a step that has
+    not ended some seconds later, in a reward that hangs, say, is interrupted as if by a second one, unless its update has
+    begun. What the process ignores stays ignored, as `nohup`
     asks of SIGHUP. In another thread than the main one there are no signals to listen for.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, is_whole: Callable[[], bool]) -> None:
         self.stop = False
+        self._is_whole = is_whole  # whether the state is that of a finished step, which can be saved
+        self._over = threading.Event()
+        self._sending = threading.Lock()
         self._save = False
         self._held = False
         self._console = console
@@ -424,11 +430,24 @@ class Signals:
         return self
 
     def __exit__(self, *error: object) -> None:
+        with self._sending:
+            self._over.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
+    def _hurry(self) -> None:
+        """Interrupts the step under way, some seconds from now."""
+        wait = _GRACE
+        while not self._over.wait(wait):
+            wait = 0.2
+            with self._sending:
+                if not self._over.is_set() and not self._held and self._is_whole():
+                    os.kill(os.getpid(), signal.SIGTERM)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._over.is_set():
+            return
         if signal.Signals(number).name == "SIGUSR1":
             self._save = True
             return
@@ -438,3 +457,5 @@ class Signals:
             return
         self.stop = True
         self._console.print("stopping after this step; once more to interrupt it")
+        if number == signal.SIGTERM:
+            threading.Thread(target=self._hurry, daemon=True).start()

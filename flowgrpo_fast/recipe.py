@@ -297,7 +297,10 @@ class Recipe:
         needs, name, num_steps = self.requires, type(self.objective).__name__, self.sigmas.num_inference_steps
         window = type(self.topology.at).__name__
         if needs.log_probs and self.topology.at.latest_start(num_steps) >= num_steps:
-            yield f"{name} needs log-probs; the window {window} has no stochastic step: choose one that has"
+            yield (
+                f"{name} needs log-probs; the window {window} has no stochastic step: choose one that has, such as "
+                "topology.at=AllSteps"
+            )
         if needs.log_probs and not self.experience.gives_transitions:
             yield (
                 f"{name} needs log-probs, which the samples of {type(self.experience).__name__} have not; "

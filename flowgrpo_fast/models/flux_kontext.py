@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowgrpo_fast.models.flux import Flux
+from flowgrpo_fast.models.images import as_seen
 from flowgrpo_fast.models.network import Network
 from flowgrpo_fast.types import Conditioning
 
@@ -54,7 +55,7 @@ class FluxKontext(Flux):
         size = (self.network.height, self.network.width)
         try:
             with Image.open(path) as image:
-                pixels = self.pipe.image_processor.preprocess(image.convert("RGB"), *size)
+                pixels = self.pipe.image_processor.preprocess(as_seen(image), *size)
         except (OSError, UnidentifiedImageError) as error:
             raise ValueError(f"cannot read the image {str(path)!r} of data.images: {error}") from None
         vae = self.pipe.vae

@@ -24,7 +24,8 @@ class _Outliving:
     """A text stream whose reader may go away: a closed pipe or terminal must not end the run that writes to it."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        # A process started with its output closed has no stream at all.
+        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -133,8 +133,9 @@ def build_engine(recipe: Recipe, device: torch.device, scored: bool = True) -> E
     rewards = task.rewards if scored else ()
     judge = resolve(task.judge) if task.judge and scored else None
     require(
-        judge is None or callable(judge),
-        f"judge {task.judge!r} is a {type(judge).__name__}, which cannot be called",
+        judge is None or isinstance(judge, type),
+        f"judge {task.judge!r} is a {type(judge).__name__}; name a class with a method correct(images, prompts), or "
+        "leave it empty: task.judge=",
     )
     setup = ModelSetup(network=recipe.network, precision=machine.precision, seed=recipe.seed)
     for term in (*rewards, *task.evaluation.rewards) if scored else ():

@@ -266,6 +266,35 @@ def test_a_run_may_start_in_a_thread(job, whole, tmp_path) -> None:
     assert weights(tmp_path / "run") == weights(whole)
 
 
+def test_sigterm_wins_over_what_hangs(job, whole, tmp_path, monkeypatch) -> None:
+    """A step that does not end is interrupted after a while, and the last whole one saved."""
+    from flowgrpo_fast.training import loop
+
+    folder, plain, calls = tmp_path / "run", loop.assign, []
+
+    def hanging(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(60)
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_GRACE", 0.1)
+        patch.setattr(loop, "assign", hanging)
+        with pytest.raises(KeyboardInterrupt):
+            run(job(), folder)
+    assert [path.name for path in finished_checkpoints(folder)] == ["step_000002"]
+    run(job(), folder, resume=True)
+    assert weights(folder) == weights(whole)
+
+
+def test_a_run_without_an_output_stream(job, whole, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    Run(recipe=job(), folder=tmp_path / "run", device=CPU, console=run_console()).start()
+    assert weights(tmp_path / "run") == weights(whole)
+
+
 def test_a_closed_output_does_not_end_a_run(job, whole, tmp_path, monkeypatch) -> None:
     read, write = os.pipe()
     os.close(read)
