@@ -391,9 +391,9 @@ class Signals:
     """SIGINT (Ctrl-C), SIGTERM and SIGHUP ask the loop to stop after its step, SIGUSR1 to save and go on.
 
     A second one that stops interrupts at once, but never a save. Who sends SIGTERM kills soon after: a step that has
-    not ended some seconds later, in a reward that hangs, say, is interrupted as if by a second one, unless its update has
-    begun. What the process ignores stays ignored, as `nohup`
-    asks of SIGHUP. In another thread than the main one there are no signals to listen for.
+    not ended some seconds later, in a reward that hangs, say, is interrupted as if by a second one, unless its update
+    has begun. What the process ignores stays ignored, as `nohup` asks of SIGHUP. In another thread than the main one there
+    are no signals to listen for.
     """
 
     def __init__(self, console: Console, is_whole: Callable[[], bool]) -> None:
