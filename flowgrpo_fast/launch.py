@@ -392,8 +392,8 @@ class Signals:
 
     A second one that stops interrupts at once, but never a save. Who sends SIGTERM kills soon after: a step that has
     not ended some seconds later, in a reward that hangs, say, is interrupted as if by a second one, unless its update
-    has begun. What the process ignores stays ignored, as `nohup` asks of SIGHUP. In another thread than the main one there
-    are no signals to listen for.
+    has begun. What the process ignores stays ignored, as `nohup` asks of SIGHUP. In another thread than the main
+    one there are no signals to listen for.
     """
 
     def __init__(self, console: Console, is_whole: Callable[[], bool]) -> None:
