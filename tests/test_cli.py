@@ -305,7 +305,7 @@ def test_a_run_file_of_the_first_edition_is_refused_in_one_line(capsys, tmp_path
         (["train", "data.path=none.txt"], "cannot read prompts from 'none.txt'"),
         (["recipes", "show", "flow_gpo"], "unknown recipe 'flow_gpo'; did you mean 'flow_grpo'?"),
         (["plan", "sd3.5-medium", "--json", "flow_gpo"], "unknown recipe 'flow_gpo'"),
-        (["train", "task.judge=math:pi"], "judge 'math:pi' is a float, which cannot be called"),
+        (["train", "task.judge=math:pi"], "judge 'math:pi' is a float; name a class with a method correct"),
         (
             ["train", 'task.rewards=[{"is": "RewardTerm", "function": "math:pi"}]'],
             "reward 'math:pi' is a float, which cannot be called",
