@@ -24,6 +24,7 @@ from torch import Tensor
 from flowgrpo_fast.checks import fraction, require
 from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats, Terms
 from flowgrpo_fast.objectives.policy_gradient import PolicyGradient
+from flowgrpo_fast.objectives.trust import Trusted
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.schedule.sigmas import Array
 from flowgrpo_fast.types import Batch, Transitions
@@ -116,19 +117,8 @@ class ChunkRatio(PolicyGradient):
         policy = torch.stack([chunk.loss for chunk in chunks]).mean(0)
         ratio = torch.stack([chunk.ratio for chunk in chunks], 1)
         clipped = torch.stack([chunk.clipped for chunk in chunks], 1)
-        loss, kl = policy, torch.zeros_like(policy).detach()
-        for part in self.penalties:
-            penalty = part.penalty(stats).mean(1)
-            loss = loss + part.beta * penalty
-            kl = kl + penalty.detach()
-        shown = {
-            "loss": loss.detach(),
-            "policy_loss": policy.detach(),
-            "kl": kl,
-            "ratio_mean": ratio.mean(1),
-            "clip_fraction": clipped.mean(1),
-        }
-        return Terms(loss, shown, {"ratio_max": ratio.amax(1)})
+        trusted = Trusted(policy, ratio.mean(1), clipped.mean(1))
+        return PolicyGradient.with_penalties(self, trusted, stats, ratio_max=ratio.amax(1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,7 +17,7 @@ from flowgrpo_fast.checks import require
 from flowgrpo_fast.objectives.objective import Costs, Evaluator, Points, Requires, Stats, Terms
 from flowgrpo_fast.objectives.regularizers import Regularizer
 from flowgrpo_fast.objectives.surrogates import PathLogProb, Surrogate
-from flowgrpo_fast.objectives.trust import Clip, Trust
+from flowgrpo_fast.objectives.trust import Clip, Trust, Trusted
 from flowgrpo_fast.schedule.plan import Plan
 from flowgrpo_fast.types import Batch
 
@@ -86,8 +86,13 @@ class PolicyGradient:
                 "out the credit step that makes them",
             )
             log_ratio = log_ratio.mean(1)
-        policy, ratio, clipped = self.trust(log_ratio, advantages)
-        loss, kl = policy, torch.zeros_like(ratio).detach()
+        trusted = self.trust(log_ratio, advantages)
+        return self.with_penalties(trusted, stats, ratio_max=trusted.ratio)
+
+    def with_penalties(self, trusted: Trusted, stats: Stats, ratio_max: Tensor) -> Terms:
+        """The loss of a trust region and the penalties beside it; of tables `[B, N]` a penalty is a mean over N."""
+        policy = trusted.loss
+        loss, kl = policy, torch.zeros_like(policy).detach()
         for part in self.penalties:
             penalty = part.penalty(stats).mean(1) if self.couples else part.penalty(stats)
             loss = loss + part.beta * penalty
@@ -96,10 +101,10 @@ class PolicyGradient:
             "loss": loss.detach(),
             "policy_loss": policy.detach(),
             "kl": kl,
-            "ratio_mean": ratio,
-            "clip_fraction": clipped,
+            "ratio_mean": trusted.ratio,
+            "clip_fraction": trusted.clipped,
         }
-        return Terms(loss, shown, {"ratio_max": ratio})
+        return Terms(loss, shown, {"ratio_max": ratio_max})
 
     @property
     def ratio_range(self) -> float:
