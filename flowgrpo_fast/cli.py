@@ -74,11 +74,12 @@ def train(
     base = confirmed_recipe(earlier, yes) if earlier else fitted_recipe(recipe or "mix_grpo", overrides)
     resolved = override(base, overrides)
     remember(to_dict(resolved))
+    chosen = pick_device(device)  # before a folder is made, which a wrong one would leave empty
     folder = Path(resume or out) if resume or out else new_folder(resolved.name)
     report = Run(
         recipe=resolved,
         folder=folder,
-        device=pick_device(device),
+        device=chosen,
         resume=bool(resume),
         checkpoint_every=checkpoint_every,
         tracker=tracker,
